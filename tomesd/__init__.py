@@ -1,0 +1,17 @@
+"""Token merging for models that other people wrote.
+
+>>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
+"""
+
+from tomesd.patch import apply_patch, patched, remove_patch, report
+from tomesd.settings import DiffusionSettings
+from tomesd.token_map import TokenMap
+
+__all__ = [
+    "DiffusionSettings",
+    "TokenMap",
+    "apply_patch",
+    "patched",
+    "remove_patch",
+    "report",
+]

@@ -1,0 +1,135 @@
+"""Which tokens may merge (sources) and into which (destinations), before any similarity is known.
+
+A partition depends on shapes and settings alone, is shared by all samples of a batch, and where it
+is random, it is a pure function of a key: never of the global random state, so that it compiles,
+repeats, and is the same for both halves of a guidance batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partition(NamedTuple):
+    """Sources and destinations, int64 [n_src] and [n_dst]; protected tokens are in neither."""
+
+    src: Tensor
+    dst: Tensor
+
+
+def alternating(n: int, *, prefix: int = 0, device=None) -> Partition:
+    """Every other token is a source, as in ToMe's classifiers and its Appendix F.
+
+    >>> alternating(5)
+    Partition(src=tensor([0, 2, 4]), dst=tensor([1, 3]))
+
+    prefix: how many leading tokens (class, distillation, registers, text) are protected. Evenness
+    counts from the first token, protected or not, as in the paper.
+    Raises ValueError if n < 0 or prefix is not from 0 to n.
+    """
+    _check(n, prefix)
+    tokens = torch.arange(n, device=device)
+    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
+    return Partition(tokens[even::2], tokens[odd::2])
+
+
+def sequential(n: int, *, prefix: int = 0, device=None) -> Partition:
+    """The first half are sources, the second half destinations (ToMe, Table 1e).
+
+    >>> sequential(5)
+    Partition(src=tensor([0, 1, 2]), dst=tensor([3, 4]))
+
+    Raises ValueError if n < 0 or prefix is not from 0 to n.
+    """
+    _check(n, prefix)
+    tokens = torch.arange(prefix, n, device=device)
+    half = (len(tokens) + 1) // 2
+    return Partition(tokens[:half], tokens[half:])
+
+
+def random(
+    n: int, *, n_src: int | None = None, key: Tensor | None = None, prefix: int = 0, device=None
+) -> Partition:
+    """A random half (or `n_src`) of the tokens are sources (ToMe, Table 1e).
+
+    >>> sorted(torch.cat(random(5, n_src=2)).tolist())
+    [0, 1, 2, 3, 4]
+
+    key: see `make_key`; None is make_key(seed=0).
+    Raises ValueError if n < 0, or prefix or n_src is out of its range.
+    """
+    _check(n, prefix)
+    free = n - prefix
+    n_src = (free + 1) // 2 if n_src is None else n_src
+    if not 0 <= n_src <= free:
+        raise ValueError(f"n_src must be from 0 to {free}, got {n_src}")
+    tokens = torch.arange(free, device=device)
+    order = _hash(tokens + _or_default(key, device)).argsort(stable=True) + prefix
+    return Partition(order[:n_src], order[n_src:])
+
+
+def strided(
+    h: int, w: int, sy: int = 2, sx: int = 2, *, key: Tensor | None = None, device=None
+) -> Partition:
+    """One destination in each cell of sy×sx tokens of an h×w grid; all others are sources.
+
+    >>> strided(2, 4).dst
+    tensor([0, 2])
+
+    h, w: any size; where the stride does not divide it, the last cells are smaller.
+    key: None takes each cell's top left token; with a key (see `make_key`) a random one.
+    Raises ValueError if h, w, sy or sx is below 1.
+    Source: Token Merging for Fast Stable Diffusion, section 3.
+    """
+    for name, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    tops, lefts = torch.arange(0, h, sy, device=device), torch.arange(0, w, sx, device=device)
+    y, x = tops[:, None], lefts[None, :]
+    if key is not None:
+        cells = torch.arange(len(tops) * len(lefts), device=device).view(len(tops), len(lefts))
+        bits = _hash(cells + key.to(cells.device))
+        y = y + bits % (h - y).clamp(max=sy)
+        x = x + (bits >> 16) % (w - x).clamp(max=sx)
+    dst = (y * w + x).flatten()
+    is_src = torch.ones(h * w, dtype=torch.bool, device=device).index_fill(0, dst, False)
+    # Without looking at the data: the rank of a source among the sources is its place in the list.
+    place = torch.where(is_src, is_src.cumsum(0) - 1, h * w - len(dst))
+    tokens = torch.arange(h * w, device=device)
+    src = tokens.new_zeros(h * w - len(dst) + 1).scatter(0, place, tokens)[:-1]
+    return Partition(src, dst)
+
+
+def make_key(seed: int, step: Tensor | float = 0, block: int = 0) -> Tensor:
+    """The key of a random partition: the same for the same seed, denoising step and block.
+
+    >>> bool(make_key(0, step=981) == make_key(0, step=torch.tensor(981)))
+    True
+
+    step: the timestep as the model gets it, so that a step is known by its noise level and no
+        counter has to be kept; a tensor stays where it is (the first value of a batch counts).
+    Returns an int64 scalar tensor. No generator object and no host synchronisation is involved.
+    """
+    step = torch.as_tensor(step).flatten()[:1].float()
+    bits = step.view(torch.int32).long() & 0xFFFFFFFF
+    return _hash(_hash(bits + 0x9E3779B9 * (block + 1)) + (seed & 0xFFFFFFFF))[0]
+
+
+def _or_default(key: Tensor | None, device) -> Tensor:
+    return (make_key(0) if key is None else key).to(device)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Scramble integers to 32 random-looking bits; no product leaves the range of int64."""
+    x = x & 0xFFFFFFFF
+    for _ in range(2):
+        x = (((x >> 16) ^ x) * 0x045D9F3B) & 0xFFFFFFFF
+    return (x >> 16) ^ x
+
+
+def _check(n: int, prefix: int) -> None:
+    if n < 0:
+        raise ValueError(f"n must be 0 or more, got {n}")
+    if not 0 <= prefix <= n:
+        raise ValueError(f"prefix must be from 0 to n={n}, got {prefix}")

@@ -1,0 +1,149 @@
+"""How a diffusion model merges: the settings, their presets, and the token map that they give."""
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from tomesd import partition
+from tomesd.matching import bipartite_soft_matching, random_pruning
+from tomesd.token_map import TokenMap
+
+METHODS = ("tome", "prune")
+PARTITIONS = ("strided", "alternating")
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """What `apply_patch` does to a denoiser.
+
+    >>> DiffusionSettings(ratio=0.5).merge_mlp
+    False
+
+    ratio: share of a block's tokens that merge into others (0.5: half as many are left).
+    max_downsample: merge at levels at most this much coarser than the finest one with attention.
+        1 merges at the finest only, where most of the work is; 8 everywhere.
+    sx, sy: one token in each cell of sy×sx is a destination and never merges away itself, so at
+        most 1 − 1/(sx·sy) of the tokens can merge.
+    use_rand: draw the destination in each cell at random (a pure function of seed, timestep and
+        block) instead of taking the top left one.
+    seed: of all that is random. Two runs with the same seed are equal bit for bit on the CPU.
+    merge_attn, merge_crossattn, merge_mlp: which branches of a block run on the merged tokens.
+    merge_queries: False merges the keys and values of self-attention only; nothing is unmerged.
+    prop_attn: proportional attention, + log(size) on the keys' logits, so that a token merged from
+        four counts as four (ToMe, section 3).
+    method: "tome" merges the most similar tokens; "prune" drops random ones, the baseline of ToMe,
+        Appendix F.
+    partition: "strided" takes destinations from 2-D cells (ToMeSD), "alternating" every other
+        token of the flattened grid (ToMe, Appendix F), which allows at most half to merge.
+
+    Raises ValueError or TypeError, naming the setting, its value and what is allowed.
+    """
+
+    ratio: float = 0.5
+    max_downsample: int = 1
+    sx: int = 2
+    sy: int = 2
+    use_rand: bool = False
+    seed: int = 0
+    merge_attn: bool = True
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
+    merge_queries: bool = True
+    prop_attn: bool = True
+    method: str = "tome"
+    partition: str = "strided"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits:
+                raise TypeError(f"{field.name} must be {kind.__name__}, got {value!r}")
+        for name, allowed in (("method", METHODS), ("partition", PARTITIONS)):
+            _require_one_of(name, getattr(self, name), allowed)
+        for name in ("sx", "sy", "max_downsample"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio must be at least 0 and below 1, got {self.ratio}")
+        if self.method == "tome" and self.ratio > self.largest_ratio:
+            raise ValueError(
+                f"ratio must be at most {self.largest_ratio:.4g}, got {self.ratio}: "
+                f"{self._why_largest()}"
+            )
+        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+            raise ValueError(
+                "merge_attn, merge_crossattn and merge_mlp must not all be False: "
+                "nothing would be merged"
+            )
+
+    @property
+    def largest_ratio(self) -> float:
+        """How much can merge at all: everything that is not a destination."""
+        return 0.5 if self.partition == "alternating" else 1 - 1 / (self.sx * self.sy)
+
+    def _why_largest(self) -> str:
+        if self.partition == "alternating":
+            return "an alternating partition makes every other token a destination"
+        return f"one token in each cell of sx·sy = {self.sx * self.sy} is a destination"
+
+    @property
+    def is_random(self) -> bool:
+        return self.method == "prune" or (self.use_rand and self.partition == "strided")
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether attention needs log(size) on its keys; dropped tokens leave all sizes at 1."""
+        return self.prop_attn and self.method == "tome"
+
+    def merged(self, h: int, w: int) -> int:
+        """How many of the h·w tokens merge: what the ratio says, as far as the partition allows."""
+        if self.method == "prune":
+            allowed = h * w - 1
+        elif self.partition == "alternating":
+            allowed = (h * w + 1) // 2 if h * w > 1 else 0
+        else:
+            allowed = h * w - -(-h // self.sy) * -(-w // self.sx)
+        return min(allowed, max(1, int(self.ratio * h * w)))
+
+    def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> TokenMap:
+        """The token map of one block: features [B, h·w, C]; a key where `is_random`."""
+        batch, n, _ = features.shape
+        r = self.merged(h, w)
+        device = features.device
+        if self.method == "prune":
+            return random_pruning(batch, n, partition.random(n, n_src=r, key=key, device=device))
+        if self.partition == "alternating":
+            sides = partition.alternating(n, device=device)
+        else:
+            sides = partition.strided(h, w, self.sy, self.sx, key=key, device=device)
+        return bipartite_soft_matching(features, sides, r)
+
+
+PRESETS: dict[str, dict] = {
+    # ToMe, Appendix F: every branch of every block, one matching for all three, no proportional
+    # attention.
+    "paper": {
+        "max_downsample": 8,
+        "merge_crossattn": True,
+        "merge_mlp": True,
+        "prop_attn": False,
+        "partition": "alternating",
+    },
+}
+
+
+def diffusion_settings(ratio: float, preset: str | None, settings: dict) -> DiffusionSettings:
+    """Settings from `apply_patch`'s arguments: what is given wins over what the preset says."""
+    known = [field.name for field in fields(DiffusionSettings)]
+    for name in settings:
+        _require_one_of("setting", name, known, error=TypeError)
+    if preset is not None:
+        _require_one_of("preset", preset, tuple(PRESETS))
+        settings = PRESETS[preset] | settings
+    return DiffusionSettings(ratio=ratio, **settings)
+
+
+def _require_one_of(name: str, value, allowed, error: type[Exception] = ValueError) -> None:
+    if value not in allowed:
+        raise error(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

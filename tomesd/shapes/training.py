@@ -1,0 +1,187 @@
+"""Training the models of the Shapes world: one resumable loop and the three losses."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import nn
+from tqdm import tqdm
+
+from tomesd.shapes.pipeline import split_logits
+from tomesd.shapes.world import draw, scene
+
+# The classifier is judged on pictures that no model was trained on: these indices are never drawn
+# for training.
+HELD_OUT = range(10_000_000, 10_010_000)
+
+_CHECKPOINT_EVERY = 200
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training at one learning-rate schedule.
+
+    lr is reached after `warmup` steps and then falls on a cosine to `final` times itself.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    final: float = 0.0
+    ema: float = 0.998
+
+    def lr_at(self, step: int) -> float:
+        progress = step / self.steps
+        fall = self.final + (1 - self.final) * 0.5 * (1 + np.cos(np.pi * progress))
+        return self.lr * min(1, (step + 1) / self.warmup) * fall
+
+
+def train(
+    stage: Stage,
+    model: nn.Module,
+    loss: Callable[[torch.Generator], torch.Tensor],
+    checkpoint: Path,
+) -> None:
+    """Train `model` in place and leave it with its averaged (EMA) weights.
+
+    loss draws its own batch from the generator it is given; a step's batch depends on the step's
+    number alone, so a run that was interrupted goes on as if it had not been.
+    checkpoint: written whole every 200 steps, and read first if it is there.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = EMAModel(parameters, decay=stage.ema, use_ema_warmup=True, power=0.75)
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device)
+        start = saved["step"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema.load_state_dict(saved["ema"])
+        ema.to(device)
+
+    mean_loss = 0.0
+    with tqdm(total=stage.steps, initial=start, desc=stage.name, mininterval=5) as progress:
+        for step in range(start, stage.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr_at(step)
+            value = loss(torch.Generator().manual_seed(step))
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(parameters)
+            mean_loss += (value.item() - mean_loss) / min(step - start + 1, 100)
+            progress.update()
+            progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == stage.steps:
+                state = {
+                    "step": step + 1,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "ema": ema.state_dict(),
+                }
+                partial = checkpoint.with_suffix(".partial")
+                torch.save(state, partial)
+                partial.replace(checkpoint)
+    ema.copy_to(parameters)
+
+
+def pictures(indices: Iterable[int], size: int) -> torch.Tensor:
+    """The scenes with these indices, drawn: uint8 [n, 3, size, size]."""
+    drawn = [
+        np.asarray(draw(scene(index), size))
+        for index in tqdm(indices, desc=f"drawing at {size} px", mininterval=5)
+    ]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures to floats from -1 to 1, as autoencoder and classifier take them."""
+    return images.float() / 127.5 - 1
+
+
+def pick(data: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(len(data), (batch,), generator=generator)
+
+
+def autoencoder_loss(
+    model: AutoencoderKL, images: torch.Tensor, batch: int, generator: torch.Generator
+) -> torch.Tensor:
+    """L1 and half the squared error on random 64×64 crops, and a little KL.
+
+    The KL term is there to keep the latents smooth under noise, which is what a denoiser needs.
+    """
+    rows = pick(images, batch, generator)
+    y, x = torch.randint(images.shape[-1] - 64 + 1, (2,), generator=generator).tolist()
+    crops = to_unit(images[rows, :, y : y + 64, x : x + 64].to(model.device))
+    posterior = model.encode(crops).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(model.device)
+    decoded = model.decode(posterior.mean + posterior.std * noise).sample
+    error = F.l1_loss(decoded, crops) + 0.5 * F.mse_loss(decoded, crops)
+    return error + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+
+
+def denoiser_loss(
+    model: Callable[..., torch.Tensor],
+    scheduler: DDIMScheduler,
+    latents: torch.Tensor,
+    input_ids: torch.Tensor,
+    empty_prompt: torch.Tensor,
+    batch: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Squared error of v, weighted min(SNR, 5) / (SNR + 1) (Hang et al., 2023); 10% without prompt.
+
+    model maps (noisy latents, timesteps, input_ids) to v. The timesteps of a batch are spread
+    evenly over the schedule, so that the loss is less noisy than with independent ones.
+    """
+    device = latents.device
+    rows = pick(latents, batch, generator)
+    clean = latents[rows.to(device)]
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    timesteps = (spread * scheduler.config.num_train_timesteps).long().to(device)
+    ids = input_ids[rows.to(device)]
+    dropped = torch.rand(batch, 1, generator=generator).to(device) < 0.1
+    ids = torch.where(dropped, empty_prompt, ids)
+
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    target = scheduler.get_velocity(clean, noise, timesteps)
+    predicted = model(noisy, timesteps, ids)
+    snr = compute_snr(scheduler, timesteps)
+    weight = snr.clamp(max=5) / (snr + 1)
+    return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+
+
+def classifier_loss(
+    model: Callable[..., torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    batch: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Cross-entropy summed over shape, color, kind and ground, on blurred and noisy pictures.
+
+    Generated pictures are a little soft; a classifier that saw only crisp ones would misread them.
+    """
+    rows = pick(images, batch, generator)
+    clean = to_unit(images[rows].to(labels.device))
+    soft = F.interpolate(F.avg_pool2d(clean, 2), scale_factor=2, mode="bilinear")
+    blend = torch.rand(batch, 1, 1, 1, generator=generator).to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    logits = model(torch.lerp(clean, soft, blend) + 0.05 * noise)
+    targets = labels[rows.to(labels.device)]
+    losses = [
+        F.cross_entropy(part.float(), targets[:, group])
+        for group, part in enumerate(split_logits(logits).values())
+    ]
+    return torch.stack(losses).sum()

@@ -139,8 +139,8 @@ def train_denoiser(args) -> None:
     model = Denoiser(shapes.build_text_encoder(tokenizer), shapes.build_unet()).to(args.device)
     compiled = torch.compile(model, dynamic=False)
     for stage, size in (
-        (Stage("half-size", steps(args, 5000), batch=32, lr=1.5e-3, final=0.2), 64),
-        (Stage("whole", steps(args, 3600), batch=32, lr=1e-3), 128),
+        (Stage("half-size", steps(args, 4000), batch=32, lr=1.5e-3, final=0.2), 64),
+        (Stage("whole", steps(args, 3000), batch=32, lr=1e-3), 128),
     ):
         loss = partial(
             denoiser_loss,

@@ -14,8 +14,7 @@ from tomesd.token_map import TokenMap
 # gigabytes for a 2048 px picture.
 SCORE_BYTES = 128 * 2**20
 
-# Below any similarity that matters, above float16's smallest number: a zero token has a direction
-# of zeros instead of NaN.
+# Below any norm that matters: a zero token has a direction of zeros instead of NaN.
 _SMALLEST_NORM = 1e-6
 
 
@@ -30,7 +29,8 @@ def bipartite_soft_matching(metric: Tensor, partition: Partition, r: int) -> Tok
 
     metric: [B, N, C], the features to compare; similarity is their cosine. No gradient flows
         through the matching.
-    r: how many sources merge, at most all of them; ties are broken by position.
+    r: how many sources merge, at most all of them. Of equally similar destinations the first is
+        taken; of equally similar sources, those that torch.topk takes.
     Raises ValueError if r is negative, above the number of sources, or there is no destination.
     Source: ToMe, section 3 and Appendix D.
     """
@@ -43,7 +43,7 @@ def bipartite_soft_matching(metric: Tensor, partition: Partition, r: int) -> Tok
     if r == 0:
         return TokenMap.from_moves(n, src.new_empty(batch, 0), src.new_empty(batch, 0))
 
-    direction = metric / _norm(metric)
+    direction = _directions(metric)
     sources, targets = direction[:, src], direction[:, dst].transpose(1, 2)
     rows = max(1, SCORE_BYTES // (batch * len(dst) * metric.element_size()))
     best = [torch.bmm(chunk, targets).max(dim=-1) for chunk in sources.split(rows, dim=1)]
@@ -56,10 +56,12 @@ def bipartite_soft_matching(metric: Tensor, partition: Partition, r: int) -> Tok
     return TokenMap.from_moves(n, moved, target)
 
 
-def _norm(metric: Tensor) -> Tensor:
-    # In float32, where squares neither overflow nor vanish; without a float32 copy of the metric.
-    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.clamp(min=_SMALLEST_NORM).to(metric.dtype)
+def _directions(metric: Tensor) -> Tensor:
+    # The norm in float32: that of a float16 token may be above float16's largest number, and
+    # rounded to bfloat16 it would move the cosine by more than the rounding of all channels does.
+    wide = torch.promote_types(metric.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True, dtype=wide)
+    return (metric / norm.clamp(min=_SMALLEST_NORM)).to(metric.dtype)
 
 
 def random_pruning(batch: int, n: int, partition: Partition) -> TokenMap:
@@ -71,5 +73,9 @@ def random_pruning(batch: int, n: int, partition: Partition) -> TokenMap:
 
     batch, n: the tokens' shape. partition: its sources are dropped; `partition.random` with
         n_src=r drops r random tokens, the baseline of ToMe, Tables 2 and 15.
+    Raises ValueError if no token would be left.
     """
+    if len(partition.src) >= n:
+        got = len(partition.src)
+        raise ValueError(f"partition must have fewer sources than the {n} tokens, got {got}")
     return TokenMap.from_moves(n, partition.src.expand(batch, -1), None)

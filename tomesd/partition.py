@@ -65,7 +65,8 @@ def random(
     if not 0 <= n_src <= free:
         raise ValueError(f"n_src must be from 0 to {free}, got {n_src}")
     tokens = torch.arange(free, device=device)
-    order = _hash(tokens + _or_default(key, device)).argsort(stable=True) + prefix
+    key = make_key(0) if key is None else key
+    order = _hash(tokens + key.to(tokens.device)).argsort(stable=True) + prefix
     return Partition(order[:n_src], order[n_src:])
 
 
@@ -114,10 +115,6 @@ def make_key(seed: int, step: Tensor | float = 0, block: int = 0) -> Tensor:
     step = torch.as_tensor(step).flatten()[:1].float()
     bits = step.view(torch.int32).long() & 0xFFFFFFFF
     return _hash(_hash(bits + 0x9E3779B9 * (block + 1)) + (seed & 0xFFFFFFFF))[0]
-
-
-def _or_default(key: Tensor | None, device) -> Tensor:
-    return (make_key(0) if key is None else key).to(device)
 
 
 def _hash(x: Tensor) -> Tensor:

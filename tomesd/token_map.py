@@ -21,11 +21,11 @@ class TokenMap:
     group: int64 [B, N], the group of each token; −1 for a token that was dropped (pruning).
     head:  int64 [B, M], one token of each group, the one that the others merge into. Groups are
            numbered by their heads' places, so that tokens keep their order.
-    moved: int64 [B, N−M], the tokens that are not heads. Their number is fixed by shapes and
-           settings, never by the data: a map costs no host synchronisation and compiles.
+    moved: int64 [B, K], the tokens that merged into a head; K = N−M where none was dropped. How
+           many is fixed by shapes and settings, never by the data: a map costs no host
+           synchronisation and compiles.
     size:  float32 [B, M, 1], how many tokens the group holds. float32 also where the tokens are
            bfloat16, which cannot count past 256.
-    drops: whether the moved tokens were dropped instead of merged.
 
     Source: ToMe, section 3 and Appendix D; the groups are its merged tokens.
     """
@@ -34,7 +34,6 @@ class TokenMap:
     head: Tensor
     moved: Tensor
     size: Tensor
-    drops: bool = False
 
     @property
     def n(self) -> int:
@@ -45,6 +44,11 @@ class TokenMap:
     def m(self) -> int:
         """M, the number of groups."""
         return self.head.shape[1]
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens were dropped: some are neither heads nor merged into one."""
+        return self.m + self.moved.shape[1] < self.n
 
     @staticmethod
     def from_moves(n: int, moved: Tensor, target: Tensor | None) -> TokenMap:
@@ -66,12 +70,12 @@ class TokenMap:
         head = tokens.new_zeros(batch, n - count + 1).scatter(1, slot, tokens)[:, :-1]
         size = torch.ones(batch, n - count, device=moved.device)
         if target is None:
-            group = rank.scatter(1, moved, -1)
+            group, moved = rank.scatter(1, moved, -1), moved[:, :0]
         else:
             joined = rank.gather(1, target)
             group = rank.scatter(1, moved, joined)
             size = size.scatter_add(1, joined, size.new_ones(()).expand_as(joined))
-        return TokenMap(group, head, moved, size[..., None], drops=target is None)
+        return TokenMap(group, head, moved, size[..., None])
 
     @staticmethod
     def from_groups(group: Tensor | Sequence[Sequence[int]]) -> TokenMap:
@@ -109,31 +113,40 @@ class TokenMap:
                  [5.]]])
 
         x: [B, N, C], any float dtype and device. Returns [B, M, C] in the same dtype; sums are
-        taken in float32, so that large groups stay exact in half precision. Differentiable.
+            taken in float32 or wider, so that large groups stay exact in half precision.
+            Differentiable.
         weight: [B, N, 1] or None, each token's weight in the mean: the number of original tokens it
             stands for, where merging goes on layer after layer (ToMe's size-weighted average).
             None weighs all alike.
         how: "mean" (default: the best in ToMe, Table 1), "sum", "max", or "head", which keeps the
             head's value. Dropped tokens count for nothing.
-        Raises ValueError for another `how`, a weight with one, or an x that has not N tokens.
+        Raises ValueError for an unknown `how`, a weight beside a `how` that has no use for it, or
+            an x or weight of another shape.
         """
-        if x.shape[1] != self.n:
-            raise ValueError(f"x must have {self.n} tokens, got shape {tuple(x.shape)}")
+        batch = self.group.shape[0]
+        _require_shape("x", x, batch, self.n)
         if how not in ("mean", "sum", "max", "head"):
             raise ValueError(f"how must be 'mean', 'sum', 'max' or 'head', got {how!r}")
         if weight is not None and how != "mean":
             raise ValueError(f"weight goes with how='mean', got how={how!r}")
-        if how == "head" or self.drops or self.m == self.n:
+        if weight is not None:
+            _require_shape("weight", weight, batch, self.n, channels=1)
+        if how == "head" or self.moved.shape[1] == 0:
             return _rows(x, self.head)
         dtype, count = x.dtype, self.size
+        wide = torch.promote_types(dtype, torch.float32)
         if weight is not None:
-            x, count = x.float() * weight, self.merge(weight.float(), how="sum")
+            x, count = x.to(wide) * weight, self.merge(weight.to(wide), how="sum")
         heads, moved = _rows(x, self.head), _rows(x, self.moved)
-        into = _flat(self.group.gather(1, self.moved), self.m)
+        group = self.group.gather(1, self.moved)
+        if self.drops:  # Some of them may have merged into a head that was dropped later.
+            nothing = float("-inf") if how == "max" else 0
+            moved, group = moved.masked_fill(group[..., None] < 0, nothing), group.clamp(min=0)
+        into = _flat(group, self.m)
         if how == "max":
             largest = heads.flatten(0, 1).index_reduce(0, into, moved.flatten(0, 1), "amax")
             return largest.view_as(heads)
-        total = heads.float().flatten(0, 1).index_add(0, into, moved.float().flatten(0, 1))
+        total = heads.to(wide).flatten(0, 1).index_add(0, into, moved.to(wide).flatten(0, 1))
         total = total.view_as(heads)
         return (total if how == "sum" else total / count).to(dtype)
 
@@ -147,11 +160,10 @@ class TokenMap:
                  [5.]]])
 
         y: [B, M, C], any dtype and device. Returns [B, N, C]. One gather; differentiable.
-        Raises ValueError if y has not M tokens.
+        Raises ValueError for a y of another shape.
         Source: ToMe, Appendix F.1 ("unmerge them by simply copying").
         """
-        if y.shape[1] != self.m:
-            raise ValueError(f"y must have {self.m} tokens, got shape {tuple(y.shape)}")
+        _require_shape("y", y, self.group.shape[0], self.m)
         if self.drops:
             return _rows(y, self.group.clamp(min=0)).masked_fill(self.group[..., None] < 0, 0)
         return _rows(y, self.group)
@@ -163,18 +175,25 @@ class TokenMap:
         >>> first.then(second).group
         tensor([[0, 0, 1, 1]])
 
-        Raises ValueError if the other map is not on M tokens.
+        Raises ValueError if the other map is not on the same batch of M tokens.
         """
-        if other.n != self.m:
-            raise ValueError(f"other must be a map of {self.m} tokens, got one of {other.n}")
+        needed, got = self.head.shape, other.group.shape
+        if got != needed:
+            raise ValueError(f"other must map [batch, tokens] {list(needed)}, got {list(got)}")
         group = other.group.gather(1, self.group.clamp(min=0))
         return TokenMap(
             group.masked_fill(self.group < 0, -1) if self.drops else group,
             self.head.gather(1, other.head),
             torch.cat([self.moved, self.head.gather(1, other.moved)], dim=1),
             other.merge(self.size, how="sum"),
-            drops=self.drops or other.drops,
         )
+
+
+def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | None = None) -> None:
+    # A wrong batch must not pass: rows of another sample would be read, or samples lost.
+    if x.dim() != 3 or x.shape[:2] != (batch, n) or channels not in (None, x.shape[2]):
+        needed = f"[{batch}, {n}, {channels or 'channels'}]"
+        raise ValueError(f"{name} must be of shape {needed}, got {list(x.shape)}")
 
 
 def _flat(index: Tensor, n: int) -> Tensor:

@@ -1,0 +1,66 @@
+"""Importing tomesd costs an import of torch and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import tomesd
+
+# Hosts, what they draw in, and what only the scripts and the embedded pipeline need.
+OPTIONAL = {
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "PIL",
+    "safetensors",
+    "scipy",
+    "timm",
+    "tokenizers",
+    "torchvision",
+    "tqdm",
+    "transformers",
+    "triton",
+}
+
+# Some may come with torch itself: only what tomesd adds counts.
+WHAT_THE_IMPORT_ADDS = """
+import json, sys, torch
+before = set(sys.modules)
+import tomesd
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.fixture(scope="module")
+def added() -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", WHAT_THE_IMPORT_ADDS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_tomesd_imports_no_host_and_no_optional_library(added):
+    packages = {name.partition(".")[0] for name in added}
+    assert "tomesd" in packages
+    assert not packages & OPTIONAL
+
+
+def test_importing_tomesd_leaves_the_shapes_world_alone(added):
+    assert not [name for name in added if name.startswith("tomesd.shapes")]
+
+
+def test_the_public_names_are_exactly_all():
+    modules = {name for name in vars(tomesd) if f"tomesd.{name}" in sys.modules}
+    public = {name for name in vars(tomesd) if not name.startswith("_")} - modules
+    assert public == set(tomesd.__all__)
+
+
+@pytest.mark.parametrize("name", tomesd.__all__)
+def test_the_documentation_of_every_public_name_opens_with_an_example(name):
+    opening = getattr(tomesd, name).__doc__.splitlines()[:4]
+    assert any(line.strip().startswith(">>>") for line in opening)

@@ -6,10 +6,12 @@
 from tomesd.patch import apply_patch, patched, remove_patch, report
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
+from tomesd.vit_settings import ViTSettings
 
 __all__ = [
     "DiffusionSettings",
     "TokenMap",
+    "ViTSettings",
     "apply_patch",
     "patched",
     "remove_patch",

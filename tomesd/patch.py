@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from tomesd.patches import diffusers_unet
+from tomesd.patches import diffusers_unet, timm_vit
 from tomesd.patches.common import Patch, Row
 from tomesd.settings import diffusion_settings
+from tomesd.vit_settings import vit_settings
 
 Model = TypeVar("Model")
 
@@ -18,35 +19,47 @@ Model = TypeVar("Model")
 _PATCH = "_tomesd_patch"
 
 
+class _Family(NamedTuple):
+    """Models are known by the names of their classes, so that no host has to be imported.
+
+    host: the package. models: what can be patched. refused: what cannot, and why.
+    """
+
+    host: str
+    models: tuple[str, ...]
+    refused: dict[str, str]
+    make_patch: Any
+
+
+_DENOISERS = (_Family("diffusers", diffusers_unet.MODELS, {}, diffusers_unet.UNetPatch),)
+_VITS = (_Family("timm", timm_vit.MODELS, timm_vit.REFUSED, timm_vit.TimmViTPatch),)
+
+
 def apply_patch(
-    model: Model, ratio: float = 0.5, *, preset: str | None = None, **settings: Any
+    model: Model, ratio: float | None = None, *, preset: str | None = None, **settings: Any
 ) -> Model:
-    """Merge tokens in every supported model of a pipeline, from its next call on.
+    """Merge tokens in every supported model of a pipeline or module, from its next call on.
 
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
 
-    model: a diffusers pipeline, or a UNet2DConditionModel or ControlNetModel, also one that is
-        wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
-        hooks and returned; a model that is patched already gets the new settings instead of the
-        old ones.
-    ratio: share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by default, where the
-        papers find the picture hardly changed at twice the speed.
-    preset: "paper" is exactly ToMe's Appendix F. What is given beside it wins.
-    settings: see `tomesd.DiffusionSettings`.
+    model: a diffusers pipeline, a UNet2DConditionModel or ControlNetModel, or a Vision Transformer
+        of timm, also one that is wrapped (by torch.compile, DistributedDataParallel). It is changed
+        in place by forward hooks and returned; a model that is patched already gets the new
+        settings instead of the old ones.
+    ratio: for denoisers, the share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by
+        default, where the papers find the picture hardly changed at twice the speed.
+    preset: for denoisers, "paper" is exactly ToMe's Appendix F. What is given beside it wins.
+    settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
+        `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup must be
+        given, and where it is, denoisers are left as they are.
 
     Raises TypeError for a model that is not supported or an unknown setting, and ValueError for a
     setting out of its range or if nothing at all would be merged; the model is then unchanged.
-    Source: ToMe, Appendix F; Token Merging for Fast Stable Diffusion.
+    Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
-    chosen = diffusion_settings(ratio, preset, settings)
-    targets = _targets(model)
-    if not targets:
-        raise TypeError(
-            f"model must be or contain one of {', '.join(diffusers_unet.MODELS)}, "
-            f"got {type(model).__name__}"
-        )
-    patches = [diffusers_unet.UNetPatch(target, chosen) for target in targets.values()]
-    for target, patch in zip(targets.values(), patches, strict=True):
+    targets, chosen = _choose(model, ratio, preset, settings)
+    patches = [family.make_patch(target, chosen) for target, family in targets]
+    for (target, _), patch in zip(targets, patches, strict=True):
         _remove(target)
         patch.install()
         setattr(target, _PATCH, patch)
@@ -61,14 +74,16 @@ def remove_patch(model: Model) -> Model:
 
     Returns what it was given. A model without a patch is left as it is.
     """
-    removed = [_remove(target) for target in _targets(model).values()]
-    if any(removed):
+    patched = _patched(model)
+    for target in patched.values():
+        _remove(target)
+    if patched:
         _forget_compiled_code(model)
     return model
 
 
 @contextmanager
-def patched(model: Model, ratio: float = 0.5, **settings: Any) -> Iterator[Model]:
+def patched(model: Model, ratio: float | None = None, **settings: Any) -> Iterator[Model]:
     """Merge tokens inside a `with` block only; undone on leaving it, also after an exception.
 
     >>> with tomesd.patched(pipe, ratio=0.5):
@@ -76,20 +91,15 @@ def patched(model: Model, ratio: float = 0.5, **settings: Any) -> Iterator[Model
 
     Takes what apply_patch takes. A patch that was there before comes back afterwards.
     """
-    before = {
-        name: getattr(target, _PATCH)
-        for name, target in _targets(model).items()
-        if hasattr(target, _PATCH)
-    }
+    before = [(target, getattr(target, _PATCH)) for target in _patched(model).values()]
     apply_patch(model, ratio, **settings)
     try:
         yield model
     finally:
         remove_patch(model)
-        for name, target in _targets(model).items():
-            if name in before:
-                before[name].install()
-                setattr(target, _PATCH, before[name])
+        for target, patch in before:
+            patch.install()
+            setattr(target, _PATCH, patch)
 
 
 @dataclass(frozen=True)
@@ -124,33 +134,79 @@ def report(model: Any) -> Report:
     "Attention saved" is the share of query–key pairs in self-attention that need not be computed.
     Raises ValueError if nothing in the model is patched.
     """
-    found = {
-        name: getattr(target, _PATCH).rows()
-        for name, target in _targets(model).items()
-        if hasattr(target, _PATCH)
-    }
+    found = {name: getattr(target, _PATCH).rows() for name, target in _patched(model).items()}
     if not found:
         raise ValueError(f"model must be patched, got a {type(model).__name__} without a patch")
     return Report(found)
 
 
-def _targets(model: Any) -> dict[str, nn.Module]:
-    """Every supported model inside a pipeline or module, by name."""
+def _modules(model: Any) -> dict[str, nn.Module]:
+    """Every module of a pipeline or module, by name."""
     parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
     return {
         ".".join(filter(None, (part, name))) or type(module).__name__: module
         for part, root in parts.items()
         if isinstance(root, nn.Module)
         for name, module in root.named_modules()
-        if any(base.__name__ in diffusers_unet.MODELS for base in type(module).__mro__)
     }
 
 
-def _remove(target: nn.Module) -> bool:
+def _patched(model: Any) -> dict[str, nn.Module]:
+    return {name: module for name, module in _modules(model).items() if _PATCH in module.__dict__}
+
+
+def _classes(module: nn.Module, host: str) -> set[str]:
+    """The names of the module's classes, its own and inherited, that the host defines."""
+    bases = type(module).__mro__
+    return {base.__name__ for base in bases if base.__module__.partition(".")[0] == host}
+
+
+def _targets(model: Any, families: tuple[_Family, ...]) -> list[tuple[nn.Module, _Family]]:
+    return [
+        (module, family)
+        for module in _modules(model).values()
+        for family in families
+        if _classes(module, family.host) & set(family.models)
+    ]
+
+
+def _choose(model: Any, ratio: float | None, preset: str | None, settings: dict) -> tuple:
+    """Which models to patch, and how: denoisers by ratio, Vision Transformers by r."""
+    denoisers, vits = _targets(model, _DENOISERS), _targets(model, _VITS)
+    if not denoisers and not vits:
+        raise TypeError(_why_unsupported(model))
+    by_r = "r" in settings or "speedup" in settings
+    if not by_r and denoisers:
+        return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
+    found = type((vits or denoisers)[0][0]).__name__
+    if not vits:
+        raise TypeError(
+            f"{found} must be given ratio, the share of its tokens to merge (for example "
+            "ratio=0.5); r and speedup are for Vision Transformers"
+        )
+    if ratio is not None or preset is not None:
+        raise TypeError(
+            f"{found} must be given r, the number of tokens to merge in each layer (for example "
+            "r=8); ratio and preset are for diffusion models"
+        )
+    return vits, vit_settings(settings)
+
+
+def _why_unsupported(model: Any) -> str:
+    for module in _modules(model).values():
+        for family in _VITS:
+            for name in _classes(module, family.host) & set(family.refused):
+                return f"model must not be a {name}: {family.refused[name]}"
+    supported = [
+        f"{name} ({family.host})" for family in (*_DENOISERS, *_VITS) for name in family.models
+    ]
+    return f"model must be or contain one of {', '.join(supported)}, got {type(model).__name__}"
+
+
+def _remove(target: nn.Module) -> None:
     patch: Patch | None = target.__dict__.pop(_PATCH, None)
     if patch is not None:
         patch.remove()
-    return patch is not None
 
 
 def _forget_compiled_code(model: Any) -> None:

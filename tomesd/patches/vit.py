@@ -1,0 +1,275 @@
+"""Token merging in Vision Transformers, by forward hooks alone: what all families share.
+
+    block's input         pre:  (where it is the feature) note it
+    attention             pre:  + log(size) on the keys
+    key projection        post: note the keys
+    second norm           pre:  one token map from the keys; merge
+    MLP                   post: unmerge
+    block                 post: merge; after the last block unmerge to where it all began
+
+"Sandwich": the host adds the MLP's output to tokens that it has kept for itself, which a hook does
+not see. So the MLP runs on merged tokens, its output is unmerged, and the sum is merged:
+merge(x + unmerge(mlp(merge(x)))) == merge(x) + mlp(merge(x)), which is merging between attention
+and MLP. A family's file says where these places are in its host's blocks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tomesd import schedule
+from tomesd.patches.common import Patch, Row
+from tomesd.schedule import Cost
+from tomesd.token_map import TokenMap
+from tomesd.vit_settings import ViTSettings
+
+
+class Seams(NamedTuple):
+    """Where the hooks of one transformer block go.
+
+    enter: the first module that gets the block's input. merge: the first after attention, unmerge:
+    the last before its output is added to the residual stream. features: whose outputs are q, k and
+    v. width: channels of all heads together.
+    """
+
+    block: nn.Module
+    enter: nn.Module
+    attention: nn.Module
+    merge: nn.Module
+    unmerge: nn.Module
+    features: dict[str, nn.Module]
+    width: int
+
+
+@dataclass(eq=False)
+class Run:
+    """The token maps of the latest forward.
+
+    maps[i] leads from the first block's tokens to those that block i gets, maps[-1] to those after
+    the last block; steps[i] is what block i merges, None for nothing. They are kept by block, so
+    that gradient checkpointing, which runs blocks again in any order, finds what it needs. (Two
+    forwards before one backward are not for checkpointing: it would find the second one's maps.)
+    """
+
+    settings: ViTSettings
+    prefix: int
+    schedule: list[int]
+    maps: list[TokenMap] = field(init=False)
+    steps: list[TokenMap | None] = field(init=False)
+    hides_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.maps = [None] * (len(self.schedule) + 1)  # type: ignore[list-item]
+        self.steps = [None] * len(self.schedule)
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles of a model are without what its last forward left."""
+        bare = Run(self.settings, self.prefix, self.schedule)
+        return bare.__dict__
+
+    def key_bias(self, layer: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What to add to the attention logits of a block's keys: [B, N] in x's dtype, or None.
+
+        x: [B, N, C], the block's tokens. mask: the host's own, on the first block's tokens. A token
+        that it hides counts for nothing wherever it merges: it is a group of size zero.
+        """
+        if layer == 0:
+            none = torch.empty(x.shape[0], 0, dtype=torch.long, device=x.device)
+            identity = TokenMap.from_moves(x.shape[1], none, none)
+            self.hides_tokens = mask is not None
+            if mask is not None:
+                size = _visible(mask, x).to(identity.size.dtype)[..., None]
+                identity = TokenMap(identity.group, identity.head, identity.moved, size)
+            self.maps[0] = identity
+        so_far = self.maps[layer]
+        if not self.hides_tokens and (not self.settings.prop_attn or so_far.m == so_far.n):
+            return None
+        size = so_far.size.squeeze(-1)
+        if not self.settings.prop_attn:
+            size = (size > 0).to(size.dtype)
+        return size.log().to(x.dtype)
+
+    def match(self, layer: int, features: dict[str, Tensor], n: int) -> TokenMap | None:
+        r = schedule.clipped(self.schedule[layer], n, self.prefix)
+        step = None
+        if r > 0:
+            step = self.settings.token_map(features, self.prefix, r, layer)
+        before = self.maps[layer]
+        self.steps[layer] = step
+        self.maps[layer + 1] = before if step is None else before.then(step)
+        return step
+
+    def merge(self, layer: int, x: Tensor) -> Tensor:
+        step = self.steps[layer]
+        if step is None:
+            return x
+        if self.settings.combine != "weighted":
+            return step.merge(x, how=self.settings.combine)
+        # Groups of hidden tokens alone have no weight at all, and need one to be averaged.
+        return step.merge(x, weight=self.maps[layer].size.clamp(min=1e-6))
+
+
+@dataclass(eq=False)
+class Layer:
+    """The hooks of one block."""
+
+    index: int
+    run: Run
+    attention: Any
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def note_input(self, enter: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.note("x_pre", args[0][:, :, None])
+
+    def note(self, name: str, feature: Tensor) -> None:
+        """feature: [B, N, H, D]. No gradient flows through the matching."""
+        self.features[name] = feature.detach()
+
+    def merge(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        x, *rest = args
+        if "x" in self.run.settings.needs:
+            self.note("x", x[:, :, None])
+        self.run.match(self.index, self.features, x.shape[1])
+        self.features = {}
+        return (self.run.merge(self.index, x), *rest), kwargs
+
+    def unmerge(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        step = self.run.steps[self.index]
+        return output if step is None else step.unmerge(output)
+
+    def leave(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.finish(self.run.merge(self.index, output))
+
+    def finish(self, merged: Tensor) -> Tensor:
+        run = self.run
+        last = self.index == len(run.schedule) - 1
+        return run.maps[-1].unmerge(merged) if last and run.settings.unmerge else merged
+
+    def note_q(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.note("q", self.by_heads("q", output))
+
+    def note_k(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.note("k", self.by_heads("k", output))
+
+    def note_v(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.note("v", self.by_heads("v", output))
+
+    def by_heads(self, name: str, output: Tensor) -> Tensor:
+        """What a module of `Seams.features` gave, as [B, N, H, D]."""
+        raise NotImplementedError
+
+    def weigh_keys(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        """Hand key_bias to the attention as its host takes it."""
+        raise NotImplementedError
+
+
+class ViTPatch(Patch):
+    """Token merging on one Vision Transformer.
+
+    Nothing of the model is touched before `install`; whatever speaks against merging is raised
+    when the patch is made.
+    """
+
+    layer_type: type[Layer]
+
+    def __init__(self, model: Any, settings: ViTSettings):
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.seams = self.find_seams()
+        self.prefix = self.count_prefix()
+        self.own_tokens = self.count_tokens()
+        r = settings.r
+        if settings.speedup is not None:
+            r = schedule.for_speedup(
+                settings.speedup, self._cost(), len(self.seams), self.own_tokens, self.prefix
+            )
+        self.run = Run(settings, self.prefix, schedule.per_layer(r, len(self.seams)))
+
+    def find_seams(self) -> list[Seams]:
+        raise NotImplementedError
+
+    def count_prefix(self) -> int:
+        """How many class, distillation and register tokens lead the sequence."""
+        raise NotImplementedError
+
+    def count_tokens(self) -> int:
+        """How many tokens, prefix and all, an input of the model's own size has."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        if not any(self.run.schedule):
+            return
+        needs = self.settings.needs
+        for index, seams in enumerate(self.seams):
+            layer = self.layer_type(index, self.run, seams.attention)
+            if "x_pre" in needs:
+                self.before(seams.enter, layer.note_input)
+            for name in needs:
+                if name in seams.features:
+                    self.after(seams.features[name], getattr(layer, f"note_{name}"))
+            self.install_block(seams, layer)
+
+    def install_block(self, seams: Seams, layer: Layer) -> None:
+        self.before(seams.attention, layer.weigh_keys)
+        self.before(seams.merge, layer.merge)
+        self.after(seams.unmerge, layer.unmerge)
+        self.leave(seams.block, layer.leave)
+
+    def leave(self, block: nn.Module, hook) -> None:
+        # First of all hooks: what others collect, such as hidden states, is what the next block
+        # gets, whoever came first.
+        self.handles.append(block.register_forward_hook(hook, prepend=True))
+
+    def remove(self) -> None:
+        super().remove()
+        self.run.clear()
+
+    def rows(self) -> list[Row]:
+        seen = self.run.maps[0]
+        first = tokens = self.own_tokens if seen is None else seen.n
+        rows = []
+        for index, r in enumerate(self.run.schedule):
+            merges = schedule.clipped(r, tokens, self.prefix)
+            note = f"r clipped from {r} to {merges}" if merges < r else ""
+            work = (tokens / first) ** 2
+            tokens -= merges
+            rows.append(Row(f"layer {index}", 1, first, tokens, work, note))
+        return rows
+
+    def _cost(self) -> Cost:
+        """Multiply-adds of a block: its weight matrices, once per token, and attention itself."""
+        seams = self.seams[0]
+        attention = _matrices(seams.attention)
+        mlp = _matrices(seams.block) - attention
+        return Cost(attention, 2 * seams.width, mlp)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+
+def _visible(mask: Tensor, x: Tensor) -> Tensor:
+    """Which tokens a host's attention mask lets be seen: bool [B, N].
+
+    mask: broadcastable to [B, heads, N, N], True or 0 where a query may look, else False or very
+    negative. Raises ValueError if it is not the same for every query and head: merged tokens are
+    one query.
+    """
+    mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
+    seen = mask if mask.dtype == torch.bool else mask > -1e4
+    # A compiled graph cannot look at the data.
+    if not torch.compiler.is_compiling():
+        varies = (seen != seen[:, :1, :1]).any()
+        weighs = mask.dtype != torch.bool and mask.masked_fill(~seen, 0).any()
+        if varies or weighs:
+            raise ValueError(
+                "attention_mask must hide the same tokens from all queries and heads where tokens "
+                f"merge, and nothing else, got one of shape {tuple(mask.shape)}; remove_patch first"
+            )
+    return seen[:, 0, 0].expand(x.shape[:2])

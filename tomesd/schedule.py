@@ -1,0 +1,129 @@
+"""How many tokens merge in each layer of a Vision Transformer."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Schedule = int | tuple[int, float] | list[int]
+
+
+def per_layer(r: Schedule, layers: int) -> list[int]:
+    """What each layer is asked to merge.
+
+    >>> per_layer((8, -1), layers=5)
+    [16, 12, 8, 4, 0]
+
+    r: a number of tokens: the same in every layer, the best without knowing the model (ToMe, Figure
+        2). (r, inflection): r on average, on a line from r·(1 − inflection) in the first layer to
+        r·(1 + inflection) in the last; −1 is the paper's decreasing schedule, faster and a little
+        less accurate at the same r. A list: one number for each layer.
+    layers: how many layers there are.
+
+    Raises TypeError if a number of tokens is not an int or the inflection not a number, ValueError
+    if r is negative, the inflection is not from −1 to 1, or a list has not one number per layer.
+    Source: ToMe, section 3, "Merging Schedule".
+    """
+    if isinstance(r, tuple):
+        if len(r) != 2:
+            raise ValueError(f"r as a tuple must be (r, inflection), got {r!r}")
+        mean, inflection = r
+        _check_tokens(mean, r)
+        if type(inflection) not in (int, float):
+            raise TypeError(f"r's inflection must be a number from -1 to 1, got {r!r}")
+        if not -1 <= inflection <= 1:
+            raise ValueError(f"r's inflection must be from -1 to 1, got {r!r}")
+        return [
+            round(mean * (1 + inflection * (2 * i / max(1, layers - 1) - 1))) for i in range(layers)
+        ]
+    if isinstance(r, list):
+        for value in r:
+            _check_tokens(value, r)
+        if len(r) != layers:
+            raise ValueError(f"r must have one number for each of {layers} layers, got {r!r}")
+        return list(r)
+    _check_tokens(r, r)
+    return [r] * layers
+
+
+def clipped(r: int, tokens: int, prefix: int) -> int:
+    """How many of r tokens can merge in one layer: at most half of those that are not protected.
+
+    >>> clipped(16, tokens=21, prefix=1)
+    10
+
+    prefix: how many tokens are protected. Source: ToMe, Appendix D.
+    """
+    return min(r, (tokens - prefix) // 2)
+
+
+def tokens_after(schedule: Sequence[int], tokens: int, prefix: int) -> list[int]:
+    """How many tokens are left after each layer.
+
+    >>> tokens_after([8, 8, 8], tokens=21, prefix=1)
+    [13, 7, 4]
+    """
+    left = []
+    for r in schedule:
+        tokens -= clipped(r, tokens, prefix)
+        left.append(tokens)
+    return left
+
+
+class Cost(NamedTuple):
+    """What one layer costs, in multiply-adds.
+
+    attention: of the projections, per token. pairs: of attention, per query–key pair. mlp: per
+    token; it runs on what is left after merging.
+    """
+
+    attention: int
+    pairs: int
+    mlp: int
+
+    def of(self, schedule: Sequence[int], tokens: int, prefix: int) -> int:
+        """Of all layers.
+
+        >>> Cost(attention=4, pairs=2, mlp=8).of([0], tokens=3, prefix=1)
+        54
+        """
+        total = 0
+        for left in tokens_after(schedule, tokens, prefix):
+            total += self.attention * tokens + self.pairs * tokens**2 + self.mlp * left
+            tokens = left
+        return total
+
+
+def for_speedup(speedup: float, cost: Cost, layers: int, tokens: int, prefix: int) -> int:
+    """The smallest constant r with which the layers cost 1/speedup of what they cost unmerged.
+
+    >>> vit_b = Cost(attention=4 * 768**2, pairs=2 * 768, mlp=8 * 768**2)
+    >>> for_speedup(2.0, vit_b, layers=12, tokens=197, prefix=1)
+    16
+
+    speedup: 1 or more. Multiply-adds are counted, not time: what the clock says also depends on the
+        machine, and on matching and merging themselves. The other arguments: see `Cost.of`.
+
+    Raises ValueError if the speed-up is below 1, or above what merging half of the tokens in every
+    layer gives.
+    """
+    if speedup < 1:
+        raise ValueError(f"speedup must be 1 or more, got {speedup}")
+    full = cost.of([0] * layers, tokens, prefix)
+    largest = (tokens - prefix) // 2
+    for r in range(largest + 1):
+        reached = full / cost.of([r] * layers, tokens, prefix)
+        if reached >= speedup:
+            return r
+    raise ValueError(
+        f"speedup must be at most {reached:.4g} for {layers} layers of {tokens} tokens, "
+        f"got {speedup}"
+    )
+
+
+def _check_tokens(value: object, r: object) -> None:
+    if type(value) is not int:
+        raise TypeError(
+            "r must be an int (tokens to merge in each layer), (r, inflection), or a list with an "
+            f"int for each layer, got {r!r}"
+        )
+    if value < 0:
+        raise ValueError(f"r must be 0 or more, got {r!r}")

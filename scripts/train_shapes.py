@@ -166,7 +166,7 @@ def train_classifier(args) -> None:
     labels = torch.tensor([scene(index).labels for index in range(args.pictures)]).to(args.device)
     model = shapes.build_classifier().to(args.device)
     compiled = torch.compile(lambda pixels: model(pixels).logits, dynamic=False)
-    stage = Stage("classifier", steps(args, 4000), batch=32, lr=1e-3, warmup=300)
+    stage = Stage("classifier", steps(args, 2400), batch=32, lr=1e-3, warmup=300)
 
     def loss(generator):
         with autocast(args):

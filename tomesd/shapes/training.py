@@ -1,5 +1,6 @@
 """Training the models of the Shapes world: one resumable loop and the three losses."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Stage:
 
     def lr_at(self, step: int) -> float:
         progress = step / self.steps
-        fall = self.final + (1 - self.final) * 0.5 * (1 + np.cos(np.pi * progress))
+        fall = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * min(1, (step + 1) / self.warmup) * fall
 
 

@@ -194,6 +194,14 @@ def test_gradients_flow_through_merging_and_not_through_the_matching():
     torch.testing.assert_close(x.grad, 2 * token_map.unmerge(token_map.merge(x)).detach())
 
 
+def test_the_matching_keeps_nothing_for_the_backward_pass():
+    x = random_metric(0, 2, 36, 8).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        bipartite_soft_matching(x, partition.strided(6, 6), r=18)
+    assert not kept
+
+
 # Compilation.
 
 

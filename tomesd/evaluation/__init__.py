@@ -1,0 +1,1 @@
+"""What the scripts share: sampling, distances, timing, memory and reports."""

@@ -1,0 +1,38 @@
+"""Types for the scripts' command lines, whose errors say what is allowed."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from low to high, both included.
+
+    >>> number(int, 1, 1000)("25")
+    25
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            noun = "a whole number" if kind is int else "a number"
+            raise ArgumentTypeError(f"must be {noun} from {low:g} to {high:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: width and height in pixels, which pipelines want in multiples of 8.
+
+    >>> size("128"), size("192x128")
+    ((128, 128), (192, 128))
+    """
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if len(sides) > 2 or any(side < 8 or side % 8 for side in sides):
+        raise ArgumentTypeError(
+            f"must be one side or WxH in positive multiples of 8 pixels, got {text!r}"
+        )
+    return sides[0], sides[-1]

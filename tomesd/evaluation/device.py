@@ -1,0 +1,44 @@
+"""Which device and which precision a script computes with."""
+
+import torch
+
+DEVICES = ("cuda", "mps", "cpu")
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device with this name, or the best one that is there: cuda, else mps, else cpu.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+
+    name: also with an index, such as "cuda:1".
+    Raises ValueError for a device that is unknown or not there.
+    """
+    if name is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None and found.type in DEVICES else torch.device("cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that is there, got {name!r}: {reason}") from error
+    return device
+
+
+def choose_precision(device: torch.device) -> str:
+    """The fastest precision in which Stable Diffusion is safe on a device.
+
+    >>> choose_precision(torch.device("cpu"))
+    'fp32'
+
+    On CUDA bf16 where the hardware has it, else fp16. fp32 elsewhere: CPUs compute half precision
+    more slowly, and on mps some autoencoders overflow in it.
+    """
+    if device.type != "cuda":
+        return "fp32"
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,0 +1,161 @@
+"""Making pictures with a text-to-image pipeline: the embedded one, or any other."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+from tomesd.shapes import pipeline as shapes
+
+# The class of each scheduler, and what it needs beside the pipeline's own noise schedule.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    # ToMe, Appendix F: pseudo linear multistep, without the Runge-Kutta steps at the start.
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is sampled.
+
+    >>> Sampling(steps=25, guidance=4.0, width=128, height=128).steps
+    25
+
+    width, height: pixels; None for the size that the model was made for.
+    """
+
+    steps: int
+    guidance: float
+    width: int | None = None
+    height: int | None = None
+
+
+# What the embedded pipeline looks best with; other pipelines bring defaults of their own.
+EMBEDDED = Sampling(steps=25, guidance=4.0)
+
+
+def check_model(model: str | None) -> None:
+    """Whether `load_pipeline` could know this model, found out without loading anything.
+
+    >>> check_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
+
+    Raises ValueError for what is neither a folder with a pipeline nor a possible hub id, and
+    FileNotFoundError if the embedded pipeline is not there.
+    """
+    if model is None:
+        folder = shapes.ASSETS / "pipeline"
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} is missing; `python scripts/train_shapes.py` makes it"
+            )
+        return
+    if Path(model).is_dir():
+        if not (Path(model) / "model_index.json").is_file():
+            raise ValueError(
+                f"model must be a pipeline's folder, got {model!r}: no model_index.json"
+            )
+        return
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(f"model must be a folder or a hub id, got {model!r}") from error
+
+
+def load_pipeline(
+    model: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scheduler: str | None = None,
+) -> Any:
+    """A text-to-image pipeline on a device.
+
+    >>> pipe = load_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", "cuda", torch.float16)
+
+    model: None for the embedded pipeline of the Shapes world, or a folder in diffusers' format, or
+        an id on the Hugging Face hub.
+    scheduler: one of SCHEDULERS, with the noise schedule that the model was trained on; None for
+        the pipeline's own.
+    Raises ValueError for an unknown scheduler or what cannot be a model, and OSError if it cannot
+    be read or downloaded.
+    """
+    if scheduler is not None and scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    check_model(model)
+    if model is None:
+        pipe = shapes.load_pipeline(dtype=dtype)
+    else:
+        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
+    if scheduler is not None:
+        name, settings = SCHEDULERS[scheduler]
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+    return pipe.to(device)
+
+
+def choose(
+    pipe: Any,
+    model: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: tuple[int, int] | None = None,
+) -> Sampling:
+    """How to sample with a pipeline, where what is not given is what the pipeline is made for.
+
+    >>> choose(pipe, guidance=7.5).steps
+    25
+
+    model: what the pipeline was loaded from; None for the embedded one. size: width and height.
+    """
+    usual = EMBEDDED
+    if model is not None:
+        call = inspect.signature(pipe.__call__).parameters
+        usual = Sampling(call["num_inference_steps"].default, call["guidance_scale"].default)
+    width, height = size or (None, None)
+    return Sampling(
+        steps=usual.steps if steps is None else steps,
+        guidance=usual.guidance if guidance is None else guidance,
+        width=width,
+        height=height,
+    )
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch: int = 1
+) -> Iterator[Image.Image]:
+    """One picture for each prompt and seed, as they get done.
+
+    >>> pictures = list(sample(pipe, ["a red heart", "a blue star"], [0, 1], Sampling(25, 4.0)))
+
+    seeds: a picture's noise comes from its own seed alone, drawn on the CPU. So it is the same on
+        every device and in any batch, up to the rounding of differently shaped matrix products.
+    batch: how many are sampled at once. 1 needs the least memory.
+    Raises ValueError if prompts and seeds are not as many, or batch is below 1.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"prompts and seeds must be as many, got {len(prompts)} and {len(seeds)}")
+    if batch < 1:
+        raise ValueError(f"batch must be 1 or more, got {batch}")
+    return _sample(pipe, prompts, seeds, sampling, batch)
+
+
+def _sample(pipe, prompts, seeds, sampling: Sampling, batch: int) -> Iterator[Image.Image]:
+    for start in range(0, len(prompts), batch):
+        yield from pipe(
+            list(prompts[start : start + batch]),
+            generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            width=sampling.width,
+            height=sampling.height,
+        ).images

@@ -14,16 +14,17 @@ from torch import nn
 
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.training import (
-    HELD_OUT,
+    MaskedClassifier,
     Stage,
     autoencoder_loss,
     classifier_loss,
     denoiser_loss,
+    masks,
     pictures,
     to_unit,
     train,
 )
-from tomesd.shapes.world import scene
+from tomesd.shapes.world import HELD_OUT, scene
 
 STAGES = ("autoencoder", "denoiser", "classifier")
 
@@ -144,6 +145,7 @@ def train_denoiser(args) -> None:
     ):
         loss = partial(
             denoiser_loss,
+            masks,
             compiled,
             shapes.build_scheduler(),
             latents(size),
@@ -165,14 +167,17 @@ def train_classifier(args) -> None:
     images = drawn(args, 128)
     labels = torch.tensor([scene(index).labels for index in range(args.pictures)]).to(args.device)
     model = shapes.build_classifier().to(args.device)
-    compiled = torch.compile(lambda pixels: model(pixels).logits, dynamic=False)
+    both = MaskedClassifier(model).to(args.device)
+    compiled = torch.compile(both, dynamic=False)
+    patches = model.config.image_size // model.config.patch_size
+    covered = cached(args, "masks", lambda: masks(range(args.pictures), patches))
     stage = Stage("classifier", steps(args, 2400), batch=32, lr=1e-3, warmup=300)
 
     def loss(generator):
         with autocast(args):
-            return classifier_loss(compiled, images, labels, stage.batch, generator)
+            return classifier_loss(compiled, images, covered, labels, stage.batch, generator)
 
-    train(stage, model, loss, args.work / "classifier.pt")
+    train(stage, both, loss, args.work / "classifier.pt")
     model.eval()
     held_out = pictures(HELD_OUT[:1024], 128)
     with torch.no_grad():

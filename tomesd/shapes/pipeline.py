@@ -170,10 +170,10 @@ def build_classifier() -> ViTForImageClassification:
     names = [f"{group}: {name}" for group, names in LABELS.items() for name in names]
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=96,
-            intermediate_size=384,
+            hidden_size=64,
+            intermediate_size=256,
             num_hidden_layers=12,
-            num_attention_heads=3,
+            num_attention_heads=2,
             image_size=128,
             patch_size=8,
             num_labels=len(names),

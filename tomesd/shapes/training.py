@@ -12,13 +12,10 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
 from tqdm import tqdm
+from transformers import ViTForImageClassification
 
 from tomesd.shapes.pipeline import split_logits
-from tomesd.shapes.world import draw, scene
-
-# The classifier is judged on pictures that no model was trained on: these indices are never drawn
-# for training.
-HELD_OUT = range(10_000_000, 10_010_000)
+from tomesd.shapes.world import draw, draw_mask, scene
 
 _CHECKPOINT_EVERY = 200
 
@@ -163,26 +160,60 @@ def denoiser_loss(
     return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
 
 
+class MaskedClassifier(nn.Module):
+    """The classifier with a second, dense task: which parts of each patch the shape covers.
+
+    From labels alone a ViT of this size had learnt colors and backgrounds after 800 steps, but
+    shapes no better than 21% (chance: 13%). What the patches show is quickly learnt, and the class
+    token then only has to look. The second head is used in training only.
+    """
+
+    CELLS = 4
+
+    def __init__(self, classifier: ViTForImageClassification):
+        super().__init__()
+        self.classifier = classifier
+        self.mask_head = nn.Linear(classifier.config.hidden_size, self.CELLS**2)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class logits [B, 28] and mask logits [B, patches, CELLS²]."""
+        tokens = self.classifier.vit(pixels).last_hidden_state
+        return self.classifier.classifier(tokens[:, 0]), self.mask_head(tokens[:, 1:])
+
+
+def masks(indices: Iterable[int], patches: int) -> torch.Tensor:
+    """What MaskedClassifier's second head learns: uint8 [n, patches², CELLS²], 255 is covered."""
+    size = patches * MaskedClassifier.CELLS
+    drawn = torch.stack(
+        [torch.from_numpy(np.array(draw_mask(scene(index), size))) for index in indices]
+    )
+    cells = F.unfold(drawn[:, None].float(), MaskedClassifier.CELLS, stride=MaskedClassifier.CELLS)
+    return cells.transpose(1, 2).byte()
+
+
 def classifier_loss(
-    model: Callable[..., torch.Tensor],
+    model: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     images: torch.Tensor,
+    covered: torch.Tensor,
     labels: torch.Tensor,
     batch: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Cross-entropy summed over shape, color, kind and ground, on blurred and noisy pictures.
+    """Cross-entropy summed over shape, color, kind, ground and mask, on soft and noisy pictures.
 
     Generated pictures are a little soft; a classifier that saw only crisp ones would misread them.
     """
+    device = labels.device
     rows = pick(images, batch, generator)
-    clean = to_unit(images[rows].to(labels.device))
+    clean = to_unit(images[rows].to(device))
     soft = F.interpolate(F.avg_pool2d(clean, 2), scale_factor=2, mode="bilinear")
-    blend = torch.rand(batch, 1, 1, 1, generator=generator).to(clean.device)
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    logits = model(torch.lerp(clean, soft, blend) + 0.05 * noise)
-    targets = labels[rows.to(labels.device)]
+    blend = torch.rand(batch, 1, 1, 1, generator=generator).to(device)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    logits, mask = model(torch.lerp(clean, soft, blend) + 0.05 * noise)
+    targets = labels[rows.to(device)]
     losses = [
         F.cross_entropy(part.float(), targets[:, group])
         for group, part in enumerate(split_logits(logits).values())
     ]
-    return torch.stack(losses).sum()
+    dense = F.binary_cross_entropy_with_logits(mask.float(), covered[rows].to(device) / 255)
+    return torch.stack(losses).sum() + 2 * dense

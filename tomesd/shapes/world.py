@@ -23,6 +23,9 @@ COLORS = {
 }
 KINDS = ("plain", "striped", "checkered", "gradient")
 
+# Scenes that no model is trained on: for judging.
+HELD_OUT = range(10_000_000, 10_100_000)
+
 _SUPERSAMPLING = 4
 
 
@@ -98,7 +101,7 @@ def draw(scene: Scene, size: int = 128) -> Image.Image:
     if size < 16:
         raise ValueError(f"size must be 16 px or more, got {size}")
     picture = _shade(COLORS[scene.ground], _background(scene, size))
-    mask = _shape_mask(scene, size)
+    mask = draw_mask(scene, size)
 
     # The light falls from the top left: a soft shadow to the bottom right, brighter where it hits.
     drop = round(0.035 * size)
@@ -142,7 +145,12 @@ def _background(scene: Scene, size: int) -> np.ndarray:
     return amount.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING).mean((1, 3))
 
 
-def _shape_mask(scene: Scene, size: int) -> Image.Image:
+def draw_mask(scene: Scene, size: int = 128) -> Image.Image:
+    """How much of each pixel the shape covers: an 8-bit grey picture of size × size pixels.
+
+    >>> draw_mask(scene(7)).getextrema()
+    (0, 255)
+    """
     side = size * _SUPERSAMPLING
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)

@@ -1,0 +1,95 @@
+"""How much merging changes a pipeline's pictures, and whether they still show what was asked."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import tomesd
+from tomesd.evaluation.image_file import save_image
+from tomesd.evaluation.sampling import Sampling, sample
+from tomesd.shapes import pipeline as shapes
+from tomesd.shapes.world import HELD_OUT, Scene, scene
+
+# What is compared: the name in the table, and what is given to apply_patch. The first is the
+# recipe of ToMeSD; "+ log size" is proportional attention.
+CASES: dict[str, dict[str, Any]] = {
+    "ToMe": {"prop_attn": False},
+    "ToMe + log size": {"prop_attn": True},
+    "ToMe, keys and values": {"merge_queries": False, "prop_attn": False},
+    "ToMe, keys and values + log size": {"merge_queries": False, "prop_attn": True},
+    "random pruning": {"method": "prune"},
+}
+
+
+def held_out(count: int) -> list[Scene]:
+    """Scenes that no model was trained on, the same ones every time."""
+    if not 0 < count <= len(HELD_OUT):
+        raise ValueError(f"count must be from 1 to {len(HELD_OUT)}, got {count}")
+    return [scene(index) for index in HELD_OUT[:count]]
+
+
+def pictures(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    folder: Path,
+    ratio: float,
+    settings: Mapping[str, Any],
+    batch: int = 8,
+) -> list[Image.Image]:
+    """One picture for each prompt, seeded with its index; those already in the folder are kept.
+
+    >>> images = pictures(pipe, ["a red heart"], Sampling(25, 4.0), Path("out"), 0.5, {})
+
+    Each is written whole as <index>.png with its settings, so an interrupted run goes on.
+    """
+    missing = [i for i in range(len(prompts)) if not _path(folder, i).exists()]
+    if missing:
+        with tomesd.patched(pipe, ratio, **settings):
+            images = sample(pipe, [prompts[i] for i in missing], missing, sampling, batch)
+            progress = tqdm(images, desc=folder.name, total=len(missing))
+            for index, image in zip(missing, progress, strict=True):
+                told = {"prompt": prompts[index], "seed": index, "ratio": ratio, **settings}
+                save_image(image, _path(folder, index), told | vars(sampling))
+    return [Image.open(_path(folder, i)).convert("RGB") for i in range(len(prompts))]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05}.png"
+
+
+def run_folder(root: Path, settings: Mapping[str, Any]) -> Path:
+    """A folder of its own for these settings: other settings never mix with its pictures."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(text + "\n")
+    return folder
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB, 8 bits; infinite for equal pictures.
+
+    >>> psnr(Image.new("L", (2, 2), 0), Image.new("L", (2, 2), 255))
+    0.0
+    """
+    difference = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    error = np.mean(difference**2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def shown_right(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> list[bool]:
+    """Whether each picture shows its scene's shape, color, kind and ground, by the classifier."""
+    classifier = shapes.load_classifier()
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        read = [answer for part in pixels.split(64) for answer in shapes.read(classifier(part)[0])]
+    return [answer == scene.labels for answer, scene in zip(read, scenes, strict=True)]

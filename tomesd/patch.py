@@ -8,7 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from tomesd.patches import diffusers_unet, timm_vit
+from tomesd.patches import (
+    diffusers_unet,
+    timm_vit,
+    torchvision_vit,
+    transformers_videomae,
+    transformers_vit,
+)
 from tomesd.patches.common import Patch, Row
 from tomesd.settings import diffusion_settings
 from tomesd.vit_settings import vit_settings
@@ -32,7 +38,22 @@ class _Family(NamedTuple):
 
 
 _DENOISERS = (_Family("diffusers", diffusers_unet.MODELS, {}, diffusers_unet.UNetPatch),)
-_VITS = (_Family("timm", timm_vit.MODELS, timm_vit.REFUSED, timm_vit.TimmViTPatch),)
+_VITS = (
+    _Family(
+        "transformers",
+        transformers_vit.MODELS,
+        transformers_vit.REFUSED,
+        transformers_vit.TransformersViTPatch,
+    ),
+    _Family("transformers", transformers_videomae.MODELS, {}, transformers_videomae.VideoMAEPatch),
+    _Family("timm", timm_vit.MODELS, timm_vit.REFUSED, timm_vit.TimmViTPatch),
+    _Family(
+        "torchvision",
+        torchvision_vit.MODELS,
+        torchvision_vit.REFUSED,
+        torchvision_vit.TorchvisionViTPatch,
+    ),
+)
 
 
 def apply_patch(
@@ -43,9 +64,9 @@ def apply_patch(
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
 
     model: a diffusers pipeline, a UNet2DConditionModel or ControlNetModel, or a Vision Transformer
-        of timm, also one that is wrapped (by torch.compile, DistributedDataParallel). It is changed
-        in place by forward hooks and returned; a model that is patched already gets the new
-        settings instead of the old ones.
+        of transformers, timm or torchvision, also one that is wrapped (by torch.compile,
+        DistributedDataParallel). It is changed in place by forward hooks and returned; a model that
+        is patched already gets the new settings instead of the old ones.
     ratio: for denoisers, the share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by
         default, where the papers find the picture hardly changed at twice the speed.
     preset: for denoisers, "paper" is exactly ToMe's Appendix F. What is given beside it wins.

@@ -1,0 +1,201 @@
+"""What every family of Vision Transformers promises, with merging on and off."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import tomesd
+from tests.tiny_vits import FAMILIES, TIMM, TRANSFORMERS, Vit, build
+from tests.vit_reference import encode, unmerge
+
+families = pytest.mark.parametrize("name", FAMILIES)
+
+# More than half of what is left in the last layer of the smaller models: clipped there.
+R = [3, 0, 9]
+
+
+def run_patched(vit: Vit, **settings) -> tuple[Tensor, Tensor]:
+    """With the patch: what goes into the first block, and what comes out of the last.
+
+    The patch is gone afterwards, so that the reference can call the model's own modules.
+    """
+    tomesd.apply_patch(vit.model, **settings)
+    seen = {}
+    hooks = [
+        vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0])),
+        vit.blocks[-1].register_forward_hook(lambda _, args, out: seen.update(last=out)),
+    ]
+    try:
+        vit.output()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        tomesd.remove_patch(vit.model)
+    return seen["first"], seen["last"]
+
+
+def patched_encoder(vit: Vit):
+    return next(m for m in vit.model.modules() if "_tomesd_patch" in m.__dict__)
+
+
+def groups_of_last_run(vit: Vit) -> list[list[int]]:
+    return patched_encoder(vit)._tomesd_patch.run.maps[-1].group.tolist()
+
+
+@families
+@torch.no_grad()
+def test_r_0_changes_nothing_bit_for_bit(name):
+    vit = build(name)
+    expected = vit.output()
+    tomesd.apply_patch(vit.model, r=0)
+    assert torch.equal(vit.output(), expected)
+
+
+@families
+@torch.no_grad()
+def test_merged_blocks_compute_what_the_paper_says(name):
+    vit = build(name)
+    first, last = run_patched(vit, r=R)
+    for tokens, got in zip(first, last, strict=True):
+        merged, groups = encode(tokens, vit.reference, R, vit.prefix)
+        assert len(groups) < len(tokens) - 3
+        torch.testing.assert_close(got, unmerge(merged, groups), atol=1e-4, rtol=1e-4)
+
+
+@families
+@torch.no_grad()
+def test_without_unmerge_the_merged_tokens_are_handed_on(name):
+    vit = build(name)
+    try:
+        first, last = run_patched(vit, r=R, unmerge=False, prop_attn=False)
+    except (RuntimeError, ValueError):
+        assert name in ("ViTMAE", "DINOv2 backbone")  # Their decoders and maps want all tokens.
+        return
+    for tokens, got in zip(first, last, strict=True):
+        merged, _ = encode(tokens, vit.reference, R, vit.prefix, prop_attn=False)
+        torch.testing.assert_close(got, merged, atol=1e-4, rtol=1e-4)
+
+
+@families
+@torch.no_grad()
+def test_removing_the_patch_restores_the_output_bit_for_bit(name):
+    vit = build(name)
+    expected, hooks = vit.output(), count_hooks(vit.model)
+    tomesd.apply_patch(vit.model, r=3)
+    assert not torch.equal(vit.output(), expected)
+    tomesd.remove_patch(vit.model)
+    assert torch.equal(vit.output(), expected)
+    assert count_hooks(vit.model) == hooks
+
+
+def count_hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@families
+@torch.no_grad()
+def test_class_distillation_and_register_tokens_never_merge(name):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=100)
+    vit.output()
+    assert patched_encoder(vit)._tomesd_patch.prefix == vit.prefix
+    for group in groups_of_last_run(vit):
+        for special in range(vit.prefix):
+            assert group.count(group[special]) == 1
+        assert len(set(group[vit.prefix :])) < len(group) - vit.prefix
+
+
+@families
+def test_gradients_are_those_of_the_reference(name):
+    vit = build(name)
+    first, last = run_patched(vit, r=R)
+    weight = vit.blocks[0].get_parameter(next(n for n, p in vit.blocks[0].named_parameters()))
+    (got,) = torch.autograd.grad(last.square().sum(), weight, retain_graph=True)
+    rows = [unmerge(*encode(tokens, vit.reference, R, vit.prefix)) for tokens in first]
+    (expected,) = torch.autograd.grad(torch.stack(rows).square().sum(), weight)
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-3)
+
+
+def assert_merges_by_itself(twin: Vit, expected: Tensor, plain: Tensor) -> None:
+    assert torch.equal(twin.output(), expected)
+    tomesd.remove_patch(twin.model)
+    assert torch.equal(twin.output(), plain)
+
+
+@families
+@torch.no_grad()
+def test_deep_copies_merge_by_themselves(name):
+    vit = build(name)
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=3)
+    expected = vit.output()
+    assert_merges_by_itself(copy.deepcopy(vit), expected, plain)
+    assert torch.equal(vit.output(), expected)
+
+
+# The hooks with which transformers' backbones collect feature maps do not pickle.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "backbone" not in name])
+@torch.no_grad()
+def test_pickles_merge_by_themselves(name):
+    vit = build(name)
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=3)
+    expected = vit.output()
+    loaded = pickle.loads(pickle.dumps(vit.model))
+    assert_merges_by_itself(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
+
+
+@families
+def test_the_state_dict_keeps_its_keys(name):
+    vit = build(name)
+    keys = list(vit.model.state_dict())
+    tomesd.apply_patch(vit.model, r=3)
+    vit.output()
+    assert list(vit.model.state_dict()) == keys
+
+
+@families
+def test_autocast_trains_with_merging(name):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vit.output().float().square().mean().backward()
+    assert len(set(groups_of_last_run(vit)[0])) == len(groups_of_last_run(vit)[0]) - 9
+    gradients = [p.grad for p in vit.blocks[0].parameters()]
+    assert all(g.isfinite().all() for g in gradients)
+    assert any(g.count_nonzero() for g in gradients)
+
+
+@families
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    vit = build(name)
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=R)
+    expected = gradients(vit)
+    if name in TRANSFORMERS:
+        vit.model.gradient_checkpointing_enable()
+    elif name in TIMM:
+        vit.model.set_grad_checkpointing()
+    else:
+        checkpoint_blocks(vit)
+    got = gradients(vit)
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+
+
+def gradients(vit: Vit) -> dict[str, Tensor]:
+    vit.model.zero_grad()
+    vit.output().square().mean().backward()
+    return {n: p.grad.clone() for n, p in vit.model.named_parameters() if p.grad is not None}
+
+
+def checkpoint_blocks(vit: Vit) -> None:
+    """For a host that offers no gradient checkpointing: PyTorch's, around each block."""
+    for block in vit.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,190 @@
+"""Time and memory of token merging: python scripts/benchmark.py --model sd15 --size 512
+
+Full-size denoisers with random weights, so nothing is downloaded. In every round each variant runs
+one forward: unpatched, patched, the ideal (as many tokens, chosen by a plain slice: no matching),
+and, if asked for, another release of tomesd. Ratios are taken within a round. With --cost, the
+patch's own steps instead: matching, merging and unmerging at each level of the model.
+"""
+
+import argparse
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from tomesd.evaluation import full_size
+from tomesd.evaluation.arguments import number
+from tomesd.evaluation.benchmark import (
+    STEPS,
+    Setup,
+    environment,
+    measure_cost,
+    measure_forwards,
+)
+from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
+from tomesd.evaluation.image_file import whole
+from tomesd.evaluation.peer import install_peer
+from tomesd.evaluation.variants import Variant, prepare
+from tomesd.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        setup = check(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+    print(headline(setup))
+    record: dict[str, Any] = {
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "environment": environment(setup),
+    }
+    if args.cost:
+        record["cost"] = measure_cost(setup)
+        print(cost_table(record["cost"]))
+    else:
+        record["forward"] = measure_forwards(setup)
+        print(forward_table(record["forward"]))
+    if args.output:
+        with whole(args.output) as file:
+            file.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="sd15", help="sd15, sdxl or a folder (its config only)")
+    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels, square")
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["tome"])
+    parser.add_argument(
+        "--batch", type=number(int, 1, 1024), default=2, help="2 is one picture with guidance"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default: bf16 or fp16 on cuda, fp32 elsewhere"
+    )
+    parser.add_argument("--device", help="default: cuda or mps if there is one, or cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
+    parser.add_argument("--rounds", type=number(int, 1, 100_000), help="default: 5; 50 with --cost")
+    parser.add_argument("--cost", action="store_true", help="only match, merge and unmerge")
+    parser.add_argument("--no-memory", action="store_true", help="only time: fewer model loads")
+    parser.add_argument("--peer", help="tomesd==<version>, installed from PyPI for comparison")
+    parser.add_argument("--peer-cache", type=Path, default=Path("runs/peers"))
+    parser.add_argument("--output", type=Path, help="a JSON file with all settings and figures")
+    group = parser.add_argument_group("the patch", "see tomesd.DiffusionSettings")
+    group.add_argument("--preset", choices=sorted(PRESETS))
+    for field in fields(DiffusionSettings):
+        if field.name in ("ratio", "method"):
+            continue
+        assert field.default is not MISSING
+        kind = type(field.default)
+        how: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
+    return parser
+
+
+def check(args: argparse.Namespace) -> Setup:
+    """Everything that can be wrong is found here, before any work is done."""
+    denoiser = full_size.denoiser(args.model)
+    for size in args.size:
+        if size < denoiser.pixels or size % denoiser.pixels:
+            raise ValueError(f"--size must be a multiple of {denoiser.pixels}, got {size}")
+    device = choose_device(args.device)
+    if args.output and args.output.is_dir():
+        raise ValueError(f"--output must be a file, got the folder {args.output}")
+    named = {f.name for f in fields(DiffusionSettings)} & vars(args).keys() - {"ratio", "method"}
+    given = {name: getattr(args, name) for name in named}
+    settings = {
+        (method, ratio): diffusion_settings(ratio, args.preset, given | {"method": method})
+        for ratio in args.ratio
+        for method in args.method
+    }
+    for ratio in args.ratio:
+        if ratio <= 0:
+            raise ValueError(f"--ratio must be above 0, got {ratio}: unpatched is always there")
+    variants = [] if args.cost else [Variant("unpatched", "unpatched")]
+    for ratio in dict.fromkeys(args.ratio):
+        for method in dict.fromkeys(args.method):
+            variants.append(Variant(f"{method} {ratio:g}", "patched", settings[method, ratio]))
+        first = settings[args.method[0], ratio]
+        if not args.cost:
+            # All methods leave as many tokens: one ideal bounds them all.
+            variants.append(Variant(f"ideal {ratio:g}", "ideal", first))
+        if args.peer:
+            variants.append(Variant(f"{args.peer} {ratio:g}", "peer", first))
+    for variant in variants:
+        if variant.kind == "patched":
+            prepare(full_size.empty_unet(denoiser.config), variant)
+    return Setup(
+        denoiser=denoiser,
+        sizes=args.size,
+        variants=variants,
+        batch=args.batch,
+        rounds=args.rounds or (50 if args.cost else 5),
+        device=device,
+        precision=args.precision or choose_precision(device),
+        compiled=args.compile,
+        measures_memory=device.type in ("cpu", "cuda") and not (args.no_memory or args.cost),
+        peer=install_peer(args.peer, args.peer_cache) if args.peer else None,
+        peer_name=args.peer or "",
+    )
+
+
+def headline(setup: Setup) -> str:
+    about = environment(setup)
+    where = about["accelerator"] or f"{about['cpu']}, {about['threads']} threads"
+    return (
+        f"{setup.denoiser.name}, batch {setup.batch}, {setup.precision}, "
+        f"{'compiled' if setup.compiled else 'eager'}, on {setup.device} ({where}), "
+        f"torch {about['torch_version']}, {setup.rounds} rounds; medians (quartiles)"
+    )
+
+
+def forward_table(rows: list[dict]) -> str:
+    columns = ("variant", "seconds per forward", "times as fast", "share of ideal", "peak memory")
+    lines = ["{:>5} {:<20} {:>24} {:>19} {:>17} {:>24}".format("px", *columns)]
+    for row in rows:
+        start = f"{row['size']:>5} {row['variant']:<20} "
+        if "error" in row:
+            lines.append(f"{start}failed: {row['error']}")
+            continue
+        memory = row["memory"]
+        size = f"{gib(memory['peak'])} ({gib(memory['before'])} before)" if memory else "–"
+        note = "  merged nothing" if row.get("blocks_merged") == 0 else ""
+        lines.append(
+            f"{start}{spread(row['median_seconds'], 3):>24} {spread(row['speedup'], 2):>19} "
+            f"{spread(row['share_of_ideal'], 0, 100, '%'):>17} {size:>24}{note}"
+        )
+    return "\n".join(lines)
+
+
+def cost_table(rows: list[dict]) -> str:
+    titles = ("tokens × channels", "blocks", "variant", *STEPS, "all, ms", "all, of the peer's")
+    shape = "{:>17} {:>6} {:<20} {:>20} {:>20} {:>20} {:>20} {:>18}"
+    lines = [shape.format(*titles)]
+    for row in rows:
+        where = f"{row['h'] * row['w']} × {row['channels']}"
+        if "error" in row:
+            lines.append(f"{where:>17} {row['blocks']:>6} {row['variant']:<20} {row['error']}")
+            continue
+        figures = [spread(row[step], 2, 1000) for step in (*STEPS, "all")]
+        share = spread(row.get("share_of_peer"), 2)
+        lines.append(shape.format(where, row["blocks"], row["variant"], *figures, share))
+    return "\n".join(lines)
+
+
+def spread(value: dict | None, digits: int, times: float = 1, unit: str = "") -> str:
+    if value is None:
+        return "–"
+    median, low, high = (f"{times * value[k]:.{digits}f}" for k in ("median", "low", "high"))
+    return f"{median}{unit} ({low}–{high})"
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    main()

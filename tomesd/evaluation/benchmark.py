@@ -1,0 +1,296 @@
+"""What `scripts/benchmark.py` measures: forwards of a denoiser, and the patch's own steps."""
+
+import os
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tomesd.evaluation import full_size
+from tomesd.evaluation.device import PRECISIONS
+from tomesd.evaluation.image_file import versions
+from tomesd.evaluation.memory import in_child, peak_memory
+from tomesd.evaluation.peer import Peer, PeerError
+from tomesd.evaluation.timing import (
+    Spread,
+    interleave,
+    merging_seconds,
+    round_ratio,
+    seconds,
+    share_of_ideal,
+)
+from tomesd.evaluation.variants import Variant, forward, forward_peak, prepare
+from tomesd.partition import make_key
+from tomesd.settings import DiffusionSettings
+
+STEPS = ("match", "merge", "unmerge")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all measurements share, checked."""
+
+    denoiser: full_size.Denoiser
+    sizes: list[int]
+    variants: list[Variant]
+    batch: int
+    rounds: int
+    device: torch.device
+    precision: str
+    compiled: bool
+    measures_memory: bool
+    peer: Path | None
+    peer_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+    def latents(self, size: int) -> int:
+        return size // self.denoiser.pixels
+
+    def peer_settings(self, settings: DiffusionSettings) -> dict[str, Any]:
+        """What the other release understands. It counts levels from the latents, not from the
+        finest one with attention: on SDXL its max_downsample=1 would do nothing."""
+        names = ("ratio", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+        known = {name: getattr(settings, name) for name in names}
+        return known | {"max_downsample": settings.max_downsample * self.finest_level}
+
+    @cached_property
+    def finest_level(self) -> int:
+        """How much coarser than the latents the finest level with attention is."""
+        size = self.latents(self.sizes[0])
+        return -(-size // full_size.levels(self.denoiser.config, size)[0].h)
+
+
+def measure_forwards(setup: Setup) -> list[dict]:
+    """One row for each size and variant. Memory first, while no other model is loaded."""
+    peaks = {}
+    if setup.measures_memory and setup.device.type == "cpu":
+        tasks = [(size, variant) for size in setup.sizes for variant in setup.variants]
+        for size, variant in tqdm(tasks, desc="memory", unit="process"):
+            peaks[size, variant.name] = cpu_peak(setup, variant, size)
+    config = setup.denoiser.config
+    unet = full_size.build_unet(config, setup.device, setup.dtype)
+    rows = []
+    with ExitStack() as stack:
+        peer = start_peer(setup, stack)
+        twins = {
+            variant.name: prepare(full_size.share_weights(unet), variant)
+            for variant in setup.variants
+            if variant.kind != "peer"
+        }
+        for size in setup.sizes:
+            rows += measure_size(setup, size, twins, peer, peaks)
+    return rows
+
+
+def start_peer(setup: Setup, stack: ExitStack) -> Peer | None:
+    """The other release with its weights loaded, or None if it was not asked for."""
+    if setup.peer is None:
+        return None
+    peer = stack.enter_context(Peer(setup.peer))
+    dtype = str(setup.dtype).removeprefix("torch.")
+    peer.ask("load", config=setup.denoiser.config, device=str(setup.device), dtype=dtype)
+    return peer
+
+
+def patch_peer(setup: Setup, peer: Peer, variant: Variant) -> dict[str, Any]:
+    """Let the peer patch a model for this variant; returns the settings that it was given."""
+    assert variant.settings is not None
+    settings = setup.peer_settings(variant.settings)
+    peer.ask("patch", variant=variant.name, settings=settings, compiled=setup.compiled)
+    return settings
+
+
+def cpu_peak(setup: Setup, variant: Variant, size: int) -> dict[str, int] | None:
+    """Resident memory of one forward in a process of its own; None if the peer cannot."""
+    latents = setup.latents(size)
+    if variant.kind != "peer":
+        config, how = setup.denoiser.config, (setup.dtype, setup.compiled)
+        return in_child(forward_peak, config, variant, setup.batch, latents, *how)._asdict()
+    with ExitStack() as stack:
+        try:
+            peer = start_peer(setup, stack)
+            assert peer is not None
+            patch_peer(setup, peer, variant)
+            before, peak = peer.ask("peak", variant=variant.name, batch=setup.batch, size=latents)
+        except PeerError:
+            return None
+    return {"before": before, "peak": peak}
+
+
+def measure_size(
+    setup: Setup, size: int, twins: dict[str, Any], peer: Peer | None, peaks: dict
+) -> list[dict]:
+    runs: dict[str, Callable[[], float]] = {}
+    rows = {}
+    for variant in tqdm(setup.variants, desc=f"{size} px, warming up", unit="forward"):
+        row: dict[str, Any] = {
+            "size": size,
+            "variant": variant.name,
+            "kind": variant.kind,
+            "patch": asdict(variant.settings) if variant.settings else None,
+            "memory": peaks.get((size, variant.name)),
+        }
+        rows[variant.name] = row
+        try:
+            if variant.kind == "peer":
+                assert peer is not None
+                runs[variant.name] = peer_run(setup, peer, variant, size, row)
+            else:
+                runs[variant.name] = our_run(setup, twins[variant.name], size, row)
+        except (PeerError, torch.OutOfMemoryError) as error:
+            row["error"] = str(error).splitlines()[0]
+    with tqdm(total=setup.rounds * len(runs), desc=f"{size} px", unit="forward") as bar:
+        times = interleave(runs, setup.rounds, bar.update)
+    summarize(rows, times)
+    return list(rows.values())
+
+
+def our_run(setup: Setup, unet: Any, size: int, row: dict) -> Callable[[], float]:
+    """What times one forward, warmed up; on CUDA its memory goes into the row."""
+    inputs = full_size.unet_inputs(
+        setup.denoiser.config, setup.batch, setup.latents(size), setup.device, setup.dtype
+    )
+    call = forward(unet, inputs, setup.compiled)
+    call()
+    if setup.measures_memory and setup.device.type == "cuda":
+        row["memory"] = peak_memory(call, setup.device)._asdict()
+    return partial(seconds, call, setup.device)
+
+
+def peer_run(
+    setup: Setup, peer: Peer, variant: Variant, size: int, row: dict
+) -> Callable[[], float]:
+    """The same in the peer's process; in how many blocks it merges goes into the row too."""
+    asked = {"variant": variant.name, "batch": setup.batch, "size": setup.latents(size)}
+    row["patch"] = patch_peer(setup, peer, variant)
+    row["blocks_merged"] = peer.ask("matches", **asked)
+    peer.ask("forward", **asked)
+    if setup.measures_memory and setup.device.type == "cuda":
+        before, peak = peer.ask("peak", **asked)
+        row["memory"] = {"before": before, "peak": peak}
+    return partial(peer.ask, "forward", **asked)
+
+
+def summarize(rows: dict[str, dict], times: dict[str, list[float]]) -> None:
+    """Add the figures to each row that was timed."""
+    ideals = {row["patch"]["ratio"]: name for name, row in rows.items() if row["kind"] == "ideal"}
+    base = times.get("unpatched")
+    for name, taken in times.items():
+        row = rows[name]
+        row["seconds"] = taken
+        row["median_seconds"] = asdict(Spread.of(taken))
+        row["speedup"] = asdict(round_ratio(base, taken)) if base else None
+        ideal = times.get(ideals.get(row["patch"]["ratio"], "")) if row["patch"] else None
+        share = share_of_ideal(base, taken, ideal) if base and ideal else None
+        row["share_of_ideal"] = asdict(share) if share else None
+
+
+def measure_cost(setup: Setup) -> list[dict]:
+    """One row for each size, level and variant: what matching, merging and unmerging take there."""
+    rows = []
+    with ExitStack() as stack:
+        peer = stack.enter_context(Peer(setup.peer)) if setup.peer else None
+        for size in setup.sizes:
+            for level in full_size.levels(setup.denoiser.config, setup.latents(size)):
+                rows += measure_level(setup, size, level, peer)
+    return rows
+
+
+def measure_level(setup: Setup, size: int, level: full_size.Level, peer: Peer | None) -> list[dict]:
+    shape = (setup.batch, level.h * level.w, level.channels)
+    x = full_size.noise(shape, setup.device, setup.dtype)
+    runs: dict[str, Callable[[], dict[str, float]]] = {}
+    rows = {}
+    for variant in setup.variants:
+        settings = variant.settings
+        assert settings is not None
+        if variant.kind == "peer":
+            assert peer is not None
+            runs[variant.name] = partial(
+                peer.ask,
+                "merging",
+                batch=setup.batch,
+                h=level.h,
+                w=level.w,
+                channels=level.channels,
+                settings=setup.peer_settings(settings),
+                device=str(setup.device),
+                dtype=str(setup.dtype).removeprefix("torch."),
+            )
+        else:
+            runs[variant.name] = partial(our_steps, settings, x, level)
+        rows[variant.name] = {
+            "size": size,
+            **asdict(level),
+            "batch": setup.batch,
+            "variant": variant.name,
+            "kind": variant.kind,
+            "patch": asdict(settings),
+        }
+        try:
+            runs[variant.name]()
+        except PeerError as error:
+            rows[variant.name]["error"] = str(error)
+            del runs[variant.name]
+    name = f"{shape[1]} × {shape[2]}"
+    with tqdm(total=setup.rounds * len(runs), desc=name, unit="run") as bar:
+        steps = interleave(runs, setup.rounds, bar.update)
+    totals = {name: [sum(taken.values()) for taken in steps[name]] for name in steps}
+    for name, taken in steps.items():
+        row = rows[name]
+        row["seconds"] = taken
+        for step in STEPS:
+            row[step] = asdict(Spread.of([times[step] for times in taken]))
+        row["all"] = asdict(Spread.of(totals[name]))
+        other = f"{setup.peer_name} {row['patch']['ratio']:g}"
+        if row["kind"] == "patched" and other in totals:
+            row["share_of_peer"] = asdict(round_ratio(totals[name], totals[other]))
+    return list(rows.values())
+
+
+def our_steps(
+    settings: DiffusionSettings, x: torch.Tensor, level: full_size.Level
+) -> dict[str, float]:
+    def match():
+        key = make_key(settings.seed, 500).to(x.device) if settings.is_random else None
+        found = settings.token_map(x, level.h, level.w, key)
+        return found.merge, found.unmerge
+
+    with torch.no_grad():
+        return merging_seconds(match, x)
+
+
+def environment(setup: Setup) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(setup.device),
+        "accelerator": torch.cuda.get_device_name(setup.device)
+        if setup.device.type == "cuda"
+        else None,
+        "precision": setup.precision,
+        "batch": setup.batch,
+        "rounds": setup.rounds,
+        "compiled": setup.compiled,
+        **versions("tomesd", "torch", "diffusers"),
+        "peer": setup.peer_name or None,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

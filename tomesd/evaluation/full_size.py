@@ -1,0 +1,208 @@
+"""Full-size denoisers with random weights: how fast a model is does not depend on its weights.
+
+Imports nothing of the project, since the process of another release runs this code too.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+# The UNet of Stable Diffusion v1.5: 859,520,964 parameters.
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+# The UNet of Stable Diffusion XL base: 2,567,463,684 parameters.
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+# CLIP's text length, which all Stable Diffusion models share.
+PROMPT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A UNet's configuration, and how many pixels a latent stands for in each direction."""
+
+    name: str
+    config: dict[str, Any]
+    pixels: int
+
+
+def denoiser(model: str) -> Denoiser:
+    """The configuration of a known model or of a folder.
+
+    >>> denoiser("sd15").config["block_out_channels"]
+    [320, 640, 1280, 1280]
+
+    model: "sd15", "sdxl", or a folder in diffusers' format, a pipeline or a UNet alone, of which
+        only the configuration is read.
+    Raises FileNotFoundError if the folder has no configuration and ValueError if it is of another
+    model, or asks for conditions that are not made up here.
+    """
+    known = {"sd15": SD15, "sdxl": SDXL}
+    if model in known:
+        return Denoiser(model, known[model], pixels=8)
+    folder = Path(model)
+    files = [folder / "unet" / "config.json", folder / "config.json"]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"model must be sd15, sdxl or a folder with unet/config.json or config.json, "
+            f"got {model!r}"
+        )
+    config = json.loads(found.read_text())
+    if config.get("_class_name") != "UNet2DConditionModel":
+        raise ValueError(
+            f"model must hold a UNet2DConditionModel, got {config.get('_class_name')!r} in {found}"
+        )
+    if config.get("addition_embed_type") not in (None, "text_time") or config.get(
+        "class_embed_type"
+    ):
+        raise ValueError(
+            "model must be conditioned on text as SD or SDXL are, got "
+            f"addition_embed_type={config.get('addition_embed_type')!r} and "
+            f"class_embed_type={config.get('class_embed_type')!r}"
+        )
+    autoencoder = folder / "vae" / "config.json"
+    pixels = 8
+    if autoencoder.is_file():
+        pixels = 2 ** (len(json.loads(autoencoder.read_text())["block_out_channels"]) - 1)
+    return Denoiser(folder.resolve().name, config, pixels)
+
+
+def empty_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    """The UNet on the meta device: shapes without values.
+
+    >>> sum(p.numel() for p in empty_unet(SD15).parameters())
+    859520964
+    """
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+
+
+def build_unet(
+    config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> UNet2DConditionModel:
+    """The UNet with random weights, always the same ones, made in place: no second copy.
+
+    >>> unet = build_unet(SD15, torch.device("cpu"), torch.float32)
+
+    Weights are scaled by their fan-in, so that activations stay finite in half precision too.
+    """
+    # Module's own `to`: that of diffusers warns about layers that it would rather keep in float32.
+    unet = nn.Module.to(empty_unet(config), dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return unet
+
+
+def share_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Another UNet on the same weights: it can be patched and compiled alone, at no memory.
+
+    >>> twin = share_weights(unet)
+    """
+    twin = empty_unet(dict(unet.config))
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def unet_inputs(
+    config: dict[str, Any], batch: int, size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of one forward, from noise: (args, kwargs).
+
+    >>> args, kwargs = unet_inputs(SD15, 2, 64, torch.device("cpu"), torch.float32)
+    >>> unet(*args, **kwargs)[0].shape
+    torch.Size([2, 4, 64, 64])
+
+    size: of the latents, height and width.
+    """
+    text = (batch, PROMPT_TOKENS, config["cross_attention_dim"])
+    kwargs: dict[str, Any] = {
+        "encoder_hidden_states": noise(text, device, dtype),
+        "return_dict": False,
+    }
+    if config.get("addition_embed_type") == "text_time":
+        # Six numbers (sizes and crops) are embedded; the rest is the pooled text.
+        times = 6 * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - times
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": noise((batch, pooled), device, dtype),
+            "time_ids": noise((batch, 6), device, dtype),
+        }
+    latents = noise((batch, config["in_channels"], size, size), device, dtype)
+    return (latents, torch.tensor(500, device=device)), kwargs
+
+
+def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normal numbers, the same ones on every device.
+
+    >>> tokens = noise((2, 4096, 320), torch.device("cpu"), torch.float32)
+    """
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Transformer blocks that see the same tokens: h×w of them with so many channels."""
+
+    h: int
+    w: int
+    channels: int
+    blocks: int
+
+
+def levels(config: dict[str, Any], size: int) -> list[Level]:
+    """Every level with attention at latents of this size, finest first; nothing is computed.
+
+    >>> levels(SD15, 64)[0]
+    Level(h=64, w=64, channels=320, blocks=5)
+    """
+    unet = empty_unet(config)
+    blocks: dict[tuple[int, int, int], int] = {}
+
+    def note(transformer: Any, args: tuple) -> None:
+        _, channels, h, w = args[0].shape
+        key = (h, w, channels)
+        blocks[key] = blocks.get(key, 0) + len(transformer.transformer_blocks)
+
+    for module in unet.modules():
+        if hasattr(module, "transformer_blocks"):
+            module.register_forward_pre_hook(note)
+    args, kwargs = unet_inputs(config, 1, size, torch.device("meta"), torch.float32)
+    with torch.no_grad():
+        unet(*args, **kwargs)
+    found = [Level(h, w, channels, count) for (h, w, channels), count in blocks.items()]
+    return sorted(found, key=lambda level: (-level.h * level.w, level.channels))

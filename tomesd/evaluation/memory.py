@@ -1,0 +1,112 @@
+"""Peak memory: what the allocator of a GPU counts, or the resident memory of a child process.
+
+Imports nothing of the project, since the process of another release runs this code too.
+"""
+
+import multiprocessing
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Peak(NamedTuple):
+    """Bytes in use just before some work (the weights and all else) and at most while it ran."""
+
+    before: int
+    peak: int
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
+    """The memory that run() needs.
+
+    >>> peak = peak_memory(lambda: model(x), torch.device("cuda"))
+
+    On CUDA, what torch has allocated. On the CPU, this process's resident memory, whose peak never
+    falls again: measure in a fresh process, see `in_child`.
+    Raises ValueError for other devices: they count no peak.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return Peak(before, torch.cuda.max_memory_allocated(device))
+    if device.type == "cpu":
+        before = resident()
+        run()
+        return Peak(before, peak_resident())
+    raise ValueError(f"device must be cuda or cpu, got {device.type}")
+
+
+def resident() -> int:
+    """Bytes of physical memory that this process holds now (its peak so far on macOS)."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """The most bytes of physical memory that this process has held.
+
+    >>> peak_resident() >= resident()
+    True
+    """
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    # Not ru_maxrss where it can be avoided: on Linux a child's starts at its parent's.
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """What function(*args) returns in a fresh process, which ends with its memory.
+
+    >>> in_child(math.sqrt, 4.0)
+    2.0
+
+    function, args and the result must be picklable, and a script that calls this needs the usual
+    `if __name__ == "__main__"`.
+    Raises MemoryError if the child was killed, as the system does when memory runs out, and
+    RuntimeError with the child's traceback if the function raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(theirs, function, args), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        raised, result = ours.recv()
+    except EOFError:
+        child.join()
+        raise MemoryError(
+            f"{function.__name__} was killed in its process (exit code {child.exitcode})"
+        ) from None
+    finally:
+        ours.close()
+    child.join()
+    if raised:
+        raise RuntimeError(f"{function.__name__} failed in its process:\n{result}")
+    return result
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], args: tuple) -> None:
+    try:
+        answer = (False, function(*args))
+    except Exception:
+        answer = (True, traceback.format_exc())
+    pipe.send(answer)
+    pipe.close()

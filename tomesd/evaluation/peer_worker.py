@@ -1,0 +1,126 @@
+"""The process in which PyPI's tomesd runs: answers requests, one line of JSON for each.
+
+Started by `tomesd.evaluation.peer`, with the other release first on the path. So nothing here may
+import this project's own `tomesd`; the parts that are shared are loaded from this folder under
+another name.
+"""
+
+import importlib
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tomesd
+
+peer_merge: Any = importlib.import_module("tomesd.merge")
+
+_shared = types.ModuleType("shared_evaluation")
+_shared.__path__ = [str(Path(__file__).parent)]
+sys.modules["shared_evaluation"] = _shared
+full_size = importlib.import_module("shared_evaluation.full_size")
+memory = importlib.import_module("shared_evaluation.memory")
+timing = importlib.import_module("shared_evaluation.timing")
+
+
+class Worker:
+    """The requests that can be answered, one method each."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Any] = {}
+
+    def where(self) -> str:
+        return str(tomesd.__file__)
+
+    def load(self, config: dict, device: str, dtype: str) -> None:
+        """Make the weights that all variants share."""
+        self.config = config
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.unet = full_size.build_unet(config, self.device, self.dtype)
+
+    def patch(self, variant: str, settings: dict, compiled: bool) -> None:
+        """Patch a model of the variant's own."""
+        twin = full_size.share_weights(self.unet)
+        tomesd.apply_patch(twin, **settings)
+        self.models[variant] = torch.compile(twin, dynamic=False) if compiled else twin
+
+    def forward(self, variant: str, batch: int, size: int) -> float:
+        """Seconds of one forward."""
+        return timing.seconds(self._forward(variant, batch, size), self.device)
+
+    def matches(self, variant: str, batch: int, size: int) -> int:
+        """In how many blocks of one forward it merges at all."""
+        count = 0
+        original = peer_merge.bipartite_soft_matching_random2d
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args, **kwargs)
+
+        peer_merge.bipartite_soft_matching_random2d = counting
+        try:
+            model = self.models[variant]
+            args, kwargs = self._inputs(batch, size)
+            with torch.no_grad():
+                getattr(model, "_orig_mod", model)(*args, **kwargs)
+        finally:
+            peer_merge.bipartite_soft_matching_random2d = original
+        return count
+
+    def peak(self, variant: str, batch: int, size: int) -> tuple[int, int]:
+        """Bytes before and at most during one forward."""
+        return memory.peak_memory(self._forward(variant, batch, size), self.device)
+
+    def merging(
+        self, batch: int, h: int, w: int, channels: int, settings: dict, device: str, dtype: str
+    ) -> dict[str, float]:
+        """Seconds of matching, merging and unmerging random tokens."""
+        place = torch.device(device)
+        x = full_size.noise((batch, h * w, channels), place, getattr(torch, dtype))
+        r = int(settings["ratio"] * h * w)
+        chance = {"no_rand": not settings["use_rand"], "generator": torch.Generator(place)}
+
+        def match() -> tuple[Callable, Callable]:
+            return peer_merge.bipartite_soft_matching_random2d(
+                x, w, h, settings["sx"], settings["sy"], r, **chance
+            )
+
+        with torch.no_grad():
+            return timing.merging_seconds(match, x)
+
+    def _inputs(self, batch: int, size: int) -> tuple[tuple, dict]:
+        return full_size.unet_inputs(self.config, batch, size, self.device, self.dtype)
+
+    def _forward(self, variant: str, batch: int, size: int) -> Callable[[], object]:
+        model = self.models[variant]
+        args, kwargs = self._inputs(batch, size)
+
+        def run() -> object:
+            with torch.no_grad():
+                return model(*args, **kwargs)
+
+        return run
+
+
+def main() -> None:
+    # Answers go to the pipe alone: what libraries print goes to the terminal instead.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": getattr(worker, request.pop("do"))(**request)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a benchmark compares: a denoiser unpatched, patched, and with the ideal in its place."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from tomesd.evaluation import full_size
+from tomesd.evaluation.ideal import install_ideal
+from tomesd.evaluation.memory import Peak, peak_memory
+from tomesd.patch import apply_patch
+from tomesd.settings import DiffusionSettings
+
+KINDS = ("unpatched", "patched", "ideal", "peer")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table.
+
+    >>> Variant("tome 0.5", "patched", DiffusionSettings(ratio=0.5))
+
+    kind: one of KINDS. settings: None for the unpatched model alone.
+    """
+
+    name: str
+    kind: str
+    settings: DiffusionSettings | None = None
+
+
+def prepare(unet: Any, variant: Variant) -> Any:
+    """The UNet as the variant has it, changed in place.
+
+    >>> unet = prepare(unet, Variant("ideal 0.5", "ideal", DiffusionSettings(ratio=0.5)))
+
+    Raises what `apply_patch` raises.
+    """
+    if variant.kind == "patched":
+        assert variant.settings is not None
+        apply_patch(unet, **asdict(variant.settings))
+    elif variant.kind == "ideal":
+        assert variant.settings is not None
+        install_ideal(unet, variant.settings)
+    return unet
+
+
+def forward(unet: Any, inputs: tuple[tuple, dict], compiled: bool) -> Callable[[], Any]:
+    """A function that runs the UNet once on these inputs, without gradients.
+
+    >>> sample, = forward(unet, unet_inputs(SD15, 2, 64, device, dtype), compiled=False)()
+    """
+    args, kwargs = inputs
+
+    def call() -> Any:
+        return unet(*args, **kwargs)
+
+    if compiled:
+        # Dynamo keeps compiled code by code object and does not notice that hooks differ: with one
+        # code object for all, every variant would run the first one's graph.
+        own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+        call = torch.compile(own, fullgraph=True, dynamic=False)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def forward_peak(
+    config: dict, variant: Variant, batch: int, size: int, dtype: torch.dtype, compiled: bool
+) -> Peak:
+    """Resident memory of one forward on the CPU; call it in a fresh process (`memory.in_child`).
+
+    >>> in_child(forward_peak, SD15, Variant("unpatched", "unpatched"), 2, 64, torch.float32, False)
+    """
+    cpu = torch.device("cpu")
+    unet = prepare(full_size.build_unet(config, cpu, dtype), variant)
+    inputs = full_size.unet_inputs(config, batch, size, cpu, dtype)
+    return peak_memory(forward(unet, inputs, compiled), cpu)

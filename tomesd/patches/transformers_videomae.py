@@ -41,6 +41,11 @@ def _attend(
     return own(module, query, key, value, stand_in.bias, **kwargs)
 
 
+def _restore(attention: Any) -> None:
+    if isinstance(attention.config, _BiasedConfig):
+        attention.config = attention.config.config
+
+
 class _Layer(Layer):
     def by_heads(self, name: str, output: Tensor) -> Tensor:
         return output.unflatten(-1, (-1, self.attention.attention_head_size))
@@ -48,6 +53,7 @@ class _Layer(Layer):
     def weigh_keys(self, attention: Any, args: tuple, kwargs: dict) -> tuple:
         from transformers import AttentionInterface
 
+        _restore(attention)
         bias = self.run.key_bias(self.index, args[0], None)
         if bias is not None:
             AttentionInterface.register(_NAME, _attend)
@@ -55,8 +61,7 @@ class _Layer(Layer):
         return args, kwargs
 
     def restore(self, attention: Any, args: tuple, output: Any) -> None:
-        if isinstance(attention.config, _BiasedConfig):
-            attention.config = attention.config.config
+        _restore(attention)
 
     def merge_residual(self, output: nn.Module, args: tuple, kwargs: dict) -> tuple:
         hidden, residual = args
@@ -84,8 +89,14 @@ class VideoMAEPatch(TransformersViTPatch):
 
     def install_block(self, seams: Seams, layer: Any) -> None:
         self.before(seams.attention, layer.weigh_keys)
-        # Also when the attention fails: the stand-in must not stay.
+        # Also when the attention raises an exception: the stand-in must not stay.
         self.handles.append(seams.attention.register_forward_hook(layer.restore, always_call=True))
         self.before(seams.merge, layer.merge)
         self.before(seams.unmerge, layer.merge_residual)
         self.leave(seams.block, layer.leave)
+
+    def remove(self) -> None:
+        super().remove()
+        # An interrupt (Ctrl-C) is no exception, and calls no hooks.
+        for seams in self.seams:
+            _restore(seams.attention)

@@ -2,7 +2,11 @@
 
 Uses the embedded pipeline of the Shapes world or, with --model, any Stable Diffusion. --compare
 makes one picture of many: a row for ToMe and a row for random pruning, each cell with its time.
-Pictures are PNG files that carry their settings; they are written whole or not at all.
+Pictures are PNG files that carry their settings; they are written whole or not at all. Times are
+from the prompt to the pixels; the first picture's includes the warm-up, except with --compare.
+
+--output is a PNG file, which replaces one that is there and is numbered if there are several
+pictures; or a folder, where each picture takes the next free name (00001.png).
 """
 
 import argparse
@@ -18,6 +22,7 @@ from tomesd.evaluation import comparison, sampling
 from tomesd.evaluation.arguments import number, size
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.image_file import check_output, destination, save_image, versions
+from tomesd.evaluation.sampling import Sampling
 from tomesd.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
 
 
@@ -29,64 +34,56 @@ def main(argv: list[str] | None = None) -> None:
         precision = PRECISIONS[args.precision]
         pipe = sampling.load_pipeline(args.model, args.device, precision, args.scheduler)
         how = sampling.choose(pipe, args.model, args.steps, args.guidance, args.size)
-        # Only now it is known whether the model can be patched.
-        with tomesd.patched(pipe, **asdict(merging)):
-            pass
+        tomesd.apply_patch(pipe, **asdict(merging))
     except (ValueError, TypeError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     try:
         (compare if args.compare else generate)(pipe, args, merging, how)
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: no file is left half-written")
 
 
-def generate(pipe: Any, args: argparse.Namespace, merging: DiffusionSettings, how) -> None:
+def generate(
+    pipe: Any, args: argparse.Namespace, merging: DiffusionSettings, how: Sampling
+) -> None:
     seeds = [args.seed + index for index in range(args.num_images)]
-    with tomesd.patched(pipe, **asdict(merging)):
+    start = time.perf_counter()
+    for index, image in enumerate(sampling.sample(pipe, [args.prompt] * len(seeds), seeds, how)):
+        seconds = time.perf_counter() - start
+        about = metadata(pipe, args, how, image) | {
+            "seed": seeds[index],
+            "ratio": merging.ratio,
+            "method": merging.method,
+            "merging": json.dumps(asdict(merging)),
+            "seconds": f"{seconds:.3f}",
+        }
+        path = destination(args.output, index, len(seeds))
+        save_image(image, path, about)
+        print(f"{path}: {seconds:.2f} s")
         start = time.perf_counter()
-        for index, image in enumerate(
-            sampling.sample(pipe, [args.prompt] * len(seeds), seeds, how)
-        ):
-            seconds = time.perf_counter() - start
-            about = metadata(pipe, args, how, image) | {
-                "seed": seeds[index],
-                "ratio": merging.ratio,
-                "method": merging.method,
-                "merging": json.dumps(asdict(merging)),
-                "seconds": f"{seconds:.3f}",
-            }
-            path = destination(args.output, index, len(seeds))
-            save_image(image, path, about)
-            print(f"{path}: {seconds:.2f} s")
-            start = time.perf_counter()
-        if args.report:
-            print(tomesd.report(pipe))
+    if args.report:
+        print(tomesd.report(pipe))
 
 
-def compare(pipe: Any, args: argparse.Namespace, merging: DiffusionSettings, how) -> None:
+def compare(pipe: Any, args: argparse.Namespace, merging: DiffusionSettings, how: Sampling) -> None:
     # Above its partition's largest ratio ToMe has nothing to show.
     ratios = [ratio for ratio in comparison.RATIOS if ratio <= merging.largest_ratio]
     pipe.set_progress_bar_config(leave=False)
     cells = comparison.compare(pipe, args.prompt, args.seed, how, ratios, args.preset)
-    about = metadata(pipe, args, how, cells["tome"][0].image) | {"ratios": json.dumps(ratios)}
-    for method, row in cells.items():
-        about[f"seconds_{method}"] = json.dumps([round(cell.seconds, 3) for cell in row])
+    seconds = {f"seconds_{m}": [round(cell.seconds, 3) for cell in row] for m, row in cells.items()}
+    about = metadata(pipe, args, how, cells["tome"][0].image) | {"ratios": ratios} | seconds
     caption = (
         "{model}, {size} px, seed {seed}, {steps} steps of {scheduler}, guidance {guidance}, "
         "preset {preset}, {precision} on {device}"
     ).format(**about)
-    picture = comparison.comparison_picture(cells, ratios, args.prompt, caption)
     path = destination(args.output)
-    save_image(picture, path, about)
-    for method, row in cells.items():
-        times = ", ".join(f"{cell.seconds:.2f}" for cell in row)
-        print(
-            f"{comparison.NAMES[method]}, seconds at ratio {ratios[0]:g} to {ratios[-1]}: {times}"
-        )
-    print(path)
+    save_image(comparison.picture(cells, ratios, args.prompt, caption), path, about)
+    print(f"{path}: ratios {ratios}", *(f"{k}: {v}" for k, v in seconds.items()), sep="\n")
 
 
-def metadata(pipe: Any, args: argparse.Namespace, how, image) -> dict[str, Any]:
+def metadata(pipe: Any, args: argparse.Namespace, how: Sampling, image) -> dict[str, Any]:
     return {
         "prompt": args.prompt,
         "model": args.model or "embedded",
@@ -119,7 +116,11 @@ def check(args: argparse.Namespace) -> DiffusionSettings:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What is used if an option is not given stands in brackets.",
+    )
     add = parser.add_argument
     add("prompt")
     add("--ratio", type=float, help="share of the tokens to merge; 0 changes nothing (0.5)")

@@ -18,7 +18,7 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
             value = float("nan")
         if not low <= value <= high:
             noun = "a whole number" if kind is int else "a number"
-            raise ArgumentTypeError(f"must be {noun} from {low:g} to {high:g}, got {text!r}")
+            raise ArgumentTypeError(f"must be {noun} from {low} to {high}, got {text!r}")
         return value
 
     return parse

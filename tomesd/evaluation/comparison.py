@@ -63,12 +63,12 @@ def compare(
     }
 
 
-def comparison_picture(
+def picture(
     cells: Mapping[str, Sequence[Cell]], ratios: Sequence[float], title: str, caption: str
 ) -> Image.Image:
     """The cells of `compare` as one picture, each with its time below.
 
-    >>> comparison_picture(cells, RATIOS, "a photo of a red heart", "embedded, 25 steps")
+    >>> picture(cells, RATIOS, "a photo of a red heart", "embedded, 25 steps")
     """
     return grid(
         [[cell.image for cell in row] for row in cells.values()],

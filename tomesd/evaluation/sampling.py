@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -20,7 +21,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     # ToMe, Appendix F: pseudo linear multistep, without the Runge-Kutta steps at the start.
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
@@ -96,11 +96,15 @@ def load_pipeline(
     if model is None:
         pipe = shapes.load_pipeline(dtype=dtype)
     else:
-        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
+        try:
+            pipe = diffusers.AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
+        except OSError as error:
+            raise OSError(f"model {model!r} cannot be loaded: {error}") from error
     if scheduler is not None:
         name, settings = SCHEDULERS[scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
-    return pipe.to(device)
+    # Half precision on the CPU is slow; it is not impossible, as the warning would have it.
+    return pipe.to(device, silence_dtype_warnings=True)
 
 
 def choose(
@@ -140,7 +144,8 @@ def sample(
     seeds: a picture's noise comes from its own seed alone, drawn on the CPU. So it is the same on
         every device and in any batch, up to the rounding of differently shaped matrix products.
     batch: how many are sampled at once. 1 needs the least memory.
-    Raises ValueError if prompts and seeds are not as many, or batch is below 1.
+    Raises ValueError if prompts and seeds are not as many or batch is below 1, and FloatingPointError
+    instead of giving a picture that overflowed, which would be black.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"prompts and seeds must be as many, got {len(prompts)} and {len(seeds)}")
@@ -151,11 +156,19 @@ def sample(
 
 def _sample(pipe, prompts, seeds, sampling: Sampling, batch: int) -> Iterator[Image.Image]:
     for start in range(0, len(prompts), batch):
-        yield from pipe(
-            list(prompts[start : start + batch]),
-            generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+        part = slice(start, start + batch)
+        pixels = pipe(
+            list(prompts[part]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
             width=sampling.width,
             height=sampling.height,
+            output_type="np",
         ).images
+        if not np.isfinite(pixels).all():
+            raise FloatingPointError(
+                f"the picture is not finite in {pipe.dtype} with {type(pipe.scheduler).__name__}: "
+                "use a precision of more range (bf16, fp32) or another scheduler"
+            )
+        yield from pipe.numpy_to_pil(pixels)

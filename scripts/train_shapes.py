@@ -51,6 +51,12 @@ def main() -> None:
     parser.add_argument("--steps-scale", type=float, default=1.0, help="times the default steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train compiled: twice as fast after a few minutes of compiling",
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     run = {
@@ -93,15 +99,16 @@ def train_autoencoder(args) -> None:
         with autocast(args):
             return autoencoder_loss(model, images, stage.batch, generator)
 
-    model.encoder.compile(dynamic=False)
-    model.decoder.compile(dynamic=False)
+    if args.compile:
+        model.encoder.compile(dynamic=False)
+        model.decoder.compile(dynamic=False)
     train(stage, model, loss, args.work / "autoencoder.pt")
 
     # Scaled so that the latents have unit variance, as the denoiser expects.
     latents = encode(model, images[:1024], args)
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     model.save_pretrained(args.work / "autoencoder")
-    held_out = to_unit(pictures(HELD_OUT[:256], 128))
+    held_out = to_unit(pictures(HELD_OUT[: min(256, args.pictures)], 128))
     with torch.no_grad(), autocast(args):
         decoded = torch.cat(
             [
@@ -138,14 +145,13 @@ def train_denoiser(args) -> None:
     ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     ids = ids.to(args.device)
     model = Denoiser(shapes.build_text_encoder(tokenizer), shapes.build_unet()).to(args.device)
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, dynamic=False, disable=not args.compile)
     for stage, size in (
         (Stage("half-size", steps(args, 4000), batch=32, lr=1.5e-3, final=0.2), 64),
         (Stage("whole", steps(args, 2400), batch=32, lr=1e-3), 128),
     ):
         loss = partial(
             denoiser_loss,
-            masks,
             compiled,
             shapes.build_scheduler(),
             latents(size),
@@ -168,7 +174,7 @@ def train_classifier(args) -> None:
     labels = torch.tensor([scene(index).labels for index in range(args.pictures)]).to(args.device)
     model = shapes.build_classifier().to(args.device)
     both = MaskedClassifier(model).to(args.device)
-    compiled = torch.compile(both, dynamic=False)
+    compiled = torch.compile(both, dynamic=False, disable=not args.compile)
     patches = model.config.image_size // model.config.patch_size
     covered = cached(args, "masks", lambda: masks(range(args.pictures), patches))
     stage = Stage("classifier", steps(args, 2400), batch=32, lr=1e-3, warmup=300)
@@ -179,7 +185,7 @@ def train_classifier(args) -> None:
 
     train(stage, both, loss, args.work / "classifier.pt")
     model.eval()
-    held_out = pictures(HELD_OUT[:1024], 128)
+    held_out = pictures(HELD_OUT[: min(1024, args.pictures)], 128)
     with torch.no_grad():
         read = [
             answer

@@ -200,7 +200,7 @@ def _flat(index: Tensor, n: int) -> Tensor:
     """Rows of [B, n, C] as rows of [B·n, C].
 
     Selecting and adding whole rows of a matrix is several times faster on the CPU than gathering
-    and scattering single elements with an expanded index, and as fast on a GPU.
+    and scattering single elements with an expanded index.
     """
     start = torch.arange(0, index.shape[0] * n, n, device=index.device)
     return (index + start[:, None]).flatten()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tomesd
 from tests.tiny_vits import FAMILIES, TIMM, TRANSFORMERS, Vit, build
-from tests.vit_reference import encode, unmerge
+from tests.vit_reference import encode, features, merge_into, unmerge
 
 families = pytest.mark.parametrize("name", FAMILIES)
 
@@ -108,6 +108,80 @@ def test_class_distillation_and_register_tokens_never_merge(name):
         for special in range(vit.prefix):
             assert group.count(group[special]) == 1
         assert len(set(group[vit.prefix :])) < len(group) - vit.prefix
+
+
+def first_block_run(vit: Vit, **settings) -> tuple[Tensor, Tensor]:
+    """What goes into the first block, and in which groups it comes out."""
+    seen = {}
+    vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
+    tomesd.apply_patch(vit.model, r=[5, 0, 0], **settings)
+    vit.output()
+    group = patched_encoder(vit)._tomesd_patch.run.maps[1].group
+    tomesd.remove_patch(vit.model)
+    return seen["first"], group
+
+
+@families
+@pytest.mark.parametrize("heads", ["mean", "concatenate"])
+@pytest.mark.parametrize("which", ["x_pre", "x", "q", "k", "v"])
+@torch.no_grad()
+def test_tokens_are_compared_by_the_features_that_are_asked_for(name, which, heads):
+    vit = build(name)
+    first, group = first_block_run(vit, features=which, heads=heads)
+    for tokens, got in zip(first, group, strict=True):
+        feature = features(tokens, vit.reference[0])[which]
+        metric = feature.mean(0) if heads == "mean" else feature.transpose(0, 1).flatten(1)
+        into = merge_into(metric, 5, vit.prefix)
+        stay = [i for i in range(len(tokens)) if i not in into]
+        assert got.tolist() == [stay.index(into.get(i, i)) for i in range(len(tokens))]
+
+
+@families
+@torch.no_grad()
+def test_attention_pruning_drops_what_gets_the_least_attention(name):
+    vit = build(name)
+    first, group = first_block_run(vit, method="prune_attention")
+    for tokens, got in zip(first, group, strict=True):
+        known = features(tokens, vit.reference[0])
+        logits = known["q"] @ known["k"].transpose(1, 2) / known["q"].shape[-1] ** 0.5
+        attention = logits.softmax(-1)[:, : 1 if vit.prefix else None].mean((0, 1))
+        dropped = (attention[vit.prefix :].argsort()[:5] + vit.prefix).tolist()
+        assert sorted(dropped) == (got == -1).nonzero().flatten().tolist()
+
+
+CHOICES = [
+    {"combine": "mean"},
+    {"combine": "max"},
+    {"combine": "head"},
+    {"distance": "dot"},
+    {"distance": "euclidean"},
+    {"distance": "softmax"},
+    {"partition": "sequential"},
+    {"partition": "random"},
+    {"method": "greedy"},
+    {"method": "kmeans", "kmeans_iterations": 5},
+    {"method": "energy"},
+    {"method": "prune_random"},
+    {"method": "prune_attention"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+@pytest.mark.parametrize("name", ["timm with registers", "ViT", "VideoMAE", "torchvision"])
+def test_every_choice_of_the_paper_leaves_as_many_tokens_and_trains(name, choice):
+    vit = build(name)
+    default = build(name)
+    tomesd.apply_patch(default.model, r=[5, 5, 2])
+    tomesd.apply_patch(vit.model, r=[5, 5, 2], **choice)
+    out = vit.output()
+    out.square().mean().backward()
+    assert patched_encoder(vit)._tomesd_patch.run.maps[-1].m == first_tokens(vit) - 12
+    assert not torch.equal(out, default.output())
+    assert all(p.grad.isfinite().all() for p in vit.blocks[0].parameters())
+
+
+def first_tokens(vit: Vit) -> int:
+    return patched_encoder(vit)._tomesd_patch.run.maps[0].n
 
 
 @families

@@ -49,6 +49,14 @@ def encode(
     return tokens, groups
 
 
+def features(tokens: Tensor, block: Block) -> dict[str, Tensor]:
+    """What can tell a block's tokens apart, [heads, N, D] each (one head for whole tokens)."""
+    q, k, v = block.qkv(block.before_attention(tokens))
+    attended = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+    after = tokens + block.after_attention(attended.transpose(0, 1).flatten(1))
+    return {"x_pre": tokens[None], "x": after[None], "q": q, "k": k, "v": v}
+
+
 def merge_into(metric: Tensor, r: int, prefix: int) -> dict[int, int]:
     """Bipartite soft matching between even and odd tokens: each merged token's target."""
     n = len(metric)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tomesd import partition, schedule
-from tomesd.matching import bipartite_soft_matching
+from tomesd import partition, rivals, schedule
+from tomesd.matching import DISTANCES, bipartite_soft_matching, random_pruning
 from tomesd.partition import Partition
 from tomesd.schedule import Schedule
 from tomesd.settings import _require_one_of
@@ -16,6 +16,7 @@ FEATURES = ("x_pre", "x", "k", "q", "v")
 HEADS = ("mean", "concatenate")
 COMBINES = ("weighted", "mean", "max", "head")
 PARTITIONS = ("alternating", "sequential", "random")
+METHODS = ("bipartite", "greedy", "kmeans", "energy", "prune_random", "prune_attention")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ class ViTSettings:
     heads: how the heads of q, k, v count: "mean" compares their average, "concatenate" all.
     combine: how a group becomes one token: "weighted" by sizes, plain "mean", "max", or "head",
         which keeps one of them.
+    distance: how similarity is measured: "cosine", "dot", "euclidean" or "softmax".
     partition: which tokens may merge into which: "alternating", "sequential" or "random" halves.
+    method: "bipartite" soft matching, or a rival that the paper measures it against: "greedy"
+        matching, "kmeans", pruning random tokens ("prune_random") or those that get the least
+        attention ("prune_attention"); or "energy", the later PiToMe. distance and partition count
+        for the first alone; see `tomesd.rivals`.
+    kmeans_iterations: how often k-means assigns tokens to centres.
     seed: of all that is random.
 
     Raises ValueError or TypeError, naming the setting, its value and what is allowed.
@@ -53,12 +60,15 @@ class ViTSettings:
     features: str = "k"
     heads: str = "mean"
     combine: str = "weighted"
+    distance: str = "cosine"
     partition: str = "alternating"
+    method: str = "bipartite"
+    kmeans_iterations: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prop_attn", "unmerge", "seed"):
-            value, kind = getattr(self, name), bool if name != "seed" else int
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
             if type(value) is not kind:
                 raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")
         if self.speedup is not None and type(self.speedup) not in (int, float):
@@ -69,21 +79,45 @@ class ViTSettings:
             raise ValueError(f"r must not be given beside speedup, got r={self.r!r}")
         for name, allowed in _CHOICES.items():
             _require_one_of(name, getattr(self, name), allowed)
+        if self.kmeans_iterations < 1:
+            raise ValueError(f"kmeans_iterations must be 1 or more, got {self.kmeans_iterations}")
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The features that `token_map` looks at."""
-        return (self.features,)
+        return ("q", "k") if self.method == "prune_attention" else (self.features,)
 
-    def token_map(self, features: dict[str, Tensor], prefix: int, r: int, layer: int) -> TokenMap:
+    @property
+    def only_mean_counts(self) -> bool:
+        """Whether all that `token_map` looks at is the mean over heads."""
+        return self.heads == "mean" and self.method != "prune_attention"
+
+    def token_map(
+        self, features: dict[str, Tensor], prefix: int, r: int, layer: int, layers: int
+    ) -> TokenMap:
         """Which r tokens of a layer merge.
 
         features: what `needs` names, [B, N, H, D] each (H is 1 where there are no heads).
+        prefix: how many leading tokens are protected. layer: of how many layers, from 0.
         """
+        if self.method == "prune_attention":
+            attention = rivals.received_attention(features["q"], features["k"], prefix)
+            return rivals.attention_pruning(attention, prefix, r)
         metric = features[self.features]
         metric = metric.mean(2) if self.heads == "mean" else metric.flatten(2)
-        n, device = metric.shape[1], metric.device
-        return bipartite_soft_matching(metric, self._sides(n, prefix, layer, device), r)
+        batch, n, _ = metric.shape
+        if self.method == "greedy":
+            return rivals.greedy_matching(metric, prefix, r)
+        if self.method == "kmeans":
+            return rivals.kmeans(metric, prefix, r, self.kmeans_iterations)
+        if self.method == "energy":
+            return rivals.energy_matching(metric, prefix, r, margin=0.9 * (1 - layer / layers))
+        if self.method == "prune_random":
+            key = partition.make_key(self.seed, block=layer)
+            dropped = partition.random(n, n_src=r, key=key, prefix=prefix, device=metric.device)
+            return random_pruning(batch, n, dropped)
+        sides = self._sides(n, prefix, layer, metric.device)
+        return bipartite_soft_matching(metric, sides, r, self.distance)
 
     def _sides(self, n: int, prefix: int, layer: int, device: torch.device) -> Partition:
         if self.partition == "random":
@@ -93,11 +127,14 @@ class ViTSettings:
         return halves(n, prefix=prefix, device=device)
 
 
+_KINDS = {"prop_attn": bool, "unmerge": bool, "kmeans_iterations": int, "seed": int}
 _CHOICES = {
     "features": FEATURES,
     "heads": HEADS,
     "combine": COMBINES,
+    "distance": DISTANCES,
     "partition": PARTITIONS,
+    "method": METHODS,
 }
 
 

@@ -34,7 +34,7 @@ class _Layer(Layer):
         heads, width = attention.num_heads, attention.embed_dim
         weight = attention.in_proj_weight.detach().view(3, heads, -1, width)[part]
         bias = attention.in_proj_bias.detach().view(3, heads, -1)[part]
-        if self.run.settings.heads == "mean":
+        if self.run.settings.only_mean_counts:
             weight, bias = weight.mean(0, keepdim=True), bias.mean(0, keepdim=True)
         projected = F.linear(x.detach(), weight.flatten(0, 1), bias.flatten())
         return projected.unflatten(-1, (len(weight), -1))

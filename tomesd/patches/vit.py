@@ -98,7 +98,7 @@ class Run:
         r = schedule.clipped(self.schedule[layer], n, self.prefix)
         step = None
         if r > 0:
-            step = self.settings.token_map(features, self.prefix, r, layer)
+            step = self.settings.token_map(features, self.prefix, r, layer, len(self.steps))
         before = self.maps[layer]
         self.steps[layer] = step
         self.maps[layer + 1] = before if step is None else before.then(step)

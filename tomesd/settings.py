@@ -1,6 +1,8 @@
 """How a diffusion model merges: the settings, their presets, and the token map that they give."""
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
 
 from torch import Tensor
 
@@ -55,10 +57,12 @@ class DiffusionSettings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits:
+            value = getattr(self, field.name)
+            kind: Any = type(field.default)
+            if not _fits(value, kind):
                 raise TypeError(f"{field.name} must be {kind.__name__}, got {value!r}")
+            # NumPy's numbers become Python's: a compiler would trace them as tensors.
+            object.__setattr__(self, field.name, kind(value))
         for name, allowed in (("method", METHODS), ("partition", PARTITIONS)):
             _require_one_of(name, getattr(self, name), allowed)
         for name in ("sx", "sy", "max_downsample"):
@@ -142,6 +146,14 @@ def diffusion_settings(ratio: float, preset: str | None, settings: dict) -> Diff
         _require_one_of("preset", preset, tuple(PRESETS))
         settings = PRESETS[preset] | settings
     return DiffusionSettings(ratio=ratio, **settings)
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether it is of that kind, a NumPy number too; but a bool is no number."""
+    if kind is float or kind is int:
+        number = Real if kind is float else Integral
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _require_one_of(name: str, value, allowed, error: type[Exception] = ValueError) -> None:

@@ -1,7 +1,7 @@
 """Token merging in diffusers' UNets and ControlNets, by forward hooks alone.
 
     UNet                  pre:  note the timestep, where the partition is random
-    Transformer2DModel    pre:  note the token grid
+    Transformer2DModel    pre:  hand the token grid and the timestep to the blocks
     BasicTransformerBlock pre:  one token map from the block's input features
       attn1 | attn2 | ff  pre:  merge          post: unmerge
     BasicTransformerBlock post: forget the map
@@ -21,27 +21,61 @@ from tomesd.token_map import TokenMap
 
 MODELS = ("UNet2DConditionModel", "ControlNetModel")
 
+# The arguments of BasicTransformerBlock in order: gradient checkpointing passes them by position.
+_BLOCK_ARGUMENTS = (
+    "hidden_states",
+    "attention_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "timestep",
+    "cross_attention_kwargs",
+    "class_labels",
+)
+
+# Under which a block finds its token grid and timestep among its cross_attention_kwargs.
+_PLACE = "tomesd_place"
+
+# Attention processors that add the bias to float32 logits where the model says upcast_attention.
+_UPCASTING = ("AttnProcessor", "SlicedAttnProcessor")
+
 
 @dataclass(eq=False)
-class _Clock:
-    """The denoising step, known by its timestep."""
+class _Transformer:
+    """One Transformer2DModel, or another module in its place: where it is and what merges there.
 
-    timestep: Tensor | float = 0
+    h, w: its tokens in the last forward pass; 0 before the first.
+    """
 
-    def read(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-
-
-@dataclass(eq=False)
-class _Grid:
-    """The h×w tokens of the transformer that runs, exact for every picture size."""
-
+    where: str
+    downsample: int
+    module: Any
+    skipped: str = ""
     h: int = 0
     w: int = 0
 
-    def read(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def read_grid(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         self.h, self.w = x.shape[-2:]
+
+
+@dataclass(eq=False)
+class _Place:
+    """Hands the token grid and the timestep to a transformer's blocks, with their own arguments.
+
+    Gradient checkpointing runs a block again, with the same arguments, when other forward passes
+    may have come in between: what is not in the arguments would then be another pass's.
+    """
+
+    timestep: Tensor | float = 0
+
+    def read_timestep(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+
+    def announce(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        x = args[0] if args else kwargs["hidden_states"]
+        own = {_PLACE: (*x.shape[-2:], self.timestep)}
+        given = kwargs.get("cross_attention_kwargs") or {}
+        return args, kwargs | {"cross_attention_kwargs": given | own}
 
 
 @dataclass(eq=False)
@@ -50,21 +84,23 @@ class _Block:
 
     index: int
     settings: DiffusionSettings
-    grid: _Grid
-    clock: _Clock
     map: TokenMap = field(init=False)
 
-    def match(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        features = args[0] if args else kwargs["hidden_states"]
+    def match(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        given = dict(zip(_BLOCK_ARGUMENTS, args, strict=False)) | kwargs
+        features = given.pop("hidden_states")
+        cross_attention_kwargs = dict(given["cross_attention_kwargs"])
+        h, w, timestep = cross_attention_kwargs.pop(_PLACE)
         settings, key = self.settings, None
         if settings.is_random:
-            key = make_key(settings.seed, self.clock.timestep, self.index).to(features.device)
-        self.map = settings.token_map(features, self.grid.h, self.grid.w, key)
+            key = make_key(settings.seed, timestep, self.index).to(features.device)
+        self.map = settings.token_map(features, h, w, key)
+        return (features,), given | {"cross_attention_kwargs": cross_attention_kwargs}
 
     def forget(self, block: nn.Module, args: tuple, output: Tensor) -> None:
         del self.map
 
-    def merge_self_attention(self, attn: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    def merge_self_attention(self, attn: Any, args: tuple, kwargs: dict) -> tuple:
         if kwargs.get("attention_mask") is not None:
             raise ValueError(
                 "attention_mask on self-attention cannot be combined with merged tokens; "
@@ -74,7 +110,9 @@ class _Block:
         merged = self.map.merge(x)
         if self.settings.weighs_keys:
             # [B, 1, M]: the same for every head and query.
-            bias = self.map.size.log().transpose(1, 2).to(x.dtype)
+            bias = self.map.size.log().transpose(1, 2)
+            if not (attn.upcast_attention and type(attn.processor).__name__ in _UPCASTING):
+                bias = bias.to(x.dtype)
             kwargs = kwargs | {"attention_mask": bias}
         if self.settings.merge_queries:
             return (merged, *rest), kwargs
@@ -86,17 +124,6 @@ class _Block:
 
     def unmerge(self, branch: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return self.map.unmerge(output)
-
-
-@dataclass(eq=False)
-class _Transformer:
-    """One Transformer2DModel, or another module in its place: where it is and what merges there."""
-
-    where: str
-    downsample: int
-    module: Any
-    skipped: str
-    grid: _Grid = field(default_factory=_Grid)
 
 
 class UNetPatch(Patch):
@@ -120,15 +147,16 @@ class UNetPatch(Patch):
     def install(self) -> None:
         if self.settings.ratio == 0:
             return
-        clock, index = _Clock(), 0
+        place, index = _Place(), 0
         if self.settings.is_random:
-            self.before(self.model, clock.read)
+            self.before(self.model, place.read_timestep)
         for found in self.transformers:
+            self.before(found.module, found.read_grid)
             if found.skipped:
                 continue
-            self.before(found.module, found.grid.read)
+            self.before(found.module, place.announce)
             for block in found.module.transformer_blocks:
-                self._install_block(block, _Block(index, self.settings, found.grid, clock))
+                self._install_block(block, _Block(index, self.settings))
                 index += 1
 
     def _install_block(self, block: Any, hooks: _Block) -> None:
@@ -145,24 +173,30 @@ class UNetPatch(Patch):
         self.after(block, hooks.forget)
 
     def rows(self) -> list[Row]:
-        rows: dict[tuple, Row] = {}
+        rows: dict[tuple[str, str], Row] = {}
         for found in self.transformers:
-            h, w = found.grid.h, found.grid.w
-            if not h:
-                size = self.model.config.sample_size or 0
-                h, w = (size, size) if isinstance(size, int) else size
-                h, w = -(-h // found.downsample), -(-w // found.downsample)
-            tokens = merged = h * w
-            work = 1.0
-            note = found.skipped or ("ratio is 0" if self.settings.ratio == 0 else "")
-            if not note and tokens:
-                merged = tokens - self.settings.merged(h, w)
-                if self.settings.merge_attn:
-                    work = (merged / tokens) ** (2 if self.settings.merge_queries else 1)
-            where = f"1/{found.downsample} {found.where}"
-            blocks = len(getattr(found.module, "transformer_blocks", []))
-            rows[where, note] = Row(where, blocks, tokens, merged, work, note)
+            row = self._row(found)
+            same = rows.get((row.where, row.note))
+            blocks = row.blocks + (same.blocks if same else 0)
+            rows[row.where, row.note] = row._replace(blocks=blocks)
         return list(rows.values())
+
+    def _row(self, found: _Transformer) -> Row:
+        h, w = found.h, found.w
+        if not h:
+            size = self.model.config.sample_size or 0
+            h, w = (size, size) if isinstance(size, int) else size
+            h, w = -(-h // found.downsample), -(-w // found.downsample)
+        blocks = getattr(found.module, "transformer_blocks", [])
+        tokens = merged = h * w
+        work = 1.0
+        note = found.skipped or ("ratio is 0" if self.settings.ratio == 0 else "")
+        if tokens and not note:
+            merged = tokens - self.settings.merged(h, w)
+            if self.settings.merge_attn and not any(block.only_cross_attention for block in blocks):
+                work = (merged / tokens) ** (2 if self.settings.merge_queries else 1)
+        where = f"1/{found.downsample} {found.where}"
+        return Row(where, len(blocks), tokens, merged, work, note)
 
 
 def _find_transformers(model: Any, settings: DiffusionSettings) -> list[_Transformer]:
@@ -176,27 +210,31 @@ def _find_transformers(model: Any, settings: DiffusionSettings) -> list[_Transfo
     for i, block in enumerate(getattr(model, "up_blocks", [])):
         parts.append((f"up_blocks.{i}", factors[-1 - i], block))
     found = [
-        _Transformer(where, factor, module, "")
+        _Transformer(where, factor, module, _why_impossible(module, settings))
         for where, factor, block in parts
         for module in getattr(block, "attentions", [])
     ]
-    finest = min((transformer.downsample for transformer in found), default=1)
-    for transformer in found:
-        transformer.skipped = _why_skipped(transformer, finest, settings)
+    able = [transformer for transformer in found if not transformer.skipped]
+    coarsest = min((each.downsample for each in able), default=1) * settings.max_downsample
+    for transformer in able:
+        if transformer.downsample > coarsest:
+            transformer.skipped = f"coarser than max_downsample={settings.max_downsample}"
     return found
 
 
-def _why_skipped(transformer: _Transformer, finest: int, settings: DiffusionSettings) -> str:
-    module: Any = transformer.module
+def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
     if type(module).__name__ != "Transformer2DModel":
         return f"{type(module).__name__} is not a spatial transformer"
-    if transformer.downsample > finest * settings.max_downsample:
-        return f"coarser than max_downsample={settings.max_downsample}"
     for block in module.transformer_blocks:
         if settings.merge_mlp and block._chunk_size is not None:
             raise ValueError(
                 "merge_mlp must be False with feed-forward chunking, got True: "
-                "disable_forward_chunking() on the model, or leave the MLP unmerged"
+                "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
+            )
+        if settings.merge_attn and not settings.merge_queries and block.attn1.fused_projections:
+            raise ValueError(
+                "merge_queries must be True with fused projections, which know no separate keys, "
+                "got False: unfuse_qkv_projections() on the model"
             )
         if block.only_cross_attention and not (settings.merge_crossattn or settings.merge_mlp):
             return "its blocks have no self-attention"

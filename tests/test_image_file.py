@@ -44,6 +44,16 @@ def test_a_file_is_not_seen_before_it_is_complete(tmp_path):
     assert path.read_bytes() == b"half"
 
 
+def test_a_file_is_replaced_at_once_and_not_overwritten_bit_by_bit(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        with whole(path) as partial:
+            partial.write_bytes(b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
 def test_in_a_folder_every_picture_takes_a_name_of_its_own(tmp_path):
     names = []
     for _ in range(3):

@@ -2,8 +2,8 @@
 
 Uses the embedded pipeline of the Shapes world or, with --model, any Stable Diffusion. --compare
 makes one picture of many: a row for ToMe and a row for random pruning, each cell with its time.
-Pictures are PNG files that carry their settings; they are written whole or not at all. Times are
-from the prompt to the pixels; the first picture's includes the warm-up, except with --compare.
+Pictures are PNG files that carry their settings. Times are from the prompt to the pixels; the first
+picture's includes the warm-up, except with --compare.
 
 --output is a PNG file, which replaces one that is there and is numbered if there are several
 pictures; or a folder, where each picture takes the next free name (00001.png).
@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         merging = check(args)
-        precision = PRECISIONS[args.precision]
-        pipe = sampling.load_pipeline(args.model, args.device, precision, args.scheduler)
+        dtype = PRECISIONS[args.precision]
+        pipe = sampling.load_pipeline(args.model, args.device, dtype, args.scheduler)
         how = sampling.choose(pipe, args.model, args.steps, args.guidance, args.size)
         tomesd.apply_patch(pipe, **asdict(merging))
     except (ValueError, TypeError, OSError) as error:
@@ -59,8 +59,7 @@ def generate(
             "merging": json.dumps(asdict(merging)),
             "seconds": f"{seconds:.3f}",
         }
-        path = destination(args.output, index, len(seeds))
-        save_image(image, path, about)
+        save_image(image, path := destination(args.output, index, len(seeds)), about)
         print(f"{path}: {seconds:.2f} s")
         start = time.perf_counter()
     if args.report:
@@ -78,8 +77,11 @@ def compare(pipe: Any, args: argparse.Namespace, merging: DiffusionSettings, how
         "{model}, {size} px, seed {seed}, {steps} steps of {scheduler}, guidance {guidance}, "
         "preset {preset}, {precision} on {device}"
     ).format(**about)
-    path = destination(args.output)
-    save_image(comparison.picture(cells, ratios, args.prompt, caption), path, about)
+    picture, path = (
+        comparison.picture(cells, ratios, args.prompt, caption),
+        destination(args.output),
+    )
+    save_image(picture, path, about)
     print(f"{path}: ratios {ratios}", *(f"{k}: {v}" for k, v in seconds.items()), sep="\n")
 
 
@@ -142,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("runs/generate"),
         help="PNG file or folder (%(default)s)",
     )
-    add("--report", action="store_true", default=None, help="print which tokens merged where")
+    add("--report", action="store_true", default=None, help="print where how many tokens merged")
     return parser
 
 

@@ -144,8 +144,8 @@ def sample(
     seeds: a picture's noise comes from its own seed alone, drawn on the CPU. So it is the same on
         every device and in any batch, up to the rounding of differently shaped matrix products.
     batch: how many are sampled at once. 1 needs the least memory.
-    Raises ValueError if prompts and seeds are not as many or batch is below 1, and FloatingPointError
-    instead of giving a picture that overflowed, which would be black.
+    Raises ValueError if prompts and seeds are not as many or batch is below 1, and
+    FloatingPointError instead of giving a picture that overflowed, which would be black.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"prompts and seeds must be as many, got {len(prompts)} and {len(seeds)}")

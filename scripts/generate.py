@@ -59,7 +59,8 @@ def generate(
             "merging": json.dumps(asdict(merging)),
             "seconds": f"{seconds:.3f}",
         }
-        save_image(image, path := destination(args.output, index, len(seeds)), about)
+        path = destination(args.output, index, len(seeds))
+        save_image(image, path, about)
         print(f"{path}: {seconds:.2f} s")
         start = time.perf_counter()
     if args.report:
@@ -77,11 +78,8 @@ def compare(pipe: Any, args: argparse.Namespace, merging: DiffusionSettings, how
         "{model}, {size} px, seed {seed}, {steps} steps of {scheduler}, guidance {guidance}, "
         "preset {preset}, {precision} on {device}"
     ).format(**about)
-    picture, path = (
-        comparison.picture(cells, ratios, args.prompt, caption),
-        destination(args.output),
-    )
-    save_image(picture, path, about)
+    path = destination(args.output)
+    save_image(comparison.picture(cells, ratios, args.prompt, caption), path, about)
     print(f"{path}: ratios {ratios}", *(f"{k}: {v}" for k, v in seconds.items()), sep="\n")
 
 

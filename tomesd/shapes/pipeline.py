@@ -41,13 +41,13 @@ def load_pipeline(folder: Path = ASSETS / "pipeline", dtype=torch.float32):
     Raises FileNotFoundError if it has not been trained: `python scripts/train_shapes.py` does that.
     """
     _require(folder)
-    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
 
 
 def load_classifier(folder: Path = ASSETS / "classifier") -> ViTForImageClassification:
     """The embedded ViT that says what a picture of the Shapes world shows (see `read`)."""
     _require(folder)
-    return ViTForImageClassification.from_pretrained(folder).eval()
+    return ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _require(folder: Path) -> None:

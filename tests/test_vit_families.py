@@ -224,6 +224,15 @@ def test_pickles_merge_by_themselves(name):
     assert_merges_by_itself(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
 
 
+@torch.no_grad()
+def test_what_a_run_leaves_is_not_saved():
+    vit = build("timm")
+    tomesd.apply_patch(vit.model, r=3)
+    before = pickle.dumps(vit.model)
+    vit.output()
+    assert len(pickle.dumps(vit.model)) == len(before)
+
+
 @families
 def test_the_state_dict_keeps_its_keys(name):
     vit = build(name)

@@ -53,7 +53,7 @@ class _Layer(Layer):
     def weigh_keys(self, attention: Any, args: tuple, kwargs: dict) -> tuple:
         from transformers import AttentionInterface
 
-        _restore(attention)
+        _restore(attention)  # The last run may have been interrupted.
         bias = self.run.key_bias(self.index, args[0], None)
         if bias is not None:
             AttentionInterface.register(_NAME, _attend)
@@ -89,14 +89,13 @@ class VideoMAEPatch(TransformersViTPatch):
 
     def install_block(self, seams: Seams, layer: Any) -> None:
         self.before(seams.attention, layer.weigh_keys)
-        # Also when the attention raises an exception: the stand-in must not stay.
-        self.handles.append(seams.attention.register_forward_hook(layer.restore, always_call=True))
+        self.after(seams.attention, layer.restore)
         self.before(seams.merge, layer.merge)
         self.before(seams.unmerge, layer.merge_residual)
         self.leave(seams.block, layer.leave)
 
     def remove(self) -> None:
         super().remove()
-        # An interrupt (Ctrl-C) is no exception, and calls no hooks.
+        # One that was interrupted has not called its last hook.
         for seams in self.seams:
             _restore(seams.attention)

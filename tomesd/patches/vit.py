@@ -69,8 +69,7 @@ class Run:
 
     def __getstate__(self) -> dict:
         """Copies and pickles of a model are without what its last forward left."""
-        bare = Run(self.settings, self.prefix, self.schedule)
-        return bare.__dict__
+        return Run(self.settings, self.prefix, self.schedule).__dict__
 
     def key_bias(self, layer: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """What to add to the attention logits of a block's keys: [B, N] in x's dtype, or None.

@@ -62,7 +62,7 @@ def sdxl_unet(seed: int = 0, **config) -> UNet2DConditionModel:
 def controlnet(unet: UNet2DConditionModel, seed: int = 1) -> ControlNetModel:
     """A ControlNet for the UNet, with weights of its own, so that it has an effect."""
     torch.manual_seed(seed)
-    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,) * 4)
     for parameter in model.parameters():
         # A ControlNet's connections start at zero.
         if not parameter.any():

@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torchvision.models import swin_t
 
 import tomesd
 from tests.tiny_vits import TIMM, build
@@ -87,6 +88,13 @@ def test_vit_compiles_to_one_graph_with_merging():
     expected = vit.output()
     vit.model = torch.compile(vit.model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(vit.output(), expected)
+
+
+def test_torchvision_s_windows_are_refused_with_the_reason():
+    with torch.device("meta"):
+        model = swin_t()
+    with pytest.raises(TypeError, match=r"model must not be a SwinTransformer: .*windows"):
+        tomesd.apply_patch(model, r=3)
 
 
 @pytest.mark.parametrize(

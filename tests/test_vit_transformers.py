@@ -182,6 +182,19 @@ def test_attention_without_a_bias_is_refused_unless_proportional_attention_is_of
     tomesd.apply_patch(vit.model, r=3, prop_attn=False)
 
 
+def test_backbones_are_refused_unmerge_off_since_their_maps_have_a_place_for_every_token():
+    with pytest.raises(ValueError, match=r"unmerge must be True with Dinov2Backbone, .* got False"):
+        tomesd.apply_patch(build("DINOv2 backbone").model, r=3, unmerge=False)
+
+
+@torch.no_grad()
+def test_feature_maps_of_backbones_keep_their_shape():
+    vit = build("DINOv2 backbone")
+    tomesd.apply_patch(vit.model, r=R)
+    maps = vit.model(**vit.inputs).feature_maps
+    assert [x.shape for x in maps] == [(2, 24, 6, 6)] * 2
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [

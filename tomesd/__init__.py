@@ -1,6 +1,7 @@
 """Token merging for models that other people wrote.
 
 >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
+>>> vit = tomesd.apply_patch(vit, r=8)
 """
 
 from tomesd.patch import apply_patch, patched, remove_patch, report

@@ -62,6 +62,7 @@ def apply_patch(
     """Merge tokens in every supported model of a pipeline or module, from its next call on.
 
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
+    >>> vit = tomesd.apply_patch(vit, r=8)
 
     model: a diffusers pipeline, a UNet2DConditionModel or ControlNetModel, or a Vision Transformer
         of transformers, timm or torchvision, also one that is wrapped (by torch.compile,

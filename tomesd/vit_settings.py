@@ -34,7 +34,9 @@ class ViTSettings:
         pretrained as masked autoencoders and used off the shelf, where it costs accuracy.
     unmerge: give every token its group's value after the last layer, for heads and decoders that
         want all tokens. False hands on the merged ones: a mean over them no longer counts a group
-        as often as it has members.
+        as often as it has members. What is collected between layers is unmerged as well where
+        the host has a place for that: transformers' hidden states and feature maps are, timm's
+        intermediates are not.
     features: what tells tokens apart: "k", "q", "v" (keys, queries, values), "x_pre" (the block's
         input) or "x" (after attention).
     heads: how the heads of q, k, v count: "mean" compares their average, "concatenate" all.

@@ -76,6 +76,12 @@ class TransformersViTPatch(ViTPatch):
                 f"prop_attn must be False with attn_implementation={attention!r}, which takes no "
                 f"bias on its keys; or set_attn_implementation to {' or '.join(_TAKE_A_BIAS)}"
             )
+        name = type(model).__name__
+        if not settings.unmerge and name.endswith("Backbone"):
+            raise ValueError(
+                f"unmerge must be True with {name}, whose feature maps have a place for every "
+                "token, got False"
+            )
         super().__init__(model, settings)
 
     def find_seams(self) -> list[Seams]:

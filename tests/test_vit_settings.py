@@ -1,5 +1,7 @@
 """What Vision Transformers are told when a setting is wrong, and what the report says."""
 
+import doctest
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import tomesd
 from tests import tiny_models
 from tests.tiny_vits import build
+from tomesd import vit_settings
+
+
+def test_every_example_gives_what_its_docstring_says(doctest_namespace):
+    result = doctest.testmod(vit_settings, extraglobs=doctest_namespace)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize(
@@ -98,6 +107,31 @@ def test_every_family_knows_its_own_number_of_tokens(name):
     before = tomesd.report(vit.model)
     vit.output()
     assert before.rows == tomesd.report(vit.model).rows
+
+
+@pytest.mark.parametrize("name", ["ViT", "timm", "torchvision", "VideoMAE"])
+def test_a_wanted_speed_up_counts_what_the_layers_multiply(name):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, speedup=1.3)
+    (patch,) = [m._tomesd_patch for m in vit.model.modules() if "_tomesd_patch" in m.__dict__]
+    schedule, tokens, width = patch.run.schedule, patch.own_tokens, 24
+    (hidden,) = {
+        p.shape[0]
+        for p in vit.blocks[0].parameters()
+        if p.dim() == 2 and p.shape[1] == width and p.shape[0] not in (width, 3 * width)
+    }
+
+    def multiplied(schedule: list[int]) -> int:
+        total, n = 0, tokens
+        for r in schedule:
+            merged = n - min(r, (n - vit.prefix) // 2)
+            total += 4 * n * width**2 + 2 * n**2 * width + 2 * merged * width * hidden
+            n = merged
+        return total
+
+    full = multiplied([0] * 3)
+    assert full / multiplied(schedule) >= 1.3
+    assert full / multiplied([r - 1 for r in schedule]) < 1.3
 
 
 @torch.no_grad()

@@ -87,6 +87,9 @@ class VideoMAEPatch(TransformersViTPatch):
             attention.all_head_size,
         )
 
+    def whole_attention(self, seams: Any) -> nn.Module:
+        return seams.block.attention
+
     def install_block(self, seams: Seams, layer: Any) -> None:
         self.before(seams.attention, layer.weigh_keys)
         self.after(seams.attention, layer.restore)

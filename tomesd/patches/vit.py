@@ -241,10 +241,14 @@ class ViTPatch(Patch):
             rows.append(Row(f"layer {index}", 1, first, tokens, work, note))
         return rows
 
+    def whole_attention(self, seams: Seams) -> nn.Module:
+        """All of a block's attention, with its output projection."""
+        return seams.attention
+
     def _cost(self) -> Cost:
         """Multiply-adds of a block: its weight matrices, once per token, and attention itself."""
         seams = self.seams[0]
-        attention = _matrices(seams.attention)
+        attention = _matrices(self.whole_attention(seams))
         mlp = _matrices(seams.block) - attention
         return Cost(attention, 2 * seams.width, mlp)
 

@@ -73,17 +73,19 @@ def controlnet(unet: UNet2DConditionModel, seed: int = 1) -> ControlNetModel:
 def unet_inputs(unet, batch: int = 2, h: int = 10, w: int = 14, seed: int = 0) -> dict:
     """What a pipeline hands to a UNet in one step, for latents of h×w."""
     draw = torch.Generator().manual_seed(seed)
-    like = {"generator": draw, "dtype": unet.dtype}
+
+    def normal(*shape: int) -> torch.Tensor:
+        # The same numbers in every precision.
+        return torch.randn(shape, generator=draw).to(unet.dtype)
+
     inputs = {
-        "sample": torch.randn(batch, unet.config.in_channels, h, w, **like),
+        "sample": normal(batch, unet.config.in_channels, h, w),
         "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(
-            batch, TEXT_LENGTH, unet.config.cross_attention_dim, **like
-        ),
+        "encoder_hidden_states": normal(batch, TEXT_LENGTH, unet.config.cross_attention_dim),
     }
     if unet.config.addition_embed_type == "text_time":
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(batch, TEXT_WIDTH, **like),
+            "text_embeds": normal(batch, TEXT_WIDTH),
             "time_ids": torch.ones(batch, 6),
         }
     return inputs

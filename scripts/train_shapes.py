@@ -177,7 +177,7 @@ def train_classifier(args) -> None:
     compiled = torch.compile(both, dynamic=False, disable=not args.compile)
     patches = model.config.image_size // model.config.patch_size
     covered = cached(args, "masks", lambda: masks(range(args.pictures), patches))
-    stage = Stage("classifier", steps(args, 2400), batch=32, lr=1e-3, warmup=300)
+    stage = Stage("classifier", steps(args, 3600), batch=32, lr=1e-3, warmup=300)
 
     def loss(generator):
         with autocast(args):

@@ -267,27 +267,61 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
 
 
+def enable_checkpointing(name: str, vit: Vit) -> None:
+    if name in TRANSFORMERS:
+        vit.model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif name in TIMM:
+        vit.model.set_grad_checkpointing()
+    else:
+        checkpoint_blocks(vit)
+
+
 @families
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     vit = build(name)
     vit.model.train()
     tomesd.apply_patch(vit.model, r=R)
     expected = gradients(vit)
-    if name in TRANSFORMERS:
-        vit.model.gradient_checkpointing_enable()
-    elif name in TIMM:
-        vit.model.set_grad_checkpointing()
-    else:
-        checkpoint_blocks(vit)
+    enable_checkpointing(name, vit)
     got = gradients(vit)
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, msg=key)
 
 
-def gradients(vit: Vit) -> dict[str, Tensor]:
+def test_reentrant_checkpointing_gives_the_same_gradients():
+    vit = build("ViT")
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=R)
+    expected = gradients(vit)
+    vit.model.gradient_checkpointing_enable({"use_reentrant": True})
+    got = gradients(vit)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+
+
+@pytest.mark.parametrize("name", ["timm", "ViT", "CLIP", "VideoMAE", "torchvision"])
+def test_gradient_checkpointing_goes_back_through_two_forwards(name):
+    vit = build(name)
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=[5, 5, 2])
+    expected = gradients(vit, forwards=2)
+    enable_checkpointing(name, vit)
+    got = gradients(vit, forwards=2)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+
+
+def gradients(vit: Vit, forwards: int = 1) -> dict[str, Tensor]:
+    """Of one loss on several inputs."""
     vit.model.zero_grad()
-    vit.output().square().mean().backward()
+    (name, first), *_ = vit.inputs.items()
+    loss = 0
+    for i in range(forwards):
+        vit.inputs[name] = first.roll(5 * i, dims=-1) * (1 + i)
+        loss = loss + vit.output().square().mean()
+    vit.inputs[name] = first
+    loss.backward()
     return {n: p.grad.clone() for n, p in vit.model.named_parameters() if p.grad is not None}
 
 

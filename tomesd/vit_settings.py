@@ -51,8 +51,7 @@ class ViTSettings:
     kmeans_iterations: how often k-means assigns tokens to centres.
     seed: of all that is random.
 
-    With gradient checkpointing, each forward wants its backward before the next forward: what is
-    computed again takes the sizes of merged tokens from the latest one.
+    Re-entrant gradient checkpointing wants each forward's backward before the next forward.
 
     Raises ValueError or TypeError, naming the setting, its value and what is allowed.
     Source: ToMe, section 3 and Table 1.

@@ -1,6 +1,6 @@
 """Token merging in Vision Transformers, by forward hooks alone: what all families share.
 
-    block's input         pre:  (where it is the feature) note it
+    block's input         pre:  which run is this? (where it is the feature) note it
     attention             pre:  + log(size) on the keys
     key projection        post: note the keys
     second norm           pre:  one token map from the keys; merge
@@ -25,6 +25,9 @@ from tomesd.schedule import Cost
 from tomesd.token_map import TokenMap
 from tomesd.vit_settings import ViTSettings
 
+# Where a tensor keeps the run that it is in, and whose.
+_RUN = "_tomesd_run"
+
 
 class Seams(NamedTuple):
     """Where the hooks of one transformer block go.
@@ -45,12 +48,11 @@ class Seams(NamedTuple):
 
 @dataclass(eq=False)
 class Run:
-    """The token maps of the latest forward.
+    """The token maps of one forward.
 
     maps[i] leads from the first block's tokens to those that block i gets, maps[-1] to those after
     the last block; steps[i] is what block i merges, None for nothing. They are kept by block, so
-    that gradient checkpointing, which runs blocks again in any order, finds what it needs. (Two
-    forwards before one backward are not for checkpointing: it would find the second one's maps.)
+    that gradient checkpointing, which runs blocks again in any order, finds what it needs.
     """
 
     settings: ViTSettings
@@ -61,15 +63,8 @@ class Run:
     hides_tokens: bool = False
 
     def __post_init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
         self.maps = [None] * (len(self.schedule) + 1)  # type: ignore[list-item]
         self.steps = [None] * len(self.schedule)
-
-    def __getstate__(self) -> dict:
-        """Copies and pickles of a model are without what its last forward left."""
-        return Run(self.settings, self.prefix, self.schedule).__dict__
 
     def key_bias(self, layer: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """What to add to the attention logits of a block's keys: [B, N] in x's dtype, or None.
@@ -93,7 +88,8 @@ class Run:
             size = (size > 0).to(size.dtype)
         return size.log().to(x.dtype)
 
-    def match(self, layer: int, features: dict[str, Tensor], n: int) -> TokenMap | None:
+    def match(self, layer: int, features: dict[str, Tensor], n: int) -> None:
+        """Decide what a block of n tokens merges."""
         r = schedule.clipped(self.schedule[layer], n, self.prefix)
         step = None
         if r > 0:
@@ -101,7 +97,6 @@ class Run:
         before = self.maps[layer]
         self.steps[layer] = step
         self.maps[layer + 1] = before if step is None else before.then(step)
-        return step
 
     def merge(self, layer: int, x: Tensor) -> Tensor:
         step = self.steps[layer]
@@ -114,16 +109,55 @@ class Run:
 
 
 @dataclass(eq=False)
+class Runs:
+    """The run that the blocks are in: the latest, or one that gradient checkpointing goes back to.
+
+    Which one a block is in goes with its input: what runs again gets the same tensor again. (But
+    not from re-entrant checkpointing, nor inside of a compiled graph: there it is the latest.)
+    """
+
+    current: Run
+
+    def fresh(self) -> Run:
+        return Run(self.current.settings, self.current.prefix, self.current.schedule)
+
+    def enter(self, layer: int, x: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        owner, run = getattr(x, _RUN, (None, None))
+        if owner is self:
+            self.current = run
+        elif layer == 0:
+            self.current = self.fresh()
+            self.mark(x)
+
+    def mark(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            setattr(x, _RUN, (self, self.current))
+        return x
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles of a model are without what its last forward left."""
+        return {"current": self.fresh()}
+
+
+@dataclass(eq=False)
 class Layer:
     """The hooks of one block."""
 
     index: int
-    run: Run
+    runs: Runs
     attention: Any
     features: dict[str, Tensor] = field(default_factory=dict)
 
-    def note_input(self, enter: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.note("x_pre", args[0][:, :, None])
+    @property
+    def run(self) -> Run:
+        return self.runs.current
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.runs.enter(self.index, args[0])
+        if "x_pre" in self.run.settings.needs:
+            self.note("x_pre", args[0][:, :, None])
 
     def note(self, name: str, feature: Tensor) -> None:
         """feature: [B, N, H, D]. No gradient flows through the matching."""
@@ -147,7 +181,9 @@ class Layer:
     def finish(self, merged: Tensor) -> Tensor:
         run = self.run
         last = self.index == len(run.schedule) - 1
-        return run.maps[-1].unmerge(merged) if last and run.settings.unmerge else merged
+        if last:
+            return run.maps[-1].unmerge(merged) if run.settings.unmerge else merged
+        return self.runs.mark(merged)
 
     def note_q(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.note("q", self.by_heads("q", output))
@@ -188,7 +224,11 @@ class ViTPatch(Patch):
             r = schedule.for_speedup(
                 settings.speedup, self._cost(), len(self.seams), self.own_tokens, self.prefix
             )
-        self.run = Run(settings, self.prefix, schedule.per_layer(r, len(self.seams)))
+        self.runs = Runs(Run(settings, self.prefix, schedule.per_layer(r, len(self.seams))))
+
+    @property
+    def run(self) -> Run:
+        return self.runs.current
 
     def find_seams(self) -> list[Seams]:
         raise NotImplementedError
@@ -204,12 +244,10 @@ class ViTPatch(Patch):
     def install(self) -> None:
         if not any(self.run.schedule):
             return
-        needs = self.settings.needs
         for index, seams in enumerate(self.seams):
-            layer = self.layer_type(index, self.run, seams.attention)
-            if "x_pre" in needs:
-                self.before(seams.enter, layer.note_input)
-            for name in needs:
+            layer = self.layer_type(index, self.runs, seams.attention)
+            self.before(seams.enter, layer.enter)
+            for name in self.settings.needs:
                 if name in seams.features:
                     self.after(seams.features[name], getattr(layer, f"note_{name}"))
             self.install_block(seams, layer)
@@ -227,7 +265,7 @@ class ViTPatch(Patch):
 
     def remove(self) -> None:
         super().remove()
-        self.run.clear()
+        self.runs.current = self.runs.fresh()
 
     def rows(self) -> list[Row]:
         seen = self.run.maps[0]

@@ -184,7 +184,8 @@ class UNetPatch(Patch):
     def _row(self, found: _Transformer) -> Row:
         h, w = found.h, found.w
         if not h:
-            size = self.model.config.sample_size or 0
+            # A ControlNet does not say for which size it was made.
+            size = self.model.config.get("sample_size") or 0
             h, w = (size, size) if isinstance(size, int) else size
             h, w = -(-h // found.downsample), -(-w // found.downsample)
         blocks = getattr(found.module, "transformer_blocks", [])

@@ -148,7 +148,7 @@ def train_denoiser(args) -> None:
     compiled = torch.compile(model, dynamic=False, disable=not args.compile)
     for stage, size in (
         (Stage("half-size", steps(args, 4000), batch=32, lr=1.5e-3, final=0.2), 64),
-        (Stage("whole", steps(args, 2400), batch=32, lr=1e-3), 128),
+        (Stage("whole", steps(args, 2100), batch=32, lr=1e-3), 128),
     ):
         loss = partial(
             denoiser_loss,

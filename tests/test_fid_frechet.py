@@ -97,7 +97,7 @@ def test_the_reference_is_drawn_from_scenes_that_no_prompt_asks_for():
     from tomesd.evaluation.quality import held_out
 
     asked = set(held_out(1000))
-    assert not asked & {scene(index) for index in drawn(1000, SIZE).pictures.indices}
+    assert not asked & {scene(index) for index in drawn(1000).of_size(SIZE).indices}
 
 
 def folder_of_classes(root: Path, counts: dict[str, int]) -> Path:
@@ -108,27 +108,31 @@ def folder_of_classes(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
+def picked(folder: Path, count: int) -> list[Path]:
+    return from_folder(folder, count).of_size(SIZE).paths
+
+
 def test_a_pick_holds_as_many_of_each_class_and_is_always_the_same(tmp_path):
     folder = folder_of_classes(tmp_path / "all", {"cat": 5, "dog": 9, "owl": 7})
-    chosen = from_folder(folder, 12, SIZE)
-    names = [path.parent.name for path in chosen.pictures.paths]
+    chosen = picked(folder, 12)
+    names = [path.parent.name for path in chosen]
     assert {name: names.count(name) for name in names} == {"cat": 4, "dog": 4, "owl": 4}
-    assert from_folder(folder, 12, SIZE).pictures.paths == chosen.pictures.paths
-    names = [path.parent.name for path in from_folder(folder, 10, SIZE).pictures.paths]
+    assert picked(folder, 12) == chosen
+    names = [path.parent.name for path in picked(folder, 10)]
     assert sorted(map(names.count, ("cat", "dog", "owl"))) == [3, 3, 4]
 
 
 def test_a_class_with_too_few_pictures_is_an_error_that_names_it(tmp_path):
     folder = folder_of_classes(tmp_path / "all", {"cat": 2, "dog": 9})
     with pytest.raises(ValueError, match="4 pictures of each class for 8 in all, got 2 in cat"):
-        from_folder(folder, 8, SIZE)
+        from_folder(folder, 8)
 
 
 def test_another_reference_has_another_name(tmp_path):
     folder = folder_of_classes(tmp_path / "all", {"cat": 5})
-    names = {from_folder(folder, None, SIZE).name, from_folder(folder, 4, SIZE).name}
+    names = {from_folder(folder, None).name, from_folder(folder, 4).name}
     Image.new("RGB", (9, 9)).save(folder / "cat" / "0.png")
-    names.add(from_folder(folder, None, SIZE).name)
+    names.add(from_folder(folder, None).name)
     assert len(names) == 3
     assert pick({"cat": [Path("a"), Path("b")]}, None) == [Path("a"), Path("b")]
 

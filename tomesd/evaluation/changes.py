@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,9 @@ class ShapesDistance(torch.nn.Module):
     the same place, averaged over places and layers.
     """
 
-    def __init__(self, classifier: torch.nn.Module) -> None:
+    def __init__(self, classifier: Any) -> None:
         super().__init__()
-        self.classifier = classifier.eval().requires_grad_(False)
+        self.classifier: Any = classifier.eval().requires_grad_(False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         a, b = self._tokens(first), self._tokens(second)
@@ -60,16 +61,16 @@ class ShapesDistance(torch.nn.Module):
         return [F.normalize(state, dim=-1) for state in states[1:]]
 
 
-def perceptual(features: Features, device: torch.device) -> tuple[str, Perceptual]:
-    """The distance that goes with these features, and what it is called.
+def perceptual(features: Features, device: torch.device) -> Perceptual:
+    """The distance that goes with these features.
 
     Beside InceptionV3 it is LPIPS (VGG16) as torch-fidelity has it, whose weights are downloaded.
     Raises OSError if they cannot be.
     """
     if features.name == "shapes":
         weights = str(features.weights) if features.weights else None
-        return "distance on Shapes features", ShapesDistance(load_classifier(weights)).to(device)
-    return "LPIPS", SampleSimilarityLPIPS("lpips-vgg16").to(device)
+        return ShapesDistance(load_classifier(weights)).to(device)
+    return SampleSimilarityLPIPS("lpips-vgg16").to(device)
 
 
 def changes(

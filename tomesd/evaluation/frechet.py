@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from tqdm import tqdm
 
 from tomesd.shapes import pipeline as shapes
 
@@ -23,6 +24,9 @@ FEWEST = 4
 
 # How many pictures each of KID's subsets holds, as its authors and torch-fidelity have it.
 _KID_SUBSET = 1000
+
+# What torch-fidelity knows them as.
+_EXTRACTORS = {"shapes": "shapes-classifier", "inception": "inception-v3-compat"}
 
 
 class ShapesFeatures(FeatureExtractorBase):
@@ -76,7 +80,7 @@ def prepare(pixels: Tensor, classifier) -> Tensor:
     return pixels / 127.5 - 1
 
 
-torch_fidelity.register_feature_extractor("shapes-classifier", ShapesFeatures)
+torch_fidelity.register_feature_extractor(_EXTRACTORS["shapes"], ShapesFeatures)
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,21 @@ class Features:
         return "FID" if self.name == "inception" else "Fréchet distance on Shapes features"
 
     @property
+    def perceptual(self) -> str:
+        """What the distance between two pictures is called."""
+        return "LPIPS" if self.name == "inception" else "token distance on Shapes features"
+
+    @property
     def width(self) -> int:
         """How many numbers describe a picture."""
         return 2048 if self.name == "inception" else 64
+
+    @property
+    def source(self) -> Path | None:
+        """Where the weights are; None if they are downloaded."""
+        if self.weights is None and self.name == "shapes":
+            return shapes.ASSETS / "classifier"
+        return self.weights
 
     def check(self) -> None:
         """Raises ValueError or FileNotFoundError if the weights are not what they should be."""
@@ -110,9 +126,9 @@ class Features:
             except FileNotFoundError:
                 raise
             except (OSError, ValueError, RuntimeError) as error:
-                raise ValueError(f"classifier {self.weights} cannot be read: {error}") from error
+                raise ValueError(f"classifier {self.source} cannot be read: {error}") from error
             if classifier.num_labels != sum(map(len, shapes.LABELS.values())):
-                raise ValueError(f"classifier {self.weights} is not one of the Shapes world")
+                raise ValueError(f"classifier {self.source} is not one of the Shapes world")
         elif self.weights is not None:
             _check_inception(self.weights)
 
@@ -154,25 +170,18 @@ def distances(
     count = min(len(pictures), len(reference))  # type: ignore[arg-type]
     if count < FEWEST:
         raise ValueError(f"there must be {FEWEST} pictures or more on both sides, got {count}")
-    # torch-fidelity knows CUDA and the CPU.
-    is_cuda = device.type == "cuda"
-    with torch.cuda.device(device) if is_cuda else nullcontext():
-        found = torch_fidelity.calculate_metrics(
-            input1=pictures,
-            input2=reference,
-            input2_cache_name=reference_name,
-            cache_root=str(cache),
-            feature_extractor=_EXTRACTORS[features.name],
-            feature_extractor_weights_path=str(features.weights) if features.weights else None,
-            fid=True,
-            kid=True,
-            prc=True,
-            kid_subset_size=min(_KID_SUBSET, count),
-            batch_size=batch,
-            cuda=is_cuda,
-            save_cpu_ram=True,  # no worker processes
-            verbose=False,
-        )
+    found = _calculate(
+        features,
+        device,
+        input1=pictures,
+        input2=reference,
+        input2_cache_name=reference_name,
+        cache_root=str(cache),
+        kid=True,
+        prc=True,
+        kid_subset_size=min(_KID_SUBSET, count),
+        batch_size=batch,
+    )
     return {
         "frechet": found[torch_fidelity.KEY_METRIC_FID],
         "kid": found[torch_fidelity.KEY_METRIC_KID_MEAN],
@@ -181,4 +190,62 @@ def distances(
     }
 
 
-_EXTRACTORS = {"shapes": "shapes-classifier", "inception": "inception-v3-compat"}
+def cache_reference(
+    reference: Dataset,
+    features: Features,
+    cache: Path,
+    reference_name: str,
+    device: torch.device,
+    batch: int = 32,
+) -> float:
+    """Take the reference's features, as `distances` finds them; gives its distance to itself.
+
+    >>> cache_reference(drawn, Features("shapes"), Path("cache"), "drawn", device)
+    0.0
+
+    Raises BrokenPictureError for a picture that cannot be read, and OSError if weights cannot be
+    downloaded.
+    """
+    watched = _Watched(reference)
+    found = _calculate(
+        features,
+        device,
+        input1=watched,
+        input2=watched,
+        input1_cache_name=reference_name,
+        input2_cache_name=reference_name,
+        cache_root=str(cache),
+        batch_size=batch,
+    )
+    watched.bar.close()
+    return found[torch_fidelity.KEY_METRIC_FID]
+
+
+def _calculate(features: Features, device: torch.device, **inputs: Any) -> dict[str, float]:
+    # torch-fidelity knows CUDA and the CPU.
+    is_cuda = device.type == "cuda"
+    with torch.cuda.device(device) if is_cuda else nullcontext():
+        return torch_fidelity.calculate_metrics(
+            fid=True,
+            feature_extractor=_EXTRACTORS[features.name],
+            feature_extractor_weights_path=str(features.weights) if features.weights else None,
+            cuda=is_cuda,
+            save_cpu_ram=True,  # no worker processes
+            verbose=False,
+            **inputs,
+        )
+
+
+class _Watched(Dataset):
+    """Shows how far the reading is. torch-fidelity's own bar comes with much else."""
+
+    def __init__(self, pictures: Dataset) -> None:
+        self.pictures = pictures
+        self.bar = tqdm(total=len(pictures), desc="reference", unit="picture", delay=1)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.pictures)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.bar.update(index + 1 - self.bar.n)
+        return self.pictures[index]

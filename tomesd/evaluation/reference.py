@@ -1,8 +1,9 @@
 """The pictures that others are measured against: drawn by code, or taken from a folder."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,13 @@ class BrokenPictureError(OSError):
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference set: name says in a word which one it is, and is another for another set."""
+    """A reference set before it has a size in pixels.
+
+    name says in a word which one it is, and is another for another set.
+    """
 
     name: str
-    pictures: Dataset
+    of_size: Callable[[tuple[int, int]], Dataset]
 
 
 class Pictures(Dataset):
@@ -87,23 +91,22 @@ def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def drawn(count: int, size: tuple[int, int]) -> Reference:
+def drawn(count: int) -> Reference:
     """Pictures of the Shapes world whose scenes are in no prompt and no training set.
 
-    >>> drawn(5000, (128, 128)).name
-    'shapes-5000-128x128'
+    >>> drawn(5000).name
+    'shapes-5000'
     """
     if not FEWEST <= count <= len(DRAWN):
         raise ValueError(f"num-reference must be from {FEWEST} to {len(DRAWN)}, got {count}")
-    name = f"shapes-{count}-{size[0]}x{size[1]}"
-    return Reference(name, Drawn(DRAWN[:count], size))
+    return Reference(f"shapes-{count}", partial(Drawn, DRAWN[:count]))
 
 
-def from_folder(folder: Path, count: int | None, size: tuple[int, int]) -> Reference:
+def from_folder(folder: Path, count: int | None) -> Reference:
     """Pictures from a folder: its own ones or, if it has folders for classes, as many of each.
 
-    >>> from_folder(Path("imagenet/val"), 5000, (512, 512)).name
-    'folder-5000-512x512-3f1d…'
+    >>> from_folder(Path("imagenet/val"), 5000).name
+    'folder-5000-3f1d…'
 
     count: None for all. Which ones are picked depends on the files' names alone.
     Raises FileNotFoundError if there is no such folder, and ValueError if it holds too few.
@@ -115,8 +118,7 @@ def from_folder(folder: Path, count: int | None, size: tuple[int, int]) -> Refer
         raise ValueError(f"reference must hold {FEWEST} pictures or more, got {len(paths)}")
     lines = [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in paths]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
-    name = f"folder-{len(paths)}-{size[0]}x{size[1]}-{digest}"
-    return Reference(name, Pictures(paths, size))
+    return Reference(f"folder-{len(paths)}-{digest}", partial(Pictures, paths))
 
 
 def classes(folder: Path) -> dict[str, list[Path]]:

@@ -7,14 +7,17 @@
 from tomesd.patch import apply_patch, patched, remove_patch, report
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
+from tomesd.tracing import TokenGroups, trace
 from tomesd.vit_settings import ViTSettings
 
 __all__ = [
     "DiffusionSettings",
+    "TokenGroups",
     "TokenMap",
     "ViTSettings",
     "apply_patch",
     "patched",
     "remove_patch",
     "report",
+    "trace",
 ]

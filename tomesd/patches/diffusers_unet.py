@@ -137,6 +137,7 @@ class UNetPatch(Patch):
         super().__init__()
         self.settings = settings
         self.model = model
+        self.blocks: dict[nn.Module, _Block] = {}
         self.transformers = _find_transformers(model, settings)
         if settings.ratio > 0 and all(found.skipped for found in self.transformers):
             reasons = {found.skipped for found in self.transformers} or {"it has no attention"}
@@ -161,6 +162,7 @@ class UNetPatch(Patch):
 
     def _install_block(self, block: Any, hooks: _Block) -> None:
         settings = self.settings
+        self.blocks[block] = hooks
         self.before(block, hooks.match)
         if settings.merge_attn and not block.only_cross_attention:
             self.before(block.attn1, hooks.merge_self_attention)

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import tomesd
-from tomesd.evaluation.image_file import save_image
+from tomesd.evaluation.image_file import save_image, whole
 from tomesd.evaluation.sampling import Sampling, sample
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, Scene, scene
@@ -69,8 +69,10 @@ def run_folder(root: Path, settings: Mapping[str, Any]) -> Path:
     """A folder of its own for these settings: other settings never mix with its pictures."""
     text = json.dumps(settings, sort_keys=True, default=str)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(text + "\n")
+    file = folder / "settings.json"
+    if not file.exists():
+        with whole(file) as partial:
+            partial.write_text(text + "\n")
     return folder
 
 

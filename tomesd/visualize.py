@@ -1,0 +1,173 @@
+"""Pictures of merged tokens (ToMe, Figures 4 and 6). Needs Pillow and NumPy.
+
+>>> with tomesd.trace(vit) as traced:
+...     vit(images)
+>>> visualize.draw_groups(picture, traced[-1].patches[0]).save("groups.png")
+"""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tomesd.evaluation.grid import grid
+from tomesd.tracing import TokenGroups
+
+# Turns by the golden ratio spread hues evenly, however many groups there are.
+_GOLDEN = 0.618034
+
+
+def draw_groups(image: Image.Image, patches: Tensor) -> Image.Image:
+    """A picture in which every group of merged patches has one colour.
+
+    >>> draw_groups(picture, traced[-1].patches[0])
+
+    Inside, a group has the average colour of its region; around each of its parts runs a border in
+    a colour of the group's own. Patches of the same inner and border colour are one token, also
+    where they do not touch. Dropped patches are black.
+
+    image: what the model saw, at any size: the part that its patches covered. patches: int64
+        [h, w], from `TokenGroups.patches`, for one sample; for sound, rows are frequencies.
+    Returns an RGB picture of the same size.
+    Raises ValueError unless patches have two dimensions, no more of them than the picture has
+    pixels.
+    Source: ToMe, Figure 4.
+    """
+    if patches.dim() != 2:
+        raise ValueError(f"patches must be [h, w] for a picture, got {list(patches.shape)}")
+    return draw_frames([image], patches[None])[0]
+
+
+def draw_frames(frames: Sequence[Image.Image], patches: Tensor) -> list[Image.Image]:
+    """`draw_groups` over the frames of a video, where a group goes on from frame to frame.
+
+    >>> pictures = draw_frames(frames, traced[-1].patches[0])
+
+    A group has one border colour and one inner colour in all frames: the average of its region in
+    all of them. So what keeps its colours over time is one token.
+
+    frames: all of one size. patches: int64 [t, h, w] for one sample, where each of the t may cover
+        several frames (VideoMAE: 2). Returns as many RGB pictures as there are frames.
+    Raises ValueError unless patches have three dimensions and frames are all of one size, with as
+    many frames and pixels as patches or more.
+    Source: ToMe, Figure 6.
+    """
+    if patches.dim() != 3:
+        raise ValueError(f"patches must be [t, h, w] for a video, got {list(patches.shape)}")
+    sizes = {frame.size for frame in frames}
+    if len(sizes) != 1:
+        raise ValueError(f"frames must all be of one size, got {sorted(sizes)}")
+    pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    if any(p > n for p, n in zip(patches.shape, pixels.shape, strict=False)):
+        raise ValueError(
+            f"patches must be no more than the pixels {list(pixels.shape[:3])} (frames, height, "
+            f"width), got {list(patches.shape)}"
+        )
+    where = [np.arange(n) * p // n for n, p in zip(pixels.shape, patches.shape, strict=False)]
+    # Group 0 is what was dropped.
+    group = patches.cpu().numpy()[np.ix_(*where)] + 1
+    size = np.bincount(group.ravel())
+    sums = [np.bincount(group.ravel(), channel.ravel()) for channel in np.moveaxis(pixels, -1, 0)]
+    inner = np.stack(sums, -1) / np.maximum(size, 1)[:, None]
+    inner[0] = 0
+    width = max(
+        1, min(pixels.shape[1] // patches.shape[1], pixels.shape[2] // patches.shape[2]) // 10
+    )
+    painted = np.where(_at_border(group, width)[..., None], _colors(len(size))[group], inner[group])
+    return [Image.fromarray(frame) for frame in painted.round().astype(np.uint8)]
+
+
+def _at_border(group: NDArray, width: int) -> NDArray:
+    """Which pixels [t, h, w] are so near to the edge of their group's region in their frame."""
+    near = np.zeros(group.shape, bool)
+    for axis in (1, 2):
+        for shift in range(1, width + 1):
+            ahead = [slice(None)] * 3
+            behind = [slice(None)] * 3
+            ahead[axis], behind[axis] = slice(shift, None), slice(None, -shift)
+            differs = group[tuple(ahead)] != group[tuple(behind)]
+            near[tuple(ahead)] |= differs
+            near[tuple(behind)] |= differs
+    return near & (group > 0)
+
+
+def _colors(count: int) -> NDArray:
+    """A border colour for each group: neighbouring numbers get very different hues."""
+    hues = [(i * _GOLDEN) % 1 for i in range(count)]
+    values = [0.95 if i % 3 else 0.6 for i in range(count)]
+    rgb = [colorsys.hsv_to_rgb(h, 0.85, v) for h, v in zip(hues, values, strict=True)]
+    return 255 * np.array(rgb)
+
+
+def layers_picture(
+    image: Image.Image,
+    traced: Sequence[TokenGroups],
+    layers: Sequence[int],
+    title: str = "",
+    caption: str = "",
+    sample: int = 0,
+) -> Image.Image:
+    """What a Vision Transformer saw, and what has become of its patches after some layers.
+
+    >>> layers_picture(picture, traced, layers=[0, 5, 11])
+
+    traced: one forward, from `tomesd.trace`. layers: counted from 0. sample: of the batch.
+    Raises IndexError for a layer that there is not, and as `draw_groups` does.
+    """
+    cells, names, tokens = [image.convert("RGB")], ["input"], [f"{traced[0].patches[0].numel()}"]
+    for layer in layers:
+        patches = traced[layer].patches[sample]
+        cells.append(draw_groups(image, patches))
+        names.append(f"after {traced[layer].where}")
+        tokens.append(f"{_count(patches)}")
+    labels = [f"{count} tokens" for count in tokens]
+    return grid([cells], [""], names, [labels], title, caption)
+
+
+def steps_picture(
+    image: Image.Image,
+    traced: Sequence[TokenGroups],
+    steps: Sequence[int],
+    title: str = "",
+    caption: str = "",
+    sample: int = -1,
+) -> Image.Image:
+    """What merges in a denoiser: a row for each step, a column for each block.
+
+    >>> steps_picture(picture, traced, steps=[0, 12, 24])
+
+    image: the picture that was made; every cell shows the groups of its latents over it.
+    traced: from `tomesd.trace`, of one denoiser. steps: counted from 0. sample: of the batch; the
+        last is computed with the prompt where classifier-free guidance computes two.
+    Raises ValueError for a step that was not traced, and as `draw_groups` does.
+    """
+    there = {record.step for record in traced}
+    for step in steps:
+        if step not in there:
+            raise ValueError(f"steps must be from 0 to {max(there, default=-1)}, got {step}")
+    rows = [[record for record in traced if record.step == step] for step in steps]
+    return grid(
+        [[draw_groups(image, record.patches[sample]) for record in row] for row in rows],
+        [f"step {step}" for step in steps],
+        [_short(record.where) for record in rows[0]],
+        [[f"{_count(record.patches[sample])} tokens" for record in row] for row in rows],
+        title,
+        caption,
+    )
+
+
+def _count(patches: Tensor) -> int:
+    return int(patches[patches >= 0].unique().numel())
+
+
+def _short(where: str) -> str:
+    """A diffusers block's name, as far as it fits above a picture.
+
+    >>> _short("up_blocks.2.attentions.1.transformer_blocks.0")
+    'up 2.1.0'
+    """
+    side, *rest = where.replace("_blocks", "").replace("_block", "").split(".")
+    return f"{side} {'.'.join(part for part in rest if part.isdecimal())}"

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,13 @@ def fid(main, options):
 def finished(fid, tmp_path_factory) -> Path:
     """A run that was never interrupted. Not to be written to."""
     return fid(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of it, with the features of its reference, in tmp_path."""
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / finished.name
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -158,6 +166,7 @@ def test_one_folder_holds_settings_versions_device_and_every_figure(finished):
     written = (finished / "table.md").read_text()
     assert "| ToMe | 50 |" in written
     assert "FID" not in written
+    assert "KID" not in written
     for name in ("methods.png", "samples.png"):
         assert Image.open(finished / name).width > 3 * 32
 
@@ -183,27 +192,24 @@ def test_changed_settings_start_a_new_folder(fid, tmp_path):
     assert len(set(folders)) == len(changes)
 
 
-def test_a_broken_picture_is_reported_and_made_again(fid, finished, tmp_path, capsys):
-    folder = fid(tmp_path)
-    cut, other = folder / "tome 0.5" / "00004.png", folder / "tome 0.5" / "00005.png"
+def test_a_broken_picture_is_reported_and_made_again(fid, finished, copied, tmp_path, capsys):
+    cut, other = copied / "tome 0.5" / "00004.png", copied / "tome 0.5" / "00005.png"
     cut.write_bytes(cut.read_bytes()[:-300])
-    other.write_bytes((folder / "unpatched" / "00005.png").read_bytes())
-    capsys.readouterr()
+    other.write_bytes((copied / "unpatched" / "00005.png").read_bytes())
     fid(tmp_path)
     errors = capsys.readouterr().err
     assert "00004.png is broken" in errors
     assert "00005.png is another picture: method, ratio, merging differ" in errors
-    assert pictures(folder) == pictures(finished)
+    assert pictures(copied) == pictures(finished)
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_nothing_is_averaged(
-    fid, finished, tmp_path, capsys
+    fid, finished, copied, tmp_path, capsys
 ):
     # capsys: what is printed must not go to a file, which could not grow.
-    folder = fid(tmp_path)
-    (folder / "results.json").unlink()
+    (copied / "results.json").unlink()
     for index in range(3, 10):
-        (folder / "prune 0.1" / f"{index:05}.png").unlink()
+        (copied / "prune 0.1" / f"{index:05}.png").unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -212,8 +218,8 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_is_averaged(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert stop.value.code
-    assert not (folder / "results.json").exists()
-    assert len(list((folder / "prune 0.1").iterdir())) == 3
+    assert not (copied / "results.json").exists()
+    assert len(list((copied / "prune 0.1").iterdir())) == 3
     assert table(fid(tmp_path)) == table(finished)
 
 

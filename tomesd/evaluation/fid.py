@@ -17,10 +17,10 @@ from tqdm import tqdm
 from tomesd.evaluation import limits, speed
 from tomesd.evaluation.benchmark import cpu_name
 from tomesd.evaluation.changes import Perceptual, changes, perceptual
-from tomesd.evaluation.frechet import FEWEST, Features, cache_reference, distances
+from tomesd.evaluation.frechet import Features, cache_reference, distances
 from tomesd.evaluation.image_file import versions, whole
 from tomesd.evaluation.quality import held_out
-from tomesd.evaluation.reference import Pictures, Reference
+from tomesd.evaluation.reference import FEWEST, Pictures, Reference
 from tomesd.evaluation.run import Model, Row, Run, make
 from tomesd.evaluation.sampling import Sampling
 from tomesd.settings import diffusion_settings

@@ -17,10 +17,8 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from tqdm import tqdm
 
+from tomesd.evaluation.reference import FEWEST
 from tomesd.shapes import pipeline as shapes
-
-# Precision and recall ask for each picture's third nearest neighbor in its own set.
-FEWEST = 4
 
 # How many pictures each of KID's subsets holds, as its authors and torch-fidelity have it.
 _KID_SUBSET = 1000
@@ -100,6 +98,10 @@ class Features:
     @property
     def distance(self) -> str:
         return "FID" if self.name == "inception" else "Fréchet distance on Shapes features"
+
+    @property
+    def kernel(self) -> str:
+        return "KID" if self.name == "inception" else "kernel distance"
 
     @property
     def perceptual(self) -> str:

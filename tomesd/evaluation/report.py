@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 # Key, heading, how a value is written. A column without any value is left out.
 _COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("frechet", "{distance} ↓", "{:.2f}".format),
-    ("kid", "KID × 1000 ↓", lambda value: f"{1000 * value:.3f}"),
+    ("kid", "{kernel} × 1000 ↓", lambda value: f"{1000 * value:.3f}"),
     ("precision", "precision ↑", "{:.3f}".format),
     ("recall", "recall ↑", "{:.3f}".format),
     ("psnr", "PSNR, dB ↑", "{:.1f}".format),
@@ -48,7 +48,11 @@ def table(records: Sequence[Record], features: Features, count: int) -> str:
         for column in _COLUMNS
         if any(record.get(column[0]) is not None for record in records)
     ]
-    names = {"distance": features.distance, "perceptual": features.perceptual}
+    names = {
+        "distance": features.distance,
+        "kernel": features.kernel,
+        "perceptual": features.perceptual,
+    }
     headings = ["method", "r %", *(heading.format(**names) for _, heading, _ in columns)]
     lines = [_line(headings), "|---" * len(headings) + "|"]
     for record in records:
@@ -75,10 +79,18 @@ def about(results: Mapping[str, Any]) -> str:
     settings, environment = results["settings"], results["environment"]
     versions = {name: value for name, value in environment.items() if name.endswith("_version")}
     told = [f"`{results['command']}`", ""]
-    told += [f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items()]
+    for name, value in settings.items():
+        if name not in ("device", "versions"):  # which follow
+            told.append(f"- {name}: {_plainly(value)}")
     told.append(f"- device: {environment['device_name']}, {environment['threads']} threads")
     told += [f"- {name.removesuffix('_version')} {value}" for name, value in versions.items()]
     return "\n".join(told)
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={item}" for name, item in value.items())
+    return str(value)
 
 
 def plot(records: Sequence[Record], distance: str, path: Path) -> None:
@@ -110,6 +122,7 @@ def plot(records: Sequence[Record], distance: str, path: Path) -> None:
     axes.set_xlabel("seconds per picture")
     axes.set_ylabel(distance)
     axes.grid(alpha=0.3)
+    axes.margins(0.1)  # room for the labels
     axes.legend()
     figure.savefig(path, format="png", dpi=150)
 
@@ -153,4 +166,4 @@ def row_name(row: Row) -> str:
 
 def _caption(run: Run, more: str) -> str:
     how = run.sampling
-    return f"{how.width}×{how.height} px, {how.steps} steps, guidance {how.guidance:g}, {more}"
+    return f"{how.width}x{how.height} px, {how.steps} steps, guidance {how.guidance:g}, {more}"

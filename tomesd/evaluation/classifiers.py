@@ -22,12 +22,14 @@ class Classifier:
     >>> classifier = load_classifier()
     >>> logits = classifier.logits(classifier.prepare(pictures))
 
+    sides: height and width of what goes in.
     fit: a picture as the model sees it: cropped and of its size, still an RGB picture.
     prepare: such pictures as one batch of pixels.
     """
 
     name: str
     model: Any
+    sides: Sequence[int]
     fit: Callable[[Image.Image], Image.Image]
     prepare: Callable[[Sequence[Image.Image]], Tensor]
 
@@ -86,7 +88,7 @@ def load_classifier(model: str | None = None, pretrained: bool = True) -> Classi
     library, _, name = (model or "").partition(":")
     if model is None:
         found: Any = shapes.load_classifier()
-        return Classifier("embedded", found, *_simple(_image_size(found.config), 0.5, 0.5))
+        return _classifier("embedded", found, _image_size(found.config), 0.5, 0.5)
     if library == "timm":
         import timm
 
@@ -94,7 +96,7 @@ def load_classifier(model: str | None = None, pretrained: bool = True) -> Classi
         data = timm.data.resolve_model_data_config(found)
         mean, std = data["mean"], data["std"]
         sides = data["input_size"][1:]
-        return Classifier(model, found, *_simple(sides, mean, std, data["crop_pct"]))
+        return _classifier(model, found, sides, mean, std, data["crop_pct"])
     if library == "torchvision":
         from torchvision import models
 
@@ -102,8 +104,7 @@ def load_classifier(model: str | None = None, pretrained: bool = True) -> Classi
         found = models.get_model(name, weights=weights if pretrained else None).eval()
         how = weights.transforms()
         (crop,), (resize,) = how.crop_size, how.resize_size
-        simple = _simple((crop, crop), how.mean, how.std, crop / resize)
-        return Classifier(model, found, *simple)
+        return _classifier(model, found, (crop, crop), how.mean, how.std, crop / resize)
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     found = AutoModelForImageClassification.from_pretrained(model, local_files_only=True).eval()
@@ -111,7 +112,7 @@ def load_classifier(model: str | None = None, pretrained: bool = True) -> Classi
     if (Path(model) / "preprocessor_config.json").is_file():
         processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
         mean, std = processor.image_mean, processor.image_std
-    return Classifier(Path(model).name, found, *_simple(_image_size(found.config), mean, std))
+    return _classifier(Path(model).name, found, _image_size(found.config), mean, std)
 
 
 def _image_size(config: Any) -> tuple[int, int]:
@@ -119,10 +120,11 @@ def _image_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _simple(
-    sides: Sequence[int], mean: Any, std: Any, crop: float = 1.0
-) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Sequence[Image.Image]], Tensor]]:
-    """Resize so that the centre, of the share `crop` in each direction, has the model's size."""
+def _classifier(
+    name: str, model: Any, sides: Sequence[int], mean: Any, std: Any, crop: float = 1.0
+) -> Classifier:
+    """With pictures resized so that the centre, of the share `crop` in each direction, has the
+    model's size."""
     height, width = sides
     mean, std = (
         torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean, std)
@@ -141,4 +143,4 @@ def _simple(
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
-    return fit, prepare
+    return Classifier(name, model, sides, fit, prepare)

@@ -222,7 +222,7 @@ class ViTPatch(Patch):
         r = settings.r
         if settings.speedup is not None:
             r = schedule.for_speedup(
-                settings.speedup, self._cost(), len(self.seams), self.own_tokens, self.prefix
+                settings.speedup, self.cost(), len(self.seams), self.own_tokens, self.prefix
             )
         self.runs = Runs(Run(settings, self.prefix, schedule.per_layer(r, len(self.seams))))
 
@@ -283,7 +283,7 @@ class ViTPatch(Patch):
         """All of a block's attention, with its output projection."""
         return seams.attention
 
-    def _cost(self) -> Cost:
+    def cost(self) -> Cost:
         """Multiply-adds of a block: its weight matrices, once per token, and attention itself."""
         seams = self.seams[0]
         attention = _matrices(self.whole_attention(seams))

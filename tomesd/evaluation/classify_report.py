@@ -80,6 +80,7 @@ def _points(records: Sequence[Record], key: str) -> tuple[list[float], list[floa
 def _axes(x: str, title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=x, ylabel="accuracy, %", title=title)
+    axes.margins(0.1)  # The last name beside its point stays inside.
     axes.grid(alpha=0.3)
     return figure, axes
 

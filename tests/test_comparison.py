@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 import tomesd
+from tests.tiny_shapes import untrained_pipeline
 from tomesd.evaluation.comparison import compare, picture
 from tomesd.evaluation.sampling import Sampling, sample
-from tomesd.shapes import pipeline as shapes
 
 HOW = Sampling(steps=2, guidance=3.0, width=32, height=32)
 RATIOS = (0, 0.3, 0.6)
@@ -16,14 +15,7 @@ RATIOS = (0, 0.3, 0.6)
 @pytest.fixture(scope="module")
 def pipe():
     """The embedded pipeline's architecture with random weights."""
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    pipe = shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
-        tokenizer,
-    )
+    pipe = untrained_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -5,12 +5,11 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
+from tests.tiny_shapes import save_untrained
 from tomesd.evaluation.fid import PRESETS, prompts
 from tomesd.evaluation.run import rows
-from tomesd.shapes import pipeline as shapes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fid.py"
 
@@ -22,17 +21,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    folder = tmp_path_factory.mktemp("models")
-    shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
-        tokenizer,
-    ).save_pretrained(folder / "pipeline")
-    shapes.build_classifier().save_pretrained(folder / "classifier")
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiny_shapes import save_untrained
 from tomesd.evaluation.limits import Largest, Prober, largest
 from tomesd.evaluation.run import Model, rows
-from tomesd.shapes import pipeline as shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "fid.py"
@@ -36,17 +36,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """The embedded architectures with random weights."""
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    folder = tmp_path_factory.mktemp("models")
-    shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
-        tokenizer,
-    ).save_pretrained(folder / "pipeline")
-    shapes.build_classifier().save_pretrained(folder / "classifier")
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

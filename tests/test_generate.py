@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from tomesd.shapes import pipeline as shapes
+from tests.tiny_shapes import untrained_pipeline
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "generate.py"
 PROMPT = "a photo of a red heart on a blue striped background"
@@ -27,14 +27,7 @@ def main():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """The embedded pipeline's architecture with random weights."""
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    pipe = shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
-        tokenizer,
-    )
+    pipe = untrained_pipeline()
     folder = tmp_path_factory.mktemp("pipeline")
     pipe.save_pretrained(folder)
     return str(folder)

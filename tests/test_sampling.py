@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
+from tests.tiny_shapes import untrained_pipeline
 from tomesd.evaluation.device import choose_device, choose_precision
 from tomesd.evaluation.sampling import (
     SCHEDULERS,
@@ -23,14 +24,7 @@ PROMPTS = ["a red heart", "a blue star", "a green moon"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """The embedded pipeline's architecture with random weights."""
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    pipe = shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
-        tokenizer,
-    )
+    pipe = untrained_pipeline()
     place = tmp_path_factory.mktemp("pipeline")
     pipe.save_pretrained(place)
     return str(place)

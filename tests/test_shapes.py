@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.training import MaskedClassifier, Stage, masks, pictures, train
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene
@@ -88,14 +89,7 @@ def test_words_from_outside_the_world_are_spelled_out():
 
 
 def test_a_built_pipeline_survives_saving_and_draws(tmp_path):
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    pipe = shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
-        tokenizer,
-    )
+    pipe = untrained_pipeline()
     pipe.save_pretrained(tmp_path / "pipeline")
     again = shapes.load_pipeline(tmp_path / "pipeline")
 

@@ -1,5 +1,6 @@
 """A compiled UNet stays one graph while tokens merge, and notices when a patch comes or goes."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -22,7 +23,7 @@ EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 SETTINGS = [
     {},
     {"use_rand": True},
-    {"method": "prune"},
+    {"method": "prune", "ratio": np.float64(0.5)},
     {"merge_queries": False},
     {"preset": "paper"},
     EVERYTHING,

@@ -71,7 +71,9 @@ def test_fused_projections_give_the_same_picture():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("upcast_attention", [False, True])
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
-def test_half_precision_changes_less_than_half_of_what_merging_does(dtype, upcast_attention, processor):
+def test_half_precision_changes_less_than_half_of_what_merging_does(
+    dtype, upcast_attention, processor
+):
     unet = sd_unet(upcast_attention=upcast_attention)
     unet.set_attn_processor(processor)
     unpatched = predict(unet)

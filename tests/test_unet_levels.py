@@ -126,6 +126,9 @@ def test_a_pipeline_is_left_alone_if_one_of_its_models_cannot_merge():
     unet = sd_unet()
     refused = sd_unet(**ATTENDS_TO_TEXT_ONLY)
     both = torch.nn.ModuleList([unet, refused])
+    before = predict(tomesd.apply_patch(unet, ratio=0.25))
+    count = hooks(unet)
     with pytest.raises(ValueError, match="nothing would be merged"):
         tomesd.apply_patch(both)
-    assert (hooks(unet), hooks(refused)) == (0, 0)
+    assert (hooks(unet), hooks(refused)) == (count, 0)
+    assert torch.equal(predict(unet), before)

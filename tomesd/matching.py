@@ -71,7 +71,7 @@ def bipartite_soft_matching(
 def _factors(metric: Tensor, distance: str) -> tuple[Tensor, Tensor]:
     """What to multiply, [B, N, C'] each, so that the products are similarities."""
     if distance == "cosine":
-        direction = _directions(metric)
+        direction = directions(metric)
         return direction, direction
     if distance == "dot":
         return metric, metric
@@ -83,7 +83,7 @@ def _factors(metric: Tensor, distance: str) -> tuple[Tensor, Tensor]:
     return torch.cat([2 * wide, -square, -one], -1), torch.cat([wide, one, square], -1)
 
 
-def _directions(metric: Tensor) -> Tensor:
+def directions(metric: Tensor) -> Tensor:
     # The norm in float32: that of a float16 token may be above float16's largest number, and
     # rounded to bfloat16 it would move the cosine by more than the rounding of all channels does.
     wide = torch.promote_types(metric.dtype, torch.float32)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomesd.matching import _directions
+from tomesd.matching import directions
 from tomesd.token_map import TokenMap
 
 
@@ -61,7 +61,7 @@ def kmeans(metric: Tensor, prefix: int, r: int, iterations: int = 2) -> TokenMap
     _check(r, free - 1)
     if iterations < 1:
         raise ValueError(f"iterations must be 1 or more, got {iterations}")
-    direction = _directions(metric)
+    direction = directions(metric)
     clusters = free - r
     seeds = prefix + torch.arange(clusters, device=metric.device) * free // clusters
     stays = torch.zeros(n, dtype=torch.int8, device=metric.device).index_fill(0, seeds, 1)
@@ -71,7 +71,7 @@ def kmeans(metric: Tensor, prefix: int, r: int, iterations: int = 2) -> TokenMap
     for _ in range(iterations):
         nearest = (direction @ centres.transpose(1, 2)).argmax(-1)
         clustered = TokenMap.from_moves(n, moved, seeds[nearest.gather(1, moved)])
-        centres = _directions(clustered.merge(direction)[:, prefix:])
+        centres = directions(clustered.merge(direction)[:, prefix:])
     return clustered
 
 
@@ -134,7 +134,7 @@ def received_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
 
 
 def _cosines(metric: Tensor) -> Tensor:
-    direction = _directions(metric)
+    direction = directions(metric)
     return direction @ direction.transpose(1, 2)
 
 

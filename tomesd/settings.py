@@ -64,7 +64,7 @@ class DiffusionSettings:
             # NumPy's numbers become Python's: a compiler would trace them as tensors.
             object.__setattr__(self, field.name, kind(value))
         for name, allowed in (("method", METHODS), ("partition", PARTITIONS)):
-            _require_one_of(name, getattr(self, name), allowed)
+            require_one_of(name, getattr(self, name), allowed)
         for name in ("sx", "sy", "max_downsample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -141,9 +141,9 @@ def diffusion_settings(ratio: float, preset: str | None, settings: dict) -> Diff
     """Settings from `apply_patch`'s arguments: what is given wins over what the preset says."""
     known = [field.name for field in fields(DiffusionSettings)]
     for name in settings:
-        _require_one_of("setting", name, known, error=TypeError)
+        require_one_of("setting", name, known, error=TypeError)
     if preset is not None:
-        _require_one_of("preset", preset, tuple(PRESETS))
+        require_one_of("preset", preset, tuple(PRESETS))
         settings = PRESETS[preset] | settings
     return DiffusionSettings(ratio=ratio, **settings)
 
@@ -156,6 +156,6 @@ def _fits(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _require_one_of(name: str, value, allowed, error: type[Exception] = ValueError) -> None:
+def require_one_of(name: str, value, allowed, error: type[Exception] = ValueError) -> None:
     if value not in allowed:
         raise error(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

@@ -9,7 +9,7 @@ from tomesd import partition, rivals, schedule
 from tomesd.matching import DISTANCES, bipartite_soft_matching, random_pruning
 from tomesd.partition import Partition
 from tomesd.schedule import Schedule
-from tomesd.settings import _require_one_of
+from tomesd.settings import require_one_of
 from tomesd.token_map import TokenMap
 
 FEATURES = ("x_pre", "x", "k", "q", "v")
@@ -82,7 +82,7 @@ class ViTSettings:
         if self.speedup is not None and self.r != 0:
             raise ValueError(f"r must not be given beside speedup, got r={self.r!r}")
         for name, allowed in _CHOICES.items():
-            _require_one_of(name, getattr(self, name), allowed)
+            require_one_of(name, getattr(self, name), allowed)
         if self.kmeans_iterations < 1:
             raise ValueError(f"kmeans_iterations must be 1 or more, got {self.kmeans_iterations}")
 
@@ -146,7 +146,7 @@ def vit_settings(settings: dict) -> ViTSettings:
     """Settings from `apply_patch`'s arguments."""
     known = [field.name for field in fields(ViTSettings)]
     for name in settings:
-        _require_one_of("setting", name, known, error=TypeError)
+        require_one_of("setting", name, known, error=TypeError)
     if "r" not in settings and "speedup" not in settings:
         raise TypeError(
             "r (tokens to merge in each layer, for example r=8) or speedup must be given"

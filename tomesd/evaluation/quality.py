@@ -48,14 +48,18 @@ def pictures(
 
     >>> images = pictures(pipe, ["a red heart"], Sampling(25, 4.0), Path("out"), 0.5, {})
 
-    Each is written whole as <index>.png with its settings, so an interrupted run goes on.
+    Each is written whole as <index>.png with its settings, so an interrupted run goes on. A batch
+    that lacks one is sampled again as a whole: in other company, rounding would differ.
     """
-    missing = [i for i in range(len(prompts)) if not _path(folder, i).exists()]
-    if missing:
-        with tomesd.patched(pipe, ratio, **settings):
-            images = sample(pipe, [prompts[i] for i in missing], missing, sampling, batch)
-            progress = tqdm(images, desc=folder.name, total=len(missing))
-            for index, image in zip(missing, progress, strict=True):
+    starts = range(0, len(prompts), batch)
+    with tomesd.patched(pipe, ratio, **settings):
+        for start in tqdm(starts, desc=folder.name, unit="batch"):
+            indices = range(start, min(start + batch, len(prompts)))
+            if all(_path(folder, index).exists() for index in indices):
+                continue
+            asked = [prompts[index] for index in indices]
+            images = sample(pipe, asked, indices, sampling, batch)
+            for index, image in zip(indices, images, strict=True):
                 told = {"prompt": prompts[index], "seed": index, "ratio": ratio, **settings}
                 save_image(image, _path(folder, index), told | vars(sampling))
     return [Image.open(_path(folder, i)).convert("RGB") for i in range(len(prompts))]

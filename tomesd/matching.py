@@ -7,7 +7,7 @@ settings; nothing depends on the data but the values of the indices.
 import torch
 from torch import Tensor
 
-from tomesd.partition import Partition
+from tomesd.partition import Partition, Windows
 from tomesd.token_map import TokenMap
 
 # Scores are computed for as many sources at a time as fit in this. All at once they would take
@@ -22,7 +22,7 @@ _SMALLEST_NORM = 1e-6
 
 @torch.no_grad()
 def bipartite_soft_matching(
-    metric: Tensor, partition: Partition, r: int, distance: str = "cosine"
+    metric: Tensor, partition: Partition | Windows, r: int, distance: str = "cosine"
 ) -> TokenMap:
     """Merge the r sources that are most similar to a destination into that destination.
 
@@ -32,6 +32,8 @@ def bipartite_soft_matching(
     tensor([[0, 1, 1, 2]])
 
     metric: [B, N, C], the features to compare. No gradient flows through the matching.
+    partition: who may merge into whom. In windows, a source looks for its destination in its own
+        window, while the r best are still chosen among all sources.
     r: how many sources merge, at most all of them. Of equally similar destinations the first is
         taken; of equally similar sources, those that torch.topk takes.
     distance: how similarity is measured: "cosine" (default: among the best in ToMe, Table 1, and
@@ -42,53 +44,95 @@ def bipartite_soft_matching(
     Source: ToMe, section 3, Table 1b and Appendix D.
     """
     batch, n, _ = metric.shape
-    src, dst = partition
-    if not 0 <= r <= len(src):
-        raise ValueError(f"r must be from 0 to the {len(src)} sources, got {r}")
-    if r > 0 and len(dst) == 0:
+    if isinstance(partition, Windows):
+        src, dst, padding = partition
+    else:
+        src, dst, padding = partition.src[None], partition.dst[None], 0
+    n_src = src.numel() - padding
+    if not 0 <= r <= n_src:
+        raise ValueError(f"r must be from 0 to the {n_src} sources, got {r}")
+    if r > 0 and dst.numel() == 0:
         raise ValueError(f"r must be 0 where there is no destination, got {r}")
     if distance not in DISTANCES:
         raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
+    moved = src.flatten().expand(batch, -1)
     if r == 0:
-        return TokenMap.from_moves(n, src.new_empty(batch, 0), src.new_empty(batch, 0))
+        return TokenMap.from_moves(n, moved[:, :0], moved[:, :0])
 
-    left, right = _factors(metric, distance)
-    sources, targets = left[:, src], right[:, dst].transpose(1, 2)
-    rows = max(1, SCORE_BYTES // (batch * len(dst) * left.element_size()))
-    scores = (torch.bmm(chunk, targets) for chunk in sources.split(rows, dim=1))
-    if distance == "softmax":
-        scores = (chunk.softmax(-1) for chunk in scores)
-    best = [chunk.max(dim=-1) for chunk in scores]
-    nearest = torch.cat([chunk.indices for chunk in best], dim=1)
-    moved, target = src.expand(batch, -1), dst[nearest]
-    if r < len(src):
-        similarity = torch.cat([chunk.values for chunk in best], dim=1)
+    similarity, target = _nearest(metric, src, dst, padding > 0, distance)
+    if r < src.numel():
         kept = similarity.topk(r, dim=1, sorted=False).indices
         moved, target = moved.gather(1, kept), target.gather(1, kept)
     return TokenMap.from_moves(n, moved, target)
 
 
-def _factors(metric: Tensor, distance: str) -> tuple[Tensor, Tensor]:
-    """What to multiply, [B, N, C'] each, so that the products are similarities."""
+def _nearest(
+    metric: Tensor, src: Tensor, dst: Tensor, is_padded: bool, distance: str
+) -> tuple[Tensor, Tensor]:
+    """Each source's similarity to its best destination, and which that is: [B, all sources]."""
+    batch, windows = metric.shape[0], src.shape[0]
+    left = _left(_tokens(metric, src), distance)
+    right = _right(_tokens(metric, dst), distance).transpose(1, 2)
+    rows = max(1, SCORE_BYTES // (batch * dst.numel() * left.element_size()))
+    values, places = [], []
+    for chunk in left.split(rows, dim=1):
+        scores = torch.bmm(chunk, right).unflatten(0, (batch, windows))
+        if is_padded:
+            scores = scores.masked_fill(dst[:, None] < 0, -torch.inf)
+        if distance == "softmax":
+            scores = scores.softmax(-1)
+        best = scores.max(dim=-1)
+        values.append(best.values)
+        places.append(best.indices)
+    similarity, nearest = torch.cat(values, dim=2), torch.cat(places, dim=2)
+    if is_padded:
+        similarity = similarity.masked_fill(src < 0, -torch.inf)
+    target = dst.expand(batch, -1, -1).gather(2, nearest)
+    return similarity.flatten(1), target.flatten(1)
+
+
+def _tokens(metric: Tensor, places: Tensor) -> Tensor:
+    """The tokens at these places of each sample: [B·windows, n, C], a copy; any where padded."""
+    rows = metric[:, places.clamp(min=0).flatten()]
+    return rows.view(-1, places.shape[1], metric.shape[2])
+
+
+def _left(tokens: Tensor, distance: str) -> Tensor:
+    """What to multiply with `_right` of others, so that the products are similarities."""
     if distance == "cosine":
-        direction = directions(metric)
-        return direction, direction
+        return tokens.div_(_norms(tokens))  # They are a copy, and half as much is written.
     if distance == "dot":
-        return metric, metric
-    wide = metric.to(torch.promote_types(metric.dtype, torch.float32))
+        return tokens
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if distance == "softmax":
-        return wide / metric.shape[-1] ** 0.5, wide
+        return wide / tokens.shape[-1] ** 0.5
     # −|a − b|² = 2ab − |a|² − |b|²
-    square, one = wide.square().sum(-1, keepdim=True), torch.ones_like(wide[..., :1])
-    return torch.cat([2 * wide, -square, -one], -1), torch.cat([wide, one, square], -1)
+    square = wide.square().sum(-1, keepdim=True)
+    return torch.cat([2 * wide, -square, -torch.ones_like(square)], -1)
 
 
-def directions(metric: Tensor) -> Tensor:
-    # The norm in float32: that of a float16 token may be above float16's largest number, and
-    # rounded to bfloat16 it would move the cosine by more than the rounding of all channels does.
-    wide = torch.promote_types(metric.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True, dtype=wide)
-    return (metric / norm.clamp(min=_SMALLEST_NORM)).to(metric.dtype)
+def _right(tokens: Tensor, distance: str) -> Tensor:
+    if distance == "cosine":
+        return tokens.div_(_norms(tokens))
+    if distance == "dot":
+        return tokens
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if distance == "softmax":
+        return wide
+    square = wide.square().sum(-1, keepdim=True)
+    return torch.cat([wide, torch.ones_like(square), square], -1)
+
+
+def directions(tokens: Tensor) -> Tensor:
+    return (tokens / _norms(tokens)).to(tokens.dtype)
+
+
+def _norms(tokens: Tensor) -> Tensor:
+    # In float32: the norm of a float16 token may be above float16's largest number, and rounded to
+    # bfloat16 it would move the cosine by more than the rounding of all channels does.
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
+    return norm.clamp(min=_SMALLEST_NORM)
 
 
 def random_pruning(batch: int, n: int, partition: Partition) -> TokenMap:

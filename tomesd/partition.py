@@ -18,6 +18,18 @@ class Partition(NamedTuple):
     dst: Tensor
 
 
+class Windows(NamedTuple):
+    """The same in windows: a source may merge into a destination of its own window only.
+
+    src, dst: int64 [windows, n_src] and [windows, n_dst]. padding: how many entries of src are −1,
+    where not all windows are of one size; dst may have some too.
+    """
+
+    src: Tensor
+    dst: Tensor
+    padding: int
+
+
 def alternating(n: int, *, prefix: int = 0, device=None) -> Partition:
     """Every other token is a source, as in ToMe's classifiers and its Appendix F.
 
@@ -83,23 +95,77 @@ def strided(
     Raises ValueError if h, w, sy or sx is below 1.
     Source: Token Merging for Fast Stable Diffusion, section 3.
     """
-    for name, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    _check_grid(h, w, sy, sx)
     tops, lefts = torch.arange(0, h, sy, device=device), torch.arange(0, w, sx, device=device)
     y, x = tops[:, None], lefts[None, :]
-    if key is not None:
-        cells = torch.arange(len(tops) * len(lefts), device=device).view(len(tops), len(lefts))
-        bits = _hash(cells + key.to(cells.device))
-        y = y + bits % (h - y).clamp(max=sy)
-        x = x + (bits >> 16) % (w - x).clamp(max=sx)
-    dst = (y * w + x).flatten()
+    dy, dx = _chosen(y, x, h, w, sy, sx, key)
+    dst = ((y + dy) * w + x + dx).flatten()
     is_src = torch.ones(h * w, dtype=torch.bool, device=device).index_fill(0, dst, False)
     # Without looking at the data: the rank of a source among the sources is its place in the list.
     place = torch.where(is_src, is_src.cumsum(0) - 1, h * w - len(dst))
     tokens = torch.arange(h * w, device=device)
     src = tokens.new_zeros(h * w - len(dst) + 1).scatter(0, place, tokens)[:-1]
     return Partition(src, dst)
+
+
+def windowed(
+    h: int,
+    w: int,
+    sy: int = 2,
+    sx: int = 2,
+    *,
+    window: int,
+    key: Tensor | None = None,
+    device=None,
+) -> Windows:
+    """`strided`, in windows: a source may merge into the destinations near it only.
+
+    >>> windowed(2, 4, window=2).dst
+    tensor([[0],
+            [2]])
+
+    window: tokens along a side. A window holds as many whole cells as fit, one at least; where they
+        do not divide the grid, all windows are made a little smaller, as equal as they can be.
+    The number of comparisons grows with h·w instead of its square. The rest as in `strided`: the
+    same tokens are destinations.
+    Raises ValueError if h, w, sy, sx or window is below 1.
+    """
+    _check_grid(h, w, sy, sx, window)
+    high, wide = -(-h // sy), -(-w // sx)
+    down, per_y = _even_split(high, max(1, window // sy))
+    across, per_x = _even_split(wide, max(1, window // sx))
+    rows = torch.arange(down * per_y, device=device).view(down, 1, per_y, 1) * sy
+    columns = torch.arange(across * per_x, device=device).view(1, across, 1, per_x) * sx
+    y, x = (place.expand(down, across, per_y, per_x).flatten(2) for place in (rows, columns))
+    y, x = y.flatten(0, 1), x.flatten(0, 1)
+    dy, dx = _chosen(y.clamp(max=h - 1), x.clamp(max=w - 1), h, w, sy, sx, key)
+    dst = _token(y + dy, x + dx, h, w)
+    # The places of a cell in reading order, without the chosen one.
+    others = torch.arange(sy * sx - 1, device=device)
+    others = others + (others >= (dy * sx + dx)[..., None]).long()
+    src = _token(y[..., None] + others // sx, x[..., None] + others % sx, h, w).flatten(1)
+    return Windows(src, dst, src.numel() - (h * w - high * wide))
+
+
+def _even_split(count: int, most: int) -> tuple[int, int]:
+    """The fewest parts of at most so many, and how many the largest of equal parts then holds."""
+    parts = -(-count // most)
+    return parts, -(-count // parts)
+
+
+def _token(y: Tensor, x: Tensor, h: int, w: int) -> Tensor:
+    return torch.where((y < h) & (x < w), y * w + x, -1)
+
+
+def _chosen(
+    y: Tensor, x: Tensor, h: int, w: int, sy: int, sx: int, key: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where in its cell the destination is: (dy, dx), for cells that begin at y and x."""
+    if key is None:
+        zero = torch.zeros_like(y + x)
+        return zero, zero
+    bits = _hash((y // sy) * -(-w // sx) + x // sx + key.to(y.device))
+    return bits % (h - y).clamp(max=sy), (bits >> 16) % (w - x).clamp(max=sx)
 
 
 def make_key(seed: int, step: Tensor | float = 0, block: int = 0) -> Tensor:
@@ -123,6 +189,12 @@ def _hash(x: Tensor) -> Tensor:
     for _ in range(2):
         x = (((x >> 16) ^ x) * 0x045D9F3B) & 0xFFFFFFFF
     return (x >> 16) ^ x
+
+
+def _check_grid(h: int, w: int, sy: int, sx: int, window: int = 1) -> None:
+    for name, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
 def _check(n: int, prefix: int) -> None:

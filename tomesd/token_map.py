@@ -137,6 +137,7 @@ class TokenMap:
         wide = torch.promote_types(dtype, torch.float32)
         if weight is not None:
             x, count = x.to(wide) * weight, self.merge(weight.to(wide), how="sum")
+        # Both are copies, so that what follows may write into them.
         heads, moved = _rows(x, self.head), _rows(x, self.moved)
         group = self.group.gather(1, self.moved)
         if self.drops:  # Some of them may have merged into a head that was dropped later.
@@ -146,9 +147,9 @@ class TokenMap:
         if how == "max":
             largest = heads.flatten(0, 1).index_reduce(0, into, moved.flatten(0, 1), "amax")
             return largest.view_as(heads)
-        total = heads.to(wide).flatten(0, 1).index_add(0, into, moved.to(wide).flatten(0, 1))
-        total = total.view_as(heads)
-        return (total if how == "sum" else total / count).to(dtype)
+        total = heads.to(wide)
+        total.flatten(0, 1).index_add_(0, into, moved.to(wide).flatten(0, 1))
+        return (total if how == "sum" else total.div_(count)).to(dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Give every token the value of its group; zeros where it was dropped.

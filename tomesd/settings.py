@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from tomesd import partition
+from tomesd.cost import Branches, pays
 from tomesd.matching import bipartite_soft_matching, random_pruning
+from tomesd.partition import Partition, Windows
 from tomesd.token_map import TokenMap
 
 METHODS = ("tome", "prune")
@@ -24,12 +26,23 @@ class DiffusionSettings:
     ratio: share of a block's tokens that merge into others (0.5: half as many are left).
     max_downsample: merge at levels at most this much coarser than the finest one with attention.
         1 merges at the finest only, where most of the work is; 8 everywhere.
+    min_tokens: merge at levels with at least so many tokens in the picture at hand. With
+        max_downsample=8 it alone says which: 4,096 is the finest level of Stable Diffusion 1.5 at
+        512 px and the two finest ones at 1024 px.
+    only_where_it_pays: leave alone the levels where merging cannot save more time than it takes, as
+        `tomesd.cost` estimates from their shapes and the kind of device.
     sx, sy: one token in each cell of sy×sx is a destination and never merges away itself, so at
         most 1 − 1/(sx·sy) of the tokens can merge.
+    window: a token merges into a destination of its own window of so many tokens along a side, so
+        that matching grows with the number of tokens instead of its square. 32 is global matching
+        up to 256 px; 0 is global everywhere.
     use_rand: draw the destination in each cell at random (a pure function of seed, timestep and
         block) instead of taking the top left one.
     seed: of all that is random. Two runs with the same seed are equal bit for bit on the CPU.
     merge_attn, merge_crossattn, merge_mlp: which branches of a block run on the merged tokens.
+    merge_block: one merge around the whole block in place of those: all of it runs on the merged
+        tokens, and what it adds to them is given back to all,
+        x + unmerge(block(merge(x)) − merge(x)).
     merge_queries: False merges the keys and values of self-attention only; nothing is unmerged.
     prop_attn: proportional attention, + log(size) on the keys' logits, so that a token merged from
         four counts as four (ToMe, section 3).
@@ -43,13 +56,17 @@ class DiffusionSettings:
 
     ratio: float = 0.5
     max_downsample: int = 1
+    min_tokens: int = 0
+    only_where_it_pays: bool = False
     sx: int = 2
     sy: int = 2
+    window: int = 32
     use_rand: bool = False
     seed: int = 0
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    merge_block: bool = False
     merge_queries: bool = True
     prop_attn: bool = True
     method: str = "tome"
@@ -68,6 +85,9 @@ class DiffusionSettings:
         for name in ("sx", "sy", "max_downsample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("window", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.ratio < 1:
             raise ValueError(f"ratio must be at least 0 and below 1, got {self.ratio}")
         if self.method == "tome" and self.ratio > self.largest_ratio:
@@ -75,6 +95,12 @@ class DiffusionSettings:
                 f"ratio must be at most {self.largest_ratio:.4g}, got {self.ratio}: "
                 f"{self._why_largest()}"
             )
+        for name in ("merge_attn", "merge_queries"):
+            if self.merge_block and not getattr(self, name):
+                raise ValueError(
+                    f"{name} must be True with merge_block=True, which merges all of a block, "
+                    "got False"
+                )
         if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise ValueError(
                 "merge_attn, merge_crossattn and merge_mlp must not all be False: "
@@ -102,13 +128,37 @@ class DiffusionSettings:
 
     def merged(self, h: int, w: int) -> int:
         """How many of the h·w tokens merge: what the ratio says, as far as the partition allows."""
+        return min(self._allowed(h, w), max(1, int(self.ratio * h * w)))
+
+    def _allowed(self, h: int, w: int) -> int:
         if self.method == "prune":
-            allowed = h * w - 1
-        elif self.partition == "alternating":
-            allowed = (h * w + 1) // 2 if h * w > 1 else 0
-        else:
-            allowed = h * w - -(-h // self.sy) * -(-w // self.sx)
-        return min(allowed, max(1, int(self.ratio * h * w)))
+            return h * w - 1
+        if self.partition == "alternating":
+            return (h * w + 1) // 2 if h * w > 1 else 0
+        return h * w - -(-h // self.sy) * -(-w // self.sx)
+
+    def why_not(self, device_kind: str, batch: int, h: int, w: int, channels: int) -> str:
+        """Why blocks on h·w tokens are left alone, or nothing if they merge. From shapes alone."""
+        tokens = h * w
+        if tokens < self.min_tokens:
+            return f"fewer than min_tokens={self.min_tokens}"
+        if not self.only_where_it_pays or self._pays(device_kind, batch, h, w, channels):
+            return ""
+        return "would cost more time than it saves"
+
+    def _pays(self, device_kind: str, batch: int, h: int, w: int, channels: int) -> bool:
+        names = [field.name for field in fields(Branches)]
+        r = self.merged(h, w)
+        return pays(
+            device_kind,
+            batch,
+            h * w,
+            r,
+            channels,
+            branches=Branches(**{name: getattr(self, name) for name in names}),
+            destinations=h * w - self._allowed(h, w),
+            window=self.window or None,
+        )
 
     def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> TokenMap:
         """The token map of one block: features [B, h·w, C]; a key where `is_random`."""
@@ -117,8 +167,13 @@ class DiffusionSettings:
         device = features.device
         if self.method == "prune":
             return random_pruning(batch, n, partition.random(n, n_src=r, key=key, device=device))
+        sides: Partition | Windows
         if self.partition == "alternating":
             sides = partition.alternating(n, device=device)
+        elif self.window:
+            sides = partition.windowed(
+                h, w, self.sy, self.sx, window=self.window, key=key, device=device
+            )
         else:
             sides = partition.strided(h, w, self.sy, self.sx, key=key, device=device)
         return bipartite_soft_matching(features, sides, r)

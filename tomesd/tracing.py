@@ -126,9 +126,11 @@ def _watch_denoiser(name: str, unet: Any, traced: list[TokenGroups]) -> Iterator
         if patch is None or block not in patch.blocks or block in seen:
             return
         seen.add(block)
+        merged = patch.blocks[block].map
+        if merged is None:
+            return
         grid = patch.transformers[index].h, patch.transformers[index].w
-        group = patch.blocks[block].map.group.cpu()
-        traced.append(TokenGroups(name, step, names[block], group, 0, grid))
+        traced.append(TokenGroups(name, step, names[block], merged.group.cpu(), 0, grid))
 
     yield unet.register_forward_pre_hook(begin)
     for index, found in enumerate(getattr(unet, _PATCH).transformers):

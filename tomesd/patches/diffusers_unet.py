@@ -6,12 +6,15 @@
       attn1 | attn2 | ff  pre:  merge          post: unmerge
     BasicTransformerBlock post: forget the map
 
-The residual stream stays at full resolution, so small differences between merged tokens survive.
+Or, with merge_block, the block itself: pre: merge, post: x + unmerge(output − merged). Either way
+the residual stream stays at full resolution, so small differences between merged tokens survive.
 """
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tomesd.partition import make_key
@@ -50,12 +53,21 @@ class _Transformer:
     downsample: int
     module: Any
     skipped: str = ""
+    batch: int = 0
     h: int = 0
     w: int = 0
+    device: str = "cpu"
 
     def read_grid(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        self.h, self.w = x.shape[-2:]
+        self.batch, _, self.h, self.w = x.shape
+        self.device = x.device.type
+
+    def why_not(self, settings: DiffusionSettings) -> str:
+        """Why nothing merges here in a picture like the last one; empty if it does."""
+        if self.skipped or not self.h:
+            return self.skipped
+        return settings.why_not(self.device, self.batch, self.h, self.w, self.module.inner_dim)
 
 
 @dataclass(eq=False)
@@ -80,11 +92,17 @@ class _Place:
 
 @dataclass(eq=False)
 class _Block:
-    """The hooks of one transformer block and the token map that they share while it runs."""
+    """The hooks of one transformer block, and what they share while it runs.
+
+    map: its token map, None where nothing merges in this picture. whole, merged: the block's input
+    before and after merging, where all of the block runs on merged tokens.
+    """
 
     index: int
     settings: DiffusionSettings
-    map: TokenMap = field(init=False)
+    map: TokenMap | None = None
+    whole: Tensor | None = None
+    merged: Tensor | None = None
 
     def match(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         given = dict(zip(_BLOCK_ARGUMENTS, args, strict=False)) | kwargs
@@ -92,38 +110,52 @@ class _Block:
         cross_attention_kwargs = dict(given["cross_attention_kwargs"])
         h, w, timestep = cross_attention_kwargs.pop(_PLACE)
         settings, key = self.settings, None
-        if settings.is_random:
-            key = make_key(settings.seed, timestep, self.index).to(features.device)
-        self.map = settings.token_map(features, h, w, key)
+        batch, _, channels = features.shape
+        self.map = None  # A forward that was interrupted may have left one.
+        if not settings.why_not(features.device.type, batch, h, w, channels):
+            if settings.is_random:
+                key = make_key(settings.seed, timestep, self.index).to(features.device)
+            self.map = settings.token_map(features, h, w, key)
+            if settings.merge_block:
+                self.whole, self.merged = features, self.map.merge(features)
+                features = self.merged
         return (features,), given | {"cross_attention_kwargs": cross_attention_kwargs}
 
-    def forget(self, block: nn.Module, args: tuple, output: Tensor) -> None:
-        del self.map
+    def forget(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if self.map is not None and self.whole is not None and self.merged is not None:
+            # Into the unmerged copy, so that no more than the unpatched block's sums is kept.
+            output = self.map.unmerge(output - self.merged).add_(self.whole)
+        self.map = self.whole = self.merged = None
+        return output
 
     def merge_self_attention(self, attn: Any, args: tuple, kwargs: dict) -> tuple:
+        if self.map is None:
+            return args, kwargs
         if kwargs.get("attention_mask") is not None:
             raise ValueError(
                 "attention_mask on self-attention cannot be combined with merged tokens; "
                 "remove_patch first, or leave attention_mask=None"
             )
-        x, *rest = args
-        merged = self.map.merge(x)
         if self.settings.weighs_keys:
             # [B, 1, M]: the same for every head and query.
             bias = self.map.size.log().transpose(1, 2)
             if not (attn.upcast_attention and type(attn.processor).__name__ in _UPCASTING):
-                bias = bias.to(x.dtype)
+                bias = bias.to(args[0].dtype)
             kwargs = kwargs | {"attention_mask": bias}
+        if self.settings.merge_block:
+            return args, kwargs
+        x, *rest = args
+        merged = self.map.merge(x)
         if self.settings.merge_queries:
             return (merged, *rest), kwargs
         return args, kwargs | {"encoder_hidden_states": merged}
 
     def merge(self, branch: nn.Module, args: tuple, kwargs: dict) -> tuple:
         x, *rest = args
-        return (self.map.merge(x), *rest), kwargs
+        return (x if self.map is None else self.map.merge(x), *rest), kwargs
 
     def unmerge(self, branch: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return self.map.unmerge(output)
+        return output if self.map is None else self.map.unmerge(output)
 
 
 class UNetPatch(Patch):
@@ -138,6 +170,7 @@ class UNetPatch(Patch):
         self.settings = settings
         self.model = model
         self.blocks: dict[nn.Module, _Block] = {}
+        self.warned = False
         self.transformers = _find_transformers(model, settings)
         if settings.ratio > 0 and all(found.skipped for found in self.transformers):
             reasons = {found.skipped for found in self.transformers} or {"it has no attention"}
@@ -159,6 +192,19 @@ class UNetPatch(Patch):
             for block in found.module.transformer_blocks:
                 self._install_block(block, _Block(index, self.settings))
                 index += 1
+        if self.settings.min_tokens or self.settings.only_where_it_pays:
+            self.after(self.model, self._warn_if_idle)
+
+    def _warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if self.warned or torch.compiler.is_compiling():
+            return
+        reasons = {found.why_not(self.settings) for found in self.transformers}
+        if "" not in reasons:
+            self.warned = True
+            warnings.warn(
+                f"nothing merges in {type(model).__name__}: {'; '.join(sorted(reasons))}",
+                stacklevel=2,
+            )
 
     def _install_block(self, block: Any, hooks: _Block) -> None:
         settings = self.settings
@@ -166,12 +212,13 @@ class UNetPatch(Patch):
         self.before(block, hooks.match)
         if settings.merge_attn and not block.only_cross_attention:
             self.before(block.attn1, hooks.merge_self_attention)
-            if settings.merge_queries:
+            if settings.merge_queries and not settings.merge_block:
                 self.after(block.attn1, hooks.unmerge)
-        branches = [block.attn2] if settings.merge_crossattn and block.attn2 is not None else []
-        for branch in branches + [block.ff] * settings.merge_mlp:
-            self.before(branch, hooks.merge)
-            self.after(branch, hooks.unmerge)
+        if not settings.merge_block:
+            branches = [block.attn2] if settings.merge_crossattn and block.attn2 is not None else []
+            for branch in branches + [block.ff] * settings.merge_mlp:
+                self.before(branch, hooks.merge)
+                self.after(branch, hooks.unmerge)
         self.after(block, hooks.forget)
 
     def rows(self) -> list[Row]:
@@ -193,7 +240,7 @@ class UNetPatch(Patch):
         blocks = getattr(found.module, "transformer_blocks", [])
         tokens = merged = h * w
         work = 1.0
-        note = found.skipped or ("ratio is 0" if self.settings.ratio == 0 else "")
+        note = "ratio is 0" if self.settings.ratio == 0 else found.why_not(self.settings)
         if tokens and not note:
             merged = tokens - self.settings.merged(h, w)
             if self.settings.merge_attn and not any(block.only_cross_attention for block in blocks):
@@ -229,7 +276,7 @@ def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
     if type(module).__name__ != "Transformer2DModel":
         return f"{type(module).__name__} is not a spatial transformer"
     for block in module.transformer_blocks:
-        if settings.merge_mlp and block._chunk_size is not None:
+        if settings.merge_mlp and not settings.merge_block and block._chunk_size is not None:
             raise ValueError(
                 "merge_mlp must be False with feed-forward chunking, got True: "
                 "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
@@ -239,6 +286,7 @@ def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
                 "merge_queries must be True with fused projections, which know no separate keys, "
                 "got False: unfuse_qkv_projections() on the model"
             )
-        if block.only_cross_attention and not (settings.merge_crossattn or settings.merge_mlp):
+        others = settings.merge_crossattn or settings.merge_mlp or settings.merge_block
+        if block.only_cross_attention and not others:
             return "its blocks have no self-attention"
     return ""

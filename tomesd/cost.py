@@ -67,7 +67,7 @@ CUDA = Rates(
 )
 
 # Operators of tomesd itself that are no views, as a torch dispatch mode counts them.
-MATCH_CALLS = 41
+MATCH_CALLS = 70
 MERGE_CALLS = 12
 UNMERGE_CALLS = 3
 
@@ -235,14 +235,14 @@ def matching(
 def merge(batch: int, tokens: int, r: int, channels: int) -> list[Work]:
     """The mean of each group: heads and moved tokens are gathered, added, and divided.
 
-    >>> sum(work.elements for work in merge(1, 4, 2, 8))
-    176
+    >>> elements(merge(1, 4, 2, 8))
+    144
     """
     heads, moved = batch * (tokens - r) * channels, batch * r * channels
     return [
         Work("merge", 0, 2 * (heads + moved), calls=0, traffic="rows"),
-        # The sum starts as a copy of the heads; each moved token is read and added to a row of it.
-        Work("merge", 0, 4 * heads + 3 * moved, calls=0),
+        # Each moved token is read and added to its head, and what the heads then are is divided.
+        Work("merge", 0, 2 * heads + 3 * moved, calls=0),
         Work("merge", 0, 0, calls=MERGE_CALLS),
     ]
 
@@ -250,8 +250,8 @@ def merge(batch: int, tokens: int, r: int, channels: int) -> list[Work]:
 def unmerge(batch: int, tokens: int, channels: int) -> list[Work]:
     """The value of its group for each token: one gather.
 
-    >>> [work.elements for work in unmerge(1, 4, 8)]
-    [64]
+    >>> elements(unmerge(1, 4, 8))
+    64
     """
     elements = 2 * batch * tokens * channels
     return [Work("unmerge", 0, elements, calls=UNMERGE_CALLS, traffic="rows")]
@@ -300,6 +300,44 @@ def block(
         *feed_forward(batch, feeding, channels),
         *[Work("other", 0, 2 * around), Work("other", 0, 3 * around)] * 3,  # norms and residuals
     ]
+
+
+def joint_block(
+    batch: int,
+    tokens: int,
+    channels: int,
+    *,
+    r: int = 0,
+    branches: Branches | None = None,
+    text_tokens: int = TEXT_TOKENS,
+) -> list[Work]:
+    """A block of SD3 or Flux: text tokens go through it with the image's, and never merge.
+
+    >>> flops(joint_block(1, 4096, 1536, text_tokens=333))
+    371304683520
+
+    A block of Flux that computes attention and MLP side by side takes the same FLOPs.
+    """
+    branches = branches or Branches()
+    m, whole = tokens - r, branches.merge_block
+    keys = m if whole or branches.merge_attn else tokens
+    queries = keys if whole or branches.merge_queries else tokens
+    feeding = m if whole or branches.merge_mlp else tokens
+    work = [attention(batch, queries + text_tokens, keys + text_tokens, channels)]
+    for asking, asked, fed, through in (
+        (queries, keys, feeding, m if whole else tokens),
+        (text_tokens, text_tokens, text_tokens, text_tokens),
+    ):
+        around = batch * channels * through
+        work += [
+            *[linear(batch, asking, channels, channels)] * 2,
+            *[linear(batch, asked, channels, channels)] * 2,
+            linear(batch, fed, channels, 4 * channels),
+            Work("other", 0, 8 * batch * fed * channels),
+            linear(batch, fed, 4 * channels, channels),
+            *[Work("other", 0, 2 * around), Work("other", 0, 3 * around)] * 2,
+        ]
+    return work
 
 
 def patch(
@@ -375,6 +413,7 @@ def balance(
     destinations: int | None = None,
     window: int | None = WINDOW,
     text_tokens: int = TEXT_TOKENS,
+    joint: bool = False,
 ) -> Balance:
     """What merging saves and spends in one block, in seconds: an estimate.
 
@@ -385,8 +424,9 @@ def balance(
     Takes and raises what `pays` does.
     """
     _check(batch, tokens, r, channels, destinations, window, text_tokens)
-    full = block(batch, tokens, channels, text_tokens=text_tokens)
-    less = block(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
+    kind = joint_block if joint else block
+    full = kind(batch, tokens, channels, text_tokens=text_tokens)
+    less = kind(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
     own = patch(
         batch, tokens, channels, r, branches=branches, destinations=destinations, window=window
     )
@@ -405,6 +445,7 @@ def pays(
     destinations: int | None = None,
     window: int | None = WINDOW,
     text_tokens: int = TEXT_TOKENS,
+    joint: bool = False,
 ) -> bool:
     """Whether merging in blocks of this shape saves more time than it takes.
 
@@ -418,7 +459,8 @@ def pays(
     destinations: how many of the tokens others may merge into, at most tokens − r; default one in
         four, as in cells of 2×2, or what r leaves of that.
     window: the side of the windows in which matches are looked for, in tokens; None: no windows.
-    text_tokens: how many tokens cross-attention sees.
+    text_tokens: how many tokens the text has.
+    joint: whether it is a block of SD3's or Flux's kind (see `joint_block`), not a UNet's.
 
     From shapes and rates alone, so that it is the same in every run. A GPU's rates are its peaks,
     with which what is saved, arithmetic, looks smaller than it is; what is spent is mostly calls.
@@ -434,6 +476,7 @@ def pays(
         destinations=destinations,
         window=window,
         text_tokens=text_tokens,
+        joint=joint,
     )
     return r > 0 and saved > spent
 

@@ -66,6 +66,39 @@ def test_the_same_tokens_merge_as_by_plain_loops(case):
     assert_as_the_slow_reference(*case)
 
 
+@st.composite
+def windowed_cases(draw):
+    """Grids that windows and cells need not divide, a metric on them, and r."""
+    h, w, window = (draw(st.integers(1, 9)) for _ in range(3))
+    sy, sx = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    seed = draw(st.integers(0, 2**31))
+    key = draw(st.none() | st.just(make_key(seed)))
+    sides = partition.windowed(h, w, sy, sx, window=window, key=key)
+    metric = random_metric(seed, draw(st.integers(1, 3)), h * w, draw(st.integers(2, 8)))
+    return metric, sides, draw(st.integers(0, sides.src.numel() - sides.padding))
+
+
+@given(windowed_cases())
+def test_in_windows_each_source_finds_its_own_and_the_best_of_all_windows_merge(case):
+    metric, sides, r = case
+    found = bipartite_soft_matching(metric, sides, r)
+    assert found.m == metric.shape[1] - r
+    for sample, groups in zip(metric.tolist(), groups_of(found), strict=True):
+        edges = []
+        for src, dst in zip(sides.src.tolist(), sides.dst.tolist(), strict=True):
+            src, dst = [t for t in src if t >= 0], [t for t in dst if t >= 0]
+            alone = slow_reference.bipartite_soft_matching(sample, src, dst, len(src))
+            edges += [
+                (slow_reference.cosine(sample[s], sample[head]), s, head)
+                for head, *others in alone
+                for s in others
+            ]
+        best = sorted(edges, reverse=True)[:r]
+        assert {(s, head) for _, s, head in best} == {
+            (s, head) for head, *others in groups for s in others
+        }
+
+
 # Not of random seeds: in float32 two random cosines are now and then equal.
 @pytest.mark.parametrize("seed", range(4))
 def test_the_same_tokens_merge_as_by_plain_loops_in_float32_on_a_grid(seed):

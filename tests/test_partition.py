@@ -184,3 +184,56 @@ def test_a_number_of_tokens_or_a_prefix_that_cannot_be_is_refused(kind):
 def test_more_random_sources_than_tokens_are_refused(n_src):
     with pytest.raises(ValueError, match=f"^n_src must be from 0 to 4, got {n_src}$"):
         partition.random(5, n_src=n_src, prefix=1)
+
+
+# Windows.
+
+windows = st.integers(1, 24)
+
+
+@given(sides, sides, strides, strides, windows, keys)
+def test_in_windows_too_every_token_is_a_source_or_a_destination_once(h, w, sy, sx, window, key):
+    got = partition.windowed(h, w, sy, sx, window=window, key=key)
+    every = torch.cat([got.src.flatten(), got.dst.flatten()])
+    assert sorted(every[every >= 0].tolist()) == list(range(h * w))
+    assert (got.src < 0).sum() == got.padding
+
+
+@given(sides, sides, strides, strides, windows, keys)
+def test_windows_have_the_destinations_of_the_whole_grid(h, w, sy, sx, window, key):
+    dst = partition.windowed(h, w, sy, sx, window=window, key=key).dst
+    whole = partition.strided(h, w, sy, sx, key=key).dst
+    assert sorted(dst[dst >= 0].tolist()) == sorted(whole.tolist())
+
+
+@given(sides, sides, strides, strides, windows, keys)
+def test_a_window_is_a_rectangle_of_whole_cells_no_larger_than_asked_for(h, w, sy, sx, window, key):
+    got = partition.windowed(h, w, sy, sx, window=window, key=key)
+    for src, dst in zip(got.src, got.dst, strict=True):
+        tokens = [token for token in torch.cat([src, dst]).tolist() if token >= 0]
+        if not tokens:
+            continue
+        rows, columns = {t // w for t in tokens}, {t % w for t in tokens}
+        assert len(tokens) == len(rows) * len(columns)
+        for places, stride, end in ((rows, sy, h), (columns, sx, w)):
+            assert max(places) - min(places) + 1 == len(places) <= max(window, stride)
+            assert min(places) % stride == 0
+            assert (max(places) + 1) % stride == 0 or max(places) + 1 == end
+
+
+@given(sides, sides, strides, strides, keys)
+def test_a_window_larger_than_the_grid_is_all_of_it(h, w, sy, sx, key):
+    got = partition.windowed(h, w, sy, sx, window=max(h, w) + max(sy, sx), key=key)
+    assert got.dst.shape[0] == 1
+
+
+@pytest.mark.parametrize(("side", "shape"), [(64, (4, 768)), (96, (9, 768)), (128, (16, 768))])
+def test_windows_that_divide_the_grid_are_not_padded(side, shape):
+    got = partition.windowed(side, side, window=32)
+    assert got.src.shape == shape
+    assert got.padding == 0
+
+
+def test_a_window_below_one_token_is_refused():
+    with pytest.raises(ValueError, match="window must be 1 or more, got 0"):
+        partition.windowed(4, 4, window=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tomesd.partition import Partition, Windows
-from tomesd.token_map import TokenMap
+from tomesd.token_map import TokenMap, rows
 
 # Scores are computed for as many sources at a time as fit in this. All at once they would take
 # gigabytes for a 2048 px picture.
@@ -73,9 +73,9 @@ def _nearest(
     batch, windows = metric.shape[0], src.shape[0]
     left = _left(_tokens(metric, src), distance)
     right = _right(_tokens(metric, dst), distance).transpose(1, 2)
-    rows = max(1, SCORE_BYTES // (batch * dst.numel() * left.element_size()))
+    count = max(1, SCORE_BYTES // (batch * dst.numel() * left.element_size()))
     values, places = [], []
-    for chunk in left.split(rows, dim=1):
+    for chunk in left.split(count, dim=1):
         scores = torch.bmm(chunk, right).unflatten(0, (batch, windows))
         if is_padded:
             scores = scores.masked_fill(dst[:, None] < 0, -torch.inf)
@@ -93,8 +93,8 @@ def _nearest(
 
 def _tokens(metric: Tensor, places: Tensor) -> Tensor:
     """The tokens at these places of each sample: [B·windows, n, C], a copy; any where padded."""
-    rows = metric[:, places.clamp(min=0).flatten()]
-    return rows.view(-1, places.shape[1], metric.shape[2])
+    index = places.clamp(min=0).flatten().expand(metric.shape[0], -1)
+    return rows(metric, index).view(-1, places.shape[1], metric.shape[2])
 
 
 def _left(tokens: Tensor, distance: str) -> Tensor:

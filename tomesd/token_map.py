@@ -132,13 +132,13 @@ class TokenMap:
         if weight is not None:
             _require_shape("weight", weight, batch, self.n, channels=1)
         if how == "head" or self.moved.shape[1] == 0:
-            return _rows(x, self.head)
+            return rows(x, self.head)
         dtype, count = x.dtype, self.size
         wide = torch.promote_types(dtype, torch.float32)
         if weight is not None:
             x, count = x.to(wide) * weight, self.merge(weight.to(wide), how="sum")
         # Both are copies, so that what follows may write into them.
-        heads, moved = _rows(x, self.head), _rows(x, self.moved)
+        heads, moved = rows(x, self.head), rows(x, self.moved)
         group = self.group.gather(1, self.moved)
         if self.drops:  # Some of them may have merged into a head that was dropped later.
             nothing = float("-inf") if how == "max" else 0
@@ -166,8 +166,8 @@ class TokenMap:
         """
         _require_shape("y", y, self.group.shape[0], self.m)
         if self.drops:
-            return _rows(y, self.group.clamp(min=0)).masked_fill(self.group[..., None] < 0, 0)
-        return _rows(y, self.group)
+            return rows(y, self.group.clamp(min=0)).masked_fill(self.group[..., None] < 0, 0)
+        return rows(y, self.group)
 
     def then(self, other: TokenMap) -> TokenMap:
         """This map followed by another on its groups: N → M → K as one map N → K.
@@ -207,7 +207,7 @@ def _flat(index: Tensor, n: int) -> Tensor:
     return (index + start[:, None]).flatten()
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, i]] for x [B, N, C] and index [B, K]: [B, K, C]."""
-    rows = x.flatten(0, 1).index_select(0, _flat(index, x.shape[1]))
-    return rows.view(*index.shape, x.shape[2])
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, i]] for x [B, N, C] and index [B, K]: [B, K, C], a copy."""
+    selected = x.flatten(0, 1).index_select(0, _flat(index, x.shape[1]))
+    return selected.view(*index.shape, x.shape[2])

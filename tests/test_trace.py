@@ -184,7 +184,7 @@ def test_every_step_and_block_of_a_pipeline_is_recorded_with_its_grid():
 @torch.no_grad()
 def test_a_blocks_groups_are_those_that_its_attention_ran_on():
     unet = sd_unet()
-    tomesd.apply_patch(unet, 0.5, prop_attn=False, sx=1, sy=2)
+    tomesd.apply_patch(unet, 0.5, merge_attn=True, prop_attn=False, sx=1, sy=2)
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     seen = []
     attn.register_forward_hook(lambda module, args, output: seen.append(output))

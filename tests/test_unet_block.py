@@ -114,3 +114,18 @@ def test_what_contradicts_it_is_refused(settings):
     name = next(iter(settings))
     with pytest.raises(ValueError, match=f"{name} must be True with merge_block=True"):
         tomesd.apply_patch(sd_unet(), merge_block=True, **settings)
+
+
+def test_naming_a_branch_merges_branch_by_branch():
+    # As the papers and other plugins do, whose settings go on meaning what they mean there.
+    for settings in ({"merge_attn": True}, {"merge_mlp": True}, {"merge_queries": False}):
+        unet = tomesd.apply_patch(sd_unet(), **settings)
+        assert not unet._tomesd_patch.settings.merge_block
+    assert tomesd.apply_patch(sd_unet())._tomesd_patch.settings.merge_block
+
+
+def test_masks_of_an_ip_adapter_are_refused_where_cross_attention_merges():
+    unet = tomesd.apply_patch(sd_unet())
+    masks = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 8, 8)]}}
+    with pytest.raises(ValueError, match="merge_block must be False with ip_adapter_masks"):
+        unet(**unet_inputs(unet), **masks)

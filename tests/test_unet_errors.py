@@ -44,7 +44,7 @@ BAD = [
     ({"method": "kmeans"}, ValueError, ["method", "'kmeans'", "tome, prune"]),
     ({"method": 3}, TypeError, ["method", "3", "str"]),
     ({"partition": "random"}, ValueError, ["partition", "'random'", "strided, alternating"]),
-    ({"preset": "fast"}, ValueError, ["preset", "'fast'", "paper"]),
+    ({"preset": "turbo"}, ValueError, ["preset", "'turbo'", "quality, fast, paper"]),
     ({"merge_cross_attn": True}, TypeError, ["merge_cross_attn", "merge_crossattn"]),
     ({"r": 8}, TypeError, ["UNet2DConditionModel", "ratio", "r "]),
 ]
@@ -120,8 +120,18 @@ def test_feed_forward_chunking_together_with_a_merged_mlp_is_refused():
         tomesd.apply_patch(unet, merge_mlp=True)
     assert hooks(unet) == 0
     # Without a merged MLP, the two go together.
-    expected = predict(tomesd.apply_patch(sd_unet()))
-    torch.testing.assert_close(predict(tomesd.apply_patch(unet)), expected, rtol=0, atol=1e-5)
+    expected = predict(tomesd.apply_patch(sd_unet(), merge_attn=True))
+    got = predict(tomesd.apply_patch(unet, merge_attn=True))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_feed_forward_chunking_together_with_a_merged_block_is_refused():
+    unet = sd_unet()
+    for block in _blocks(unet):
+        block.set_chunk_feed_forward(1)
+    with pytest.raises(ValueError, match=r"merge_block must be False .* got True"):
+        tomesd.apply_patch(unet)
+    assert hooks(unet) == 0
 
 
 @pytest.mark.parametrize("dim", [0, 1])

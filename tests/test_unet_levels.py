@@ -64,7 +64,7 @@ def test_a_controlnet_merges_at_the_levels_of_its_unet():
 def test_levels_without_self_attention_are_passed_over():
     # As in Stable Diffusion's upscaler, whose finer levels attend to the text only.
     unet = sd_unet(only_cross_attention=(True, False, False))
-    assert _merging(unet) == {
+    assert _merging(unet, merge_attn=True) == {
         "1/1 down_blocks.0": False,
         "1/2 down_blocks.1": True,
         "1/4 mid_block": False,
@@ -91,7 +91,7 @@ ATTENDS_TO_TEXT_ONLY = {"only_cross_attention": True, "mid_block_type": None}
 def test_a_model_without_any_self_attention_to_merge_is_refused():
     unet = sd_unet(**ATTENDS_TO_TEXT_ONLY)
     with pytest.raises(ValueError, match=r"nothing would be merged .* no self-attention"):
-        tomesd.apply_patch(unet)
+        tomesd.apply_patch(unet, merge_attn=True)
     assert hooks(unet) == 0
     tomesd.apply_patch(unet, ratio=0)
     tomesd.apply_patch(unet, merge_crossattn=True)
@@ -129,6 +129,6 @@ def test_a_pipeline_is_left_alone_if_one_of_its_models_cannot_merge():
     before = predict(tomesd.apply_patch(unet, ratio=0.25))
     count = hooks(unet)
     with pytest.raises(ValueError, match="nothing would be merged"):
-        tomesd.apply_patch(both)
+        tomesd.apply_patch(both, merge_attn=True)
     assert (hooks(unet), hooks(refused)) == (count, 0)
     assert torch.equal(predict(unet), before)

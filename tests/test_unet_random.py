@@ -109,7 +109,7 @@ def test_a_unet_for_one_half_at_a_time_gives_the_same_halves():
 
 
 def test_pruned_tokens_get_nothing_from_the_branch(maps):
-    unet = tomesd.apply_patch(sd_unet(), ratio=0.3, method="prune")
+    unet = tomesd.apply_patch(sd_unet(), ratio=0.3, method="prune", merge_attn=True)
     outputs = []
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attn.register_forward_hook(lambda module, args, output: outputs.append(output))

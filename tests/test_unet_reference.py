@@ -23,6 +23,7 @@ RECIPE = {
     "crossattn": False,
     "mlp": False,
     "merge_queries": True,
+    "block": False,
     "prop_attn": False,
 }
 
@@ -83,6 +84,13 @@ def _forward(block, recipe: SimpleNamespace, x: Tensor, encoder_hidden_states: T
     merges = x.shape[1] in recipe.levels
     if merges:
         merge, unmerge, size = _matrices(x, recipe.ratio, recipe.alternating)
+        if recipe.block:
+            y = merge @ x
+            size = size if recipe.prop_attn else None
+            z = y + _attention(block.attn1, block.norm1(y), block.norm1(y), size)
+            z = z + _attention(block.attn2, block.norm2(z), encoder_hidden_states)
+            z = z + block.ff(block.norm3(z))
+            return x + unmerge @ (z - y)
 
     y = block.norm1(x)
     if merges and recipe.attn:
@@ -116,16 +124,24 @@ def _written_out(unet, **recipe):
 
 CASES = {
     "self-attention": (
-        {"prop_attn": False},
+        {"merge_attn": True, "prop_attn": False},
         {},
     ),
     "a ratio below what the partition allows": (
-        {"ratio": 0.2, "prop_attn": False},
+        {"merge_attn": True, "ratio": 0.2, "prop_attn": False},
         {"ratio": 0.2},
     ),
     "proportional attention": (
+        {"merge_attn": True},
         {"prop_attn": True},
-        {"prop_attn": True},
+    ),
+    "the whole block": (
+        {},
+        {"block": True, "prop_attn": True},
+    ),
+    "the whole block, every level, no proportional attention": (
+        {"prop_attn": False, "max_downsample": 4, "ratio": 0.3},
+        {"block": True, "levels": tuple(GRIDS), "ratio": 0.3},
     ),
     "keys and values only": (
         {"merge_queries": False, "prop_attn": False},
@@ -148,7 +164,7 @@ CASES = {
         {"attn": False, "mlp": True},
     ),
     "every level": (
-        {"max_downsample": 4, "prop_attn": True},
+        {"merge_attn": True, "max_downsample": 4, "prop_attn": True},
         {"levels": tuple(GRIDS), "prop_attn": True},
     ),
     "all branches, every level, proportional attention": (
@@ -202,7 +218,7 @@ def test_several_blocks_in_a_transformer_match_anew_in_each():
 
 def test_in_single_precision_too():
     expected = predict(_written_out(sd_unet(), prop_attn=True))
-    patched = predict(tomesd.apply_patch(sd_unet(), ratio=0.5, prop_attn=True))
+    patched = predict(tomesd.apply_patch(sd_unet(), ratio=0.5, merge_attn=True))
     torch.testing.assert_close(patched, expected, rtol=0, atol=1e-5)
 
 
@@ -237,8 +253,9 @@ def _seen(unet, **settings) -> dict[str, list[tuple[int, int]]]:
 @pytest.mark.parametrize(
     ("settings", "merged"),
     [
-        ({}, {"to_q", "to_k", "to_v"}),
-        ({"method": "prune"}, {"to_q", "to_k", "to_v"}),
+        ({}, {"to_q", "to_k", "to_v", "cross", "mlp"}),
+        ({"merge_attn": True}, {"to_q", "to_k", "to_v"}),
+        ({"merge_attn": True, "method": "prune"}, {"to_q", "to_k", "to_v"}),
         ({"merge_queries": False}, {"to_k", "to_v"}),
         ({"merge_attn": False, "merge_crossattn": True}, {"cross"}),
         ({"merge_mlp": True}, {"to_q", "to_k", "to_v", "mlp"}),

@@ -13,6 +13,8 @@ from tomesd.partition import Partition, Windows
 from tomesd.token_map import TokenMap
 
 METHODS = ("tome", "prune")
+# Settings that mean something only where a block merges branch by branch.
+_BRANCHES = {"merge_attn", "merge_crossattn", "merge_mlp", "merge_queries"}
 PARTITIONS = ("strided", "alternating")
 
 
@@ -20,8 +22,8 @@ PARTITIONS = ("strided", "alternating")
 class DiffusionSettings:
     """What `apply_patch` does to a denoiser.
 
-    >>> DiffusionSettings(ratio=0.5).merge_mlp
-    False
+    >>> DiffusionSettings(ratio=0.5).merge_block
+    True
 
     ratio: share of a block's tokens that merge into others (0.5: half as many are left).
     max_downsample: merge at levels at most this much coarser than the finest one with attention.
@@ -39,10 +41,13 @@ class DiffusionSettings:
     use_rand: draw the destination in each cell at random (a pure function of seed, timestep and
         block) instead of taking the top left one.
     seed: of all that is random. Two runs with the same seed are equal bit for bit on the CPU.
-    merge_attn, merge_crossattn, merge_mlp: which branches of a block run on the merged tokens.
-    merge_block: one merge around the whole block in place of those: all of it runs on the merged
-        tokens, and what it adds to them is given back to all,
-        x + unmerge(block(merge(x)) − merge(x)).
+    merge_block: one merge around a whole block: all of it runs on the merged tokens, and what it
+        adds to them is given back to every token, x + unmerge(block(merge(x)) − merge(x)). The
+        default, since it is faster than merging self-attention alone and closer to the unpatched
+        picture (docs/performance.md).
+    merge_attn, merge_crossattn, merge_mlp: branch by branch instead, as in the papers, with
+        merge_block=False: which branches of a block run on merged tokens. `apply_patch` takes
+        merge_block for False where one of these, or merge_queries, is given.
     merge_queries: False merges the keys and values of self-attention only; nothing is unmerged.
     prop_attn: proportional attention, + log(size) on the keys' logits, so that a token merged from
         four counts as four (ToMe, section 3).
@@ -63,10 +68,10 @@ class DiffusionSettings:
     window: int = 32
     use_rand: bool = False
     seed: int = 0
+    merge_block: bool = True
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
-    merge_block: bool = False
     merge_queries: bool = True
     prop_attn: bool = True
     method: str = "tome"
@@ -180,10 +185,14 @@ class DiffusionSettings:
 
 
 PRESETS: dict[str, dict] = {
+    # What the frontier of quality over speed offers on either side of the defaults.
+    "quality": {"merge_block": False, "merge_queries": False},
+    "fast": {"max_downsample": 8, "min_tokens": 1024, "only_where_it_pays": True},
     # ToMe, Appendix F: every branch of every block, one matching for all three, no proportional
     # attention.
     "paper": {
         "max_downsample": 8,
+        "merge_block": False,
         "merge_crossattn": True,
         "merge_mlp": True,
         "prop_attn": False,
@@ -200,6 +209,8 @@ def diffusion_settings(ratio: float, preset: str | None, settings: dict) -> Diff
     if preset is not None:
         require_one_of("preset", preset, tuple(PRESETS))
         settings = PRESETS[preset] | settings
+    if "merge_block" not in settings and not _BRANCHES.isdisjoint(settings):
+        settings = settings | {"merge_block": False}
     return DiffusionSettings(ratio=ratio, **settings)
 
 

@@ -109,6 +109,8 @@ class _Block:
         features = given.pop("hidden_states")
         cross_attention_kwargs = dict(given["cross_attention_kwargs"])
         h, w, timestep = cross_attention_kwargs.pop(_PLACE)
+        if cross_attention_kwargs.get("ip_adapter_masks") is not None:
+            self._check_masks()
         settings, key = self.settings, None
         batch, _, channels = features.shape
         self.map = None  # A forward that was interrupted may have left one.
@@ -120,6 +122,15 @@ class _Block:
                 self.whole, self.merged = features, self.map.merge(features)
                 features = self.merged
         return (features,), given | {"cross_attention_kwargs": cross_attention_kwargs}
+
+    def _check_masks(self) -> None:
+        # They say for each place of the picture which image it looks at.
+        for name in ("merge_block", "merge_crossattn"):
+            if getattr(self.settings, name):
+                raise ValueError(
+                    f"{name} must be False with ip_adapter_masks, got True: masks need every token "
+                    "in cross-attention; apply_patch(..., merge_attn=True) merges self-attention"
+                )
 
     def forget(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if self.map is not None and self.whole is not None and self.merged is not None:
@@ -276,9 +287,10 @@ def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
     if type(module).__name__ != "Transformer2DModel":
         return f"{type(module).__name__} is not a spatial transformer"
     for block in module.transformer_blocks:
-        if settings.merge_mlp and not settings.merge_block and block._chunk_size is not None:
+        name = "merge_block" if settings.merge_block else "merge_mlp"
+        if getattr(settings, name) and block._chunk_size is not None:
             raise ValueError(
-                "merge_mlp must be False with feed-forward chunking, got True: "
+                f"{name} must be False with feed-forward chunking, got True: "
                 "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
             )
         if settings.merge_attn and not settings.merge_queries and block.attn1.fused_projections:

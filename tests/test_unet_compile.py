@@ -26,6 +26,9 @@ SETTINGS = [
     {"method": "prune", "ratio": np.float64(0.5)},
     {"merge_queries": False},
     {"preset": "paper"},
+    {"preset": "quality"},
+    {"preset": "fast", "min_tokens": 0, "only_where_it_pays": False},
+    {"window": 4},
     EVERYTHING,
 ]
 
@@ -192,3 +195,13 @@ def test_the_default_compiler_gives_what_eager_gives():
     unet = tomesd.apply_patch(sd_unet(**config), **settings)
     unet.compile_repeated_blocks(fullgraph=True)
     _close(_steps(unet), expected)
+
+
+def test_levels_that_are_left_alone_compile_too():
+    settings = {"preset": "fast", "min_tokens": 100}
+    expected = _steps(sd_unet())
+    with pytest.warns(UserWarning, match="nothing merges"):
+        _close(_steps(tomesd.apply_patch(sd_unet(), **settings)), expected)
+    unet, counter = _compile(tomesd.apply_patch(sd_unet(), **settings))
+    _close(_steps(unet), expected)
+    assert counter.frame_count == 1

@@ -9,6 +9,7 @@ from tests.tiny_models import controlnet, sd_unet, unet_inputs
 EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 SETTINGS = [
     {},
+    {"merge_attn": True},
     {"prop_attn": False},
     {"merge_queries": False},
     {"use_rand": True},

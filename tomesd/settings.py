@@ -152,7 +152,6 @@ class DiffusionSettings:
         return "would cost more time than it saves"
 
     def _pays(self, device_kind: str, batch: int, h: int, w: int, channels: int) -> bool:
-        names = [field.name for field in fields(Branches)]
         r = self.merged(h, w)
         return pays(
             device_kind,
@@ -160,7 +159,13 @@ class DiffusionSettings:
             h * w,
             r,
             channels,
-            branches=Branches(**{name: getattr(self, name) for name in names}),
+            branches=Branches(
+                merge_attn=self.merge_attn,
+                merge_crossattn=self.merge_crossattn,
+                merge_mlp=self.merge_mlp,
+                merge_queries=self.merge_queries,
+                merge_block=self.merge_block,
+            ),
             destinations=h * w - self._allowed(h, w),
             window=self.window or None,
         )

@@ -60,6 +60,8 @@ class Setup:
         finest one with attention: on SDXL its max_downsample=1 would do nothing."""
         names = ("ratio", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
         known = {name: getattr(settings, name) for name in names}
+        if settings.merge_block:  # The same branches, though it knows them one by one only.
+            known |= dict.fromkeys(("merge_attn", "merge_crossattn", "merge_mlp"), True)
         return known | {"max_downsample": settings.max_downsample * self.finest_level}
 
     @cached_property

@@ -17,13 +17,15 @@ from tomesd.evaluation.sampling import Sampling, sample
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, Scene, scene
 
-# What is compared: the name in the table, and what is given to apply_patch. The first is the
-# recipe of ToMeSD; "+ log size" is proportional attention.
+# What is compared: the name in the table, and what is given to apply_patch. Whole blocks are the
+# default; self-attention is the recipe of ToMeSD; "+ log size" is proportional attention.
 CASES: dict[str, dict[str, Any]] = {
-    "ToMe": {"prop_attn": False},
-    "ToMe + log size": {"prop_attn": True},
-    "ToMe, keys and values": {"merge_queries": False, "prop_attn": False},
-    "ToMe, keys and values + log size": {"merge_queries": False, "prop_attn": True},
+    "whole blocks": {"prop_attn": False},
+    "whole blocks + log size": {"prop_attn": True},
+    "self-attention": {"merge_attn": True, "prop_attn": False},
+    "self-attention + log size": {"merge_attn": True, "prop_attn": True},
+    "keys and values": {"merge_queries": False, "prop_attn": False},
+    "keys and values + log size": {"merge_queries": False, "prop_attn": True},
     "random pruning": {"method": "prune"},
 }
 

@@ -105,7 +105,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Branches:
-    """Which branches of a block run on merged tokens; the defaults are `DiffusionSettings`'.
+    """Which branches of a block run on merged tokens, by `DiffusionSettings`' names.
 
     merge_block: all of them, norms and residuals too, between one merge and one unmerge.
     """

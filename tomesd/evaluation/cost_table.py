@@ -253,7 +253,8 @@ def shares_table(counts: Iterable[Count]) -> str:
     | model | px | batch | TFLOP | convolutions | attention | linear layers | ...
 
     The last columns: how much of all is in the blocks of the finest level with attention, where
-    merging acts by default, and in all blocks.
+    merging acts by default, and in all blocks: a little above 100% for SD3, whose last block leaves
+    out a part of its text.
     """
     lines = _heading(
         "model",

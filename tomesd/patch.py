@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from tomesd.patches import (
+    diffusers_transformer_cross,
+    diffusers_transformer_flux,
+    diffusers_transformer_joint,
     diffusers_unet,
     timm_vit,
     torchvision_vit,
@@ -16,6 +20,7 @@ from tomesd.patches import (
     transformers_vit,
 )
 from tomesd.patches.common import Patch, Row
+from tomesd.patches.diffusers_transformer import TransformerPatch
 from tomesd.settings import diffusion_settings
 from tomesd.vit_settings import vit_settings
 
@@ -37,7 +42,19 @@ class _Family(NamedTuple):
     make_patch: Any
 
 
-_DENOISERS = (_Family("diffusers", diffusers_unet.MODELS, {}, diffusers_unet.UNetPatch),)
+_TRANSFORMERS = (
+    diffusers_transformer_joint,
+    diffusers_transformer_flux,
+    diffusers_transformer_cross,
+)
+_DENOISERS = (
+    _Family("diffusers", diffusers_unet.MODELS, {}, diffusers_unet.UNetPatch),
+    *(
+        _Family("diffusers", family.models, {}, partial(TransformerPatch, family))
+        for kind in _TRANSFORMERS
+        for family in kind.FAMILIES
+    ),
+)
 _VITS = (
     _Family(
         "transformers",

@@ -1,0 +1,150 @@
+"""Diffusion transformers of diffusers' own classes: each merges at any size and is left as it was.
+
+For every family, for square, oblong and indivisible grids, and batches of one to three.
+"""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+
+import tomesd
+from tests.tiny_models import hooks
+from tests.tiny_transformers import TINY, Attention
+
+GRIDS = [(6, 6), (4, 9), (5, 7)]
+
+
+@pytest.fixture(params=TINY)
+def tiny(request):
+    return TINY[request.param]
+
+
+@torch.no_grad()
+def _predict(tiny, model, **kwargs) -> torch.Tensor:
+    return tiny.call(model, **kwargs)
+
+
+def _attention(tiny, model, **kwargs) -> list[tuple[int, int]]:
+    with Attention() as attention:
+        _predict(tiny, model, **kwargs)
+    return attention.seen
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_it_merges_at_every_size(tiny, grid, batch):
+    size = {"batch": batch, "h": grid[0], "w": grid[1]}
+    model = tiny.model()
+    expected, before = _predict(tiny, model, **size), _attention(tiny, model, **size)
+    tomesd.apply_patch(model, ratio=0.5)
+    output, after = _predict(tiny, model, **size), _attention(tiny, model, **size)
+    assert output.shape == expected.shape
+    assert output.isfinite().all()
+    assert not torch.equal(output, expected)
+    # Half of each picture's tokens, and none of the text's.
+    gone = tiny.frames * (grid[0] * grid[1] // 2)
+    merged = [queries for queries, _ in after]
+    assert len(after) == len(before)
+    whole = tiny.frames * grid[0] * grid[1]
+    for (queries, _), left in zip(before, merged, strict=True):
+        assert left == (queries - gone if queries >= whole else queries)
+    assert sum(merged) < sum(queries for queries, _ in before)
+    assert torch.equal(_predict(tiny, model, **size), output)
+
+
+def test_without_proportional_attention_keys_merge_as_queries_do(tiny):
+    model = tomesd.apply_patch(tiny.model(), ratio=0.5, prop_attn=False)
+    before = _attention(tiny, tiny.model())
+    gone = tiny.frames * (35 // 2)
+    whole = [(queries, keys) for queries, keys in before if queries == keys >= 35]
+    for queries, keys in whole:
+        assert (queries - gone, keys - gone) in _attention(tiny, model)
+
+
+def test_removing_the_patch_restores_the_output_bit_for_bit(tiny):
+    model = tiny.model()
+    expected, keys, own = _predict(tiny, model), set(model.state_dict()), hooks(model)
+    tomesd.apply_patch(model)
+    _predict(tiny, model)
+    assert set(model.state_dict()) == keys
+    assert not torch.equal(_predict(tiny, model), expected)
+    tomesd.remove_patch(model)
+    assert torch.equal(_predict(tiny, model), expected)
+    assert hooks(model) == own
+
+
+def test_a_ratio_of_zero_changes_nothing(tiny):
+    model = tiny.model()
+    expected = _predict(tiny, model)
+    assert torch.equal(_predict(tiny, tomesd.apply_patch(model, ratio=0)), expected)
+
+
+def test_every_random_way_of_merging_is_a_function_of_the_seed(tiny):
+    for way in ({"use_rand": True}, {"method": "prune"}):
+        model = tomesd.apply_patch(tiny.model(), **way)
+        output = _predict(tiny, model)
+        assert output.isfinite().all()
+        torch.manual_seed(1)
+        assert torch.equal(_predict(tiny, model), output)
+        other = _predict(tiny, tomesd.apply_patch(model, seed=1, **way))
+        assert not torch.equal(other, output)
+
+
+def test_copies_and_pickles_of_a_patched_model_merge_by_themselves(tiny):
+    model = tomesd.apply_patch(tiny.model())
+    expected = _predict(tiny, model)
+    for other in (copy.deepcopy(model), _pickled(model)):
+        assert torch.equal(_predict(tiny, other), expected)
+        tomesd.remove_patch(other)
+        assert not torch.equal(_predict(tiny, other), expected)
+    assert torch.equal(_predict(tiny, model), expected)
+
+
+def _pickled(model):
+    file = io.BytesIO()
+    pickle.dump(model, file)
+    file.seek(0)
+    return pickle.load(file)
+
+
+def test_threads_that_share_a_model_do_not_mix_their_sizes(tiny):
+    model = tomesd.apply_patch(tiny.model())
+    sizes = [{"h": 4, "w": 9}, {"h": 9, "w": 4}, {"h": 5, "w": 7}]
+    expected = [_predict(tiny, model, **size) for size in sizes]
+    outputs: dict[int, list] = {index: [] for index in range(len(sizes))}
+    start = threading.Barrier(len(sizes))
+
+    def run(index: int) -> None:
+        start.wait()
+        outputs[index] = [_predict(tiny, model, **sizes[index]) for _ in range(4)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, want in enumerate(expected):
+        assert len(outputs[index]) == 4
+        assert all(torch.equal(output, want) for output in outputs[index])
+
+
+def test_a_report_says_what_merges(tiny):
+    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    _predict(tiny, model)
+    (rows,) = tomesd.report(model).rows.values()
+    merging = [row for row in rows if row.merged < row.tokens]
+    assert merging
+    assert {row.tokens for row in merging} == {tiny.frames * 35}
+    assert {row.merged for row in merging} == {tiny.frames * 18}
+    assert all(0 < row.work < 0.8 for row in merging)
+
+
+def test_half_precision_stays_half(tiny):
+    model = tomesd.apply_patch(tiny.model().bfloat16())
+    output = _predict(tiny, model)
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()

@@ -1,0 +1,449 @@
+"""Token merging in diffusers' transformers, by hooks around whole blocks.
+
+    model pre:  note the token grid and the timestep
+    block pre:  one token map from its image tokens: merge them; their positions follow
+    attn  pre:  + log(size) on the keys, or
+     to_k, to_v post: give each token its key and value back, where a kernel gets no mask
+    block post: x + unmerge(block(merge(x)) − merge(x)), and forget the map
+
+So one merge and one unmerge save attention, MLP and projections at once, and the residual stream
+stays at full resolution: small differences between merged tokens survive. Text tokens never merge.
+What a family of models has to say for itself are two records, `Family` and `Blocks`.
+"""
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tomesd.partition import make_key
+from tomesd.patches.common import Patch, Row
+from tomesd.settings import DiffusionSettings
+from tomesd.token_map import TokenMap
+
+# Frames, height and width of the tokens of one picture or video; several may follow one another.
+Grid = tuple[int, int, int]
+
+
+class Blocks(NamedTuple):
+    """How the blocks in one list of a model take their tokens.
+
+    >>> Blocks("single_transformer_blocks", carrier="joint_attention_kwargs", bias=4)
+    Blocks(where='single_transformer_blocks', carrier='joint_attention_kwargs', ...
+
+    where: the list's name in the model. image: the argument with the tokens that merge.
+    text: the argument with text tokens that come first among the keys; "" where there are none.
+    leads: whether text tokens lead in `image` itself. They are protected.
+    output: where the image tokens are in the block's output; None where they are all of it.
+    attention: the block's children that do self-attention; some blocks may have None there.
+    bias: how many dimensions their attention_mask has, for proportional attention; 0 where they
+        have no use for one. keys: then, their projections of keys and values, which are unmerged:
+        a key that is there once for each of its tokens weighs as much as they did. It costs half
+        of what merged queries save. Without both there is no proportional attention.
+    rotary: the argument with the tokens' rotary tables. rotary_dim: their dimension of tokens;
+        0 means that they are the same for all samples, and so is then the token map.
+        rotary_tables: how many of the argument's tables, from the first, are of image tokens.
+    per_token: arguments that may hold something for each image token; that of its head is kept.
+    carrier: the dict or tuple among the arguments in which the token grid travels; "" where the
+        block has none (see `Family`).
+    """
+
+    where: str = "transformer_blocks"
+    image: str = "hidden_states"
+    text: str = ""
+    leads: bool = False
+    output: int | None = None
+    attention: tuple[str, ...] = ("attn",)
+    bias: int = 0
+    keys: tuple[str, ...] = ()
+    rotary: str = ""
+    rotary_dim: int = 0
+    rotary_tables: int = 2
+    per_token: tuple[str, ...] = ()
+    carrier: str = ""
+
+
+class Family(NamedTuple):
+    """How models of some classes are hooked.
+
+    models: the names of the classes. blocks: their lists of blocks.
+    grids: the grids of the image tokens, from the model and its arguments by name. Exact, and
+        without looking at the data where that can be.
+    kwargs: the model's argument, a dict, that it hands on to its blocks; or
+    rope: its child that computes a tuple of rotary tables for them. In either travels the grid,
+        because gradient checkpointing calls a block again, with the same arguments, when other
+        forward passes may have come in between. Without both, the last forward's grid counts.
+    """
+
+    models: tuple[str, ...]
+    blocks: tuple[Blocks, ...]
+    grids: Callable[[Any, dict], tuple[Grid, ...]]
+    kwargs: str = ""
+    rope: str = ""
+
+
+class _Place(NamedTuple):
+    """What a block has to know of the forward pass that it is in."""
+
+    grids: tuple[Grid, ...]
+    timestep: Any
+
+
+# Under which a block finds its place in a dict.
+_PLACE = "tomesd_place"
+
+
+class _Run(threading.local):
+    """What one thread is doing: threads that share a model do not mix their maps.
+
+    place: of the forward pass. The rest, of the block that is running: its token map or None where
+    nothing merges, its image tokens, unmerged and merged, and the bias of its keys.
+    """
+
+    place: Any = None
+    map: Any = None
+    x: Any = None
+    merged: Any = None
+    bias: Any = None
+
+    def __reduce__(self) -> tuple:
+        # A copied model starts anew: what threads are doing cannot be copied.
+        return _Run, ()
+
+
+def image_grid(model: Any, given: dict) -> tuple[Grid, ...]:
+    """The grid of latents [B, C, H, W] that the model cuts into square patches."""
+    h, w = given["hidden_states"].shape[-2:]
+    patch = model.config.patch_size
+    return ((1, h // patch, w // patch),)
+
+
+@dataclass(eq=False)
+class _Model:
+    """The hooks on the model itself.
+
+    last: the place of the last forward pass of any thread, for reports, and for a block that is
+        called again in a thread of autograd's own.
+    """
+
+    family: Family
+    run: _Run
+    names: tuple[str, ...]
+    last: _Place | None = None
+
+    def note_place(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        place = _Place(self.family.grids(model, given), given["timestep"])
+        self.run.place = self.last = place
+        if self.family.kwargs:
+            given[self.family.kwargs] = (given.get(self.family.kwargs) or {}) | {_PLACE: place}
+        return _as_called(self.names, args, given)
+
+    def append_place(self, rope: nn.Module, args: tuple, output: tuple) -> tuple:
+        return *output, self.run.place
+
+
+@dataclass(eq=False)
+class BlockHooks:
+    """The hooks of one block.
+
+    counts: of image tokens and of pairs of queries and keys, each unmerged and merged, in the last
+    forward pass. why_not: why nothing merged.
+    """
+
+    index: int
+    kind: Blocks
+    settings: DiffusionSettings
+    model: _Model
+    names: tuple[str, ...]
+    attention_names: tuple[str, ...]
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    why_not: str = ""
+
+    @property
+    def gives_keys_back(self) -> bool:
+        return bool(self.kind.keys) and self.settings.weighs_keys
+
+    def merge(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        kind, run = self.kind, self.model.run
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        x = given[kind.image]
+        place = self._place(given)
+        n = sum(f * h * w for f, h, w in place.grids)
+        token_map = self._match(x, n, place)
+        text = given[kind.text].shape[1] if kind.text else 0
+        before, after = text + token_map.n, text + token_map.m
+        pairs = after * (before if self.gives_keys_back else after)
+        self.counts = n, n - before + after, before**2, pairs
+        run.map = run.bias = None
+        if token_map.m == token_map.n:
+            return _as_called(self.names, args, given)
+        run.x, run.map, run.merged = x, token_map, token_map.merge(x)
+        given[kind.image] = run.merged
+        if given.get(kind.rotary) is not None:
+            given[kind.rotary] = self._heads_positions(given[kind.rotary], token_map)
+        for name in kind.per_token:
+            value = given.get(name)
+            if value is not None and value.shape[1] == token_map.n:
+                given[name] = _heads(value, token_map, 1)
+        if kind.bias and self.settings.weighs_keys:
+            log_size = nn.functional.pad(token_map.size[..., 0].log(), (text, 0)).to(x.dtype)
+            run.bias = log_size.view(len(log_size), *(1,) * (kind.bias - 2), -1)
+        return _as_called(self.names, args, given)
+
+    def _place(self, given: dict) -> Any:
+        """Where the block is; its own arguments as the host made them again."""
+        carrier = self.kind.carrier
+        if not carrier:
+            return self.model.run.place or self.model.last
+        if isinstance(given[carrier], dict):
+            given[carrier] = dict(given[carrier])
+            return given[carrier].pop(_PLACE)
+        *tables, place = given[carrier]
+        given[carrier] = tuple(tables)
+        return place
+
+    def _match(self, x: Tensor, n: int, place: _Place) -> TokenMap:
+        settings, batch, channels = self.settings, len(x), x.shape[2]
+        text = x.shape[1] - n
+        if text < 0 or (text and not self.kind.leads):
+            raise ValueError(
+                f"{self.kind.image} of block {self.index} must have the tokens of the grids "
+                f"{place.grids} (frames, height, width), got {x.shape[1]} tokens"
+            )
+        key = None
+        if settings.is_random:
+            key = make_key(settings.seed, place.timestep, self.index).to(x.device)
+        if self.kind.rotary and self.kind.rotary_dim == 0:
+            # One map for all samples, since they have one table of angles. The cosine of all
+            # samples' features side by side is their cosines' mean, weighted by length: what
+            # merges is alike in every sample, and a single sample merges as if it were alone.
+            x = x.movedim(0, 1).flatten(1)[None]
+        maps = [_nothing_merged(x[:, :text])] if text else []
+        start = text
+        for frames, h, w in place.grids:
+            part = x[:, start : start + frames * h * w]
+            start += frames * h * w
+            self.why_not = settings.why_not(x.device.type, batch * frames, h, w, channels)
+            if self.why_not:
+                maps.append(_nothing_merged(part))
+            else:
+                each = part.unflatten(1, (frames, h * w)).flatten(0, 1)
+                maps.append(_in_frames(settings.token_map(each, h, w, key), frames))
+        joined = maps[0] if len(maps) == 1 else _side_by_side(maps)
+        if len(x) == batch:
+            return joined
+        return TokenMap(
+            joined.group.expand(batch, -1),
+            joined.head.expand(batch, -1),
+            joined.moved.expand(batch, -1),
+            joined.size.expand(batch, -1, -1),
+        )
+
+    def _heads_positions(self, tables: Any, token_map: TokenMap) -> Any:
+        """The rotary tables of the merged tokens: a token turns by the angle of its head."""
+        kind = self.kind
+        if isinstance(tables, Tensor):
+            return _heads(tables, token_map, kind.rotary_dim)
+        followed = [
+            _heads(table, token_map, kind.rotary_dim) for table in tables[: kind.rotary_tables]
+        ]
+        return *followed, *tables[kind.rotary_tables :]
+
+    def weigh_keys(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if self.model.run.map is None:
+            return args, kwargs
+        given = dict(zip(self.attention_names, args, strict=False)) | kwargs
+        if given.get("attention_mask") is not None:
+            raise ValueError(
+                "attention_mask on self-attention cannot be combined with merged tokens; "
+                "remove_patch first, or leave attention_mask=None"
+            )
+        given["attention_mask"] = self.model.run.bias
+        return _as_called(self.attention_names, args, given)
+
+    def give_back(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        token_map = self.model.run.map
+        return output if token_map is None else token_map.unmerge(output)
+
+    def unmerge(self, block: nn.Module, args: tuple, output: Any) -> Any:
+        run, at = self.model.run, self.kind.output
+        x, token_map, merged = run.x, run.map, run.merged
+        run.x = run.map = run.merged = run.bias = None
+        if token_map is None:
+            return output
+        y = output if at is None else output[at]
+        # Into the unmerged copy, so that no more than the unpatched block's sums is kept.
+        y = token_map.unmerge(y - merged).add_(x)
+        return y if at is None else (*output[:at], y, *output[at + 1 :])
+
+
+class TransformerPatch(Patch):
+    """Token merging on one transformer. Nothing of it is touched before `install`."""
+
+    def __init__(self, family: Family, model: Any, settings: DiffusionSettings):
+        super().__init__()
+        self.settings = settings
+        self.model = model
+        self.hooks = _Model(family, _Run(), _argument_names(model))
+        self.blocks: dict[nn.Module, BlockHooks] = {}
+        self.warned = False
+        if not settings.merge_block:
+            raise ValueError(
+                f"merge_block must be True for {type(model).__name__}, whose blocks merge as a "
+                "whole, got False: leave out merge_attn, merge_crossattn, merge_mlp, merge_queries "
+                "and the presets that set them"
+            )
+        if not any(len(getattr(model, kind.where)) for kind in family.blocks):
+            raise ValueError(f"nothing would be merged in {type(model).__name__}: it has no blocks")
+        fused = any(getattr(module, "fused_projections", False) for module in model.modules())
+        if fused and settings.weighs_keys and any(kind.keys for kind in family.blocks):
+            raise ValueError(
+                "prop_attn must be False with fused projections, which know no separate keys, "
+                "got True: unfuse_qkv_projections() on the model"
+            )
+
+    def install(self) -> None:
+        if self.settings.ratio == 0:
+            return
+        self.before(self.model, self.hooks.note_place)
+        if self.hooks.family.rope:
+            self.after(self.model.get_submodule(self.hooks.family.rope), self.hooks.append_place)
+        for kind in self.hooks.family.blocks:
+            for block in getattr(self.model, kind.where):
+                self._install_block(block, kind)
+        if self.settings.min_tokens or self.settings.only_where_it_pays:
+            self.after(self.model, self._warn_if_idle)
+
+    def _warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if self.warned or torch.compiler.is_compiling():
+            return
+        reasons = {hooks.why_not for hooks in self.blocks.values()}
+        if "" not in reasons:
+            self.warned = True
+            warnings.warn(
+                f"nothing merges in {type(model).__name__}: {'; '.join(sorted(reasons))}",
+                stacklevel=2,
+            )
+
+    def _install_block(self, block: Any, kind: Blocks) -> None:
+        attentions = [getattr(block, name) for name in kind.attention]
+        hooks = BlockHooks(
+            len(self.blocks),
+            kind,
+            self.settings,
+            self.hooks,
+            _argument_names(block),
+            _argument_names(attentions[0]),
+        )
+        self.blocks[block] = hooks
+        self.before(block, hooks.merge)
+        for attention in filter(None, attentions):
+            if kind.bias:
+                self.before(attention, hooks.weigh_keys)
+            for name in kind.keys if hooks.gives_keys_back else ():
+                self.after(getattr(attention, name), hooks.give_back)
+        self.after(block, hooks.unmerge)
+
+    def remove(self) -> None:
+        super().remove()
+        self.blocks.clear()
+
+    def rows(self) -> list[Row]:
+        kinds = self.hooks.family.blocks
+        return [self._row(kind) for kind in kinds if len(getattr(self.model, kind.where))]
+
+    def _row(self, kind: Blocks) -> Row:
+        blocks = getattr(self.model, kind.where)
+        n = sum(f * h * w for f, h, w in self._grids())
+        if self.settings.ratio == 0:
+            return Row(kind.where, len(blocks), n, n, 1.0, "ratio is 0")
+        first = next(self.blocks[block] for block in blocks)
+        m = n - sum(f * self.settings.merged(h, w) for f, h, w in self._grids())
+        # Before the first picture the text is not known.
+        estimate = n, m, n**2, m * (n if first.gives_keys_back else m)
+        n, m, before, after = first.counts if any(first.counts) else estimate
+        weighed = kind.bias or kind.keys or not self.settings.weighs_keys
+        note = first.why_not or ("" if weighed else _NO_BIAS)
+        return Row(kind.where, len(blocks), n, m, after / max(before, 1), note)
+
+    def _grids(self) -> tuple[Grid, ...]:
+        """Those of the last picture, or else of the model's own size, where it has one."""
+        if self.hooks.last:
+            return self.hooks.last.grids
+        config = self.model.config
+        size, patch = config.get("sample_size"), config.get("patch_size")
+        if isinstance(size, int) and isinstance(patch, int):
+            return ((1, size // patch, size // patch),)
+        return ()
+
+
+_NO_BIAS = "without proportional attention: its processors take no bias"
+
+
+def _argument_names(module: Any) -> tuple[str, ...]:
+    """As its class has them: offloading and caches replace a module's own forward."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _as_called(names: tuple[str, ...], args: tuple, given: dict) -> tuple[tuple, dict]:
+    """Arguments by position and by name, as the host gave them."""
+    return tuple(given.pop(name) for name in names[: len(args)]), given
+
+
+def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
+    """The rows of a table that belong to the heads, and all that come before the map's tokens."""
+    lead = table.shape[dim] - token_map.n
+    if dim == 0:
+        rows = token_map.head[0] + lead
+        return table.index_select(0, torch.cat([torch.arange(lead, device=rows.device), rows]))
+    batch = len(token_map.head)
+    rows = (token_map.head + lead).view(batch, -1, *(1,) * (table.dim() - 2))
+    rows = rows.expand(-1, -1, *table.shape[2:])
+    table = table.expand(batch, *table.shape[1:])
+    return torch.cat([table[:, :lead], table.gather(1, rows)], dim=1)
+
+
+def _nothing_merged(x: Tensor) -> TokenMap:
+    none = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+    return TokenMap.from_moves(x.shape[1], none, none)
+
+
+def _in_frames(token_map: TokenMap, frames: int) -> TokenMap:
+    """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
+    if frames == 1:
+        return token_map
+
+    def joined(index: Tensor, step: int) -> Tensor:
+        first = torch.arange(0, frames * step, step, device=index.device)
+        return _moved_up(index.unflatten(0, (-1, frames)), first[:, None]).flatten(1)
+
+    return TokenMap(
+        joined(token_map.group, token_map.m),
+        joined(token_map.head, token_map.n),
+        joined(token_map.moved, token_map.n),
+        token_map.size.unflatten(0, (-1, frames)).flatten(1, 2),
+    )
+
+
+def _side_by_side(maps: list[TokenMap]) -> TokenMap:
+    """The map of the first map's tokens, then the second's, and so on; none merge across."""
+    n = m = 0
+    group, head, moved = [], [], []
+    for token_map in maps:
+        group.append(_moved_up(token_map.group, m))
+        head.append(token_map.head + n)
+        moved.append(token_map.moved + n)
+        n, m = n + token_map.n, m + token_map.m
+    size = torch.cat([token_map.size for token_map in maps], dim=1)
+    return TokenMap(torch.cat(group, 1), torch.cat(head, 1), torch.cat(moved, 1), size)
+
+
+def _moved_up(index: Tensor, by: Tensor | int) -> Tensor:
+    """Dropped tokens stay dropped."""
+    return torch.where(index < 0, index, index + by)

@@ -1,0 +1,64 @@
+"""Self-attention and then cross-attention to the text: PixArt-α and Σ, Latte, Wan, LTX-Video.
+
+All of the text is outside of the stream of tokens, and videos merge within their frames. Latte's
+temporal blocks, of one token for each frame, are left alone.
+"""
+
+from typing import Any
+
+from tomesd.patches.diffusers_transformer import Blocks, Family, Grid, image_grid
+
+
+def _video_grid(model: Any, given: dict) -> tuple[Grid, ...]:
+    """Of latents [B, C, F, H, W], cut into patches of frames × height × width."""
+    size, patch = given["hidden_states"].shape[-3:], model.config.patch_size
+    frames, h, w = (length // step for length, step in zip(size, patch, strict=True))
+    return ((frames, h, w),)
+
+
+def _given_grid(model: Any, given: dict) -> tuple[Grid, ...]:
+    """LTX-Video is told the size of its packed latents."""
+    return ((given["num_frames"], given["height"], given["width"]),)
+
+
+_IMAGE = Blocks(attention=("attn1",), bias=3)
+
+FAMILIES = (
+    Family(
+        ("PixArtTransformer2DModel",),
+        (_IMAGE._replace(carrier="cross_attention_kwargs"),),
+        image_grid,
+        kwargs="cross_attention_kwargs",
+    ),
+    Family(("LatteTransformer3DModel",), (_IMAGE,), image_grid),
+    Family(
+        ("WanTransformer3DModel",),
+        (
+            Blocks(
+                "blocks",
+                attention=("attn1",),
+                bias=4,
+                rotary="rotary_emb",
+                rotary_dim=1,
+                # Where each frame has its own timestep.
+                per_token=("temb",),
+                carrier="rotary_emb",
+            ),
+        ),
+        _video_grid,
+        rope="rope",
+    ),
+    Family(
+        ("LTXVideoTransformer3DModel",),
+        (
+            _IMAGE._replace(
+                rotary="image_rotary_emb",
+                rotary_dim=1,
+                per_token=("temb",),
+                carrier="image_rotary_emb",
+            ),
+        ),
+        _given_grid,
+        rope="rope",
+    ),
+)

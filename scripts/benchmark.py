@@ -3,7 +3,8 @@
 Full-size denoisers with random weights, so nothing is downloaded. In every round each variant runs
 one forward: unpatched, patched, the ideal (as many tokens, chosen by a plain slice: no matching),
 and, if asked for, another release of tomesd. Ratios are taken within a round. With --cost, the
-patch's own steps instead: matching, merging and unmerging at each level of the model.
+patch's own steps instead: matching, merging and unmerging at each level of the model. With --bias,
+what proportional attention costs inside of the attention kernel, in each form it can take.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from tomesd.evaluation import full_size
+from tomesd.evaluation import full_size, key_bias
 from tomesd.evaluation.arguments import number
 from tomesd.evaluation.benchmark import (
     STEPS,
@@ -43,6 +44,9 @@ def main() -> None:
     if args.cost:
         record["cost"] = measure_cost(setup)
         print(cost_table(record["cost"]))
+    elif args.bias:
+        record["bias"] = key_bias.measure(setup)
+        print(bias_table(record["bias"]))
     else:
         record["forward"] = measure_forwards(setup)
         print(forward_table(record["forward"]))
@@ -65,8 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="default: cuda or mps if there is one, or cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
-    parser.add_argument("--rounds", type=number(int, 1, 100_000), help="default: 5; 50 with --cost")
+    parser.add_argument(
+        "--rounds", type=number(int, 1, 100_000), help="default: 5; 50 with --cost or --bias"
+    )
     parser.add_argument("--cost", action="store_true", help="only match, merge and unmerge")
+    parser.add_argument("--bias", action="store_true", help="only attention, with log(size) or not")
     parser.add_argument("--no-memory", action="store_true", help="only time: fewer model loads")
     parser.add_argument("--peer", help="tomesd==<version>, installed from PyPI for comparison")
     parser.add_argument("--peer-cache", type=Path, default=Path("runs/peers"))
@@ -104,15 +111,18 @@ def check(args: argparse.Namespace) -> Setup:
     for ratio in args.ratio:
         if ratio <= 0:
             raise ValueError(f"--ratio must be above 0, got {ratio}: unpatched is always there")
-    variants = [] if args.cost else [Variant("unpatched", "unpatched")]
+    if args.cost and args.bias:
+        raise ValueError("--bias and --cost are two measurements, give one of them")
+    by_step = args.cost or args.bias
+    variants = [] if by_step else [Variant("unpatched", "unpatched")]
     for ratio in dict.fromkeys(args.ratio):
         for method in dict.fromkeys(args.method):
             variants.append(Variant(f"{method} {ratio:g}", "patched", settings[method, ratio]))
         first = settings[args.method[0], ratio]
-        if not args.cost:
+        if not by_step:
             # All methods leave as many tokens: one ideal bounds them all.
             variants.append(Variant(f"ideal {ratio:g}", "ideal", first))
-        if args.peer:
+        if args.peer and not args.bias:
             variants.append(Variant(f"{args.peer} {ratio:g}", "peer", first))
     for variant in variants:
         if variant.kind == "patched":
@@ -122,11 +132,11 @@ def check(args: argparse.Namespace) -> Setup:
         sizes=args.size,
         variants=variants,
         batch=args.batch,
-        rounds=args.rounds or (50 if args.cost else 5),
+        rounds=args.rounds or (50 if by_step else 5),
         device=device,
         precision=args.precision or choose_precision(device),
         compiled=args.compile,
-        measures_memory=device.type in ("cpu", "cuda") and not (args.no_memory or args.cost),
+        measures_memory=device.type in ("cpu", "cuda") and not (args.no_memory or by_step),
         peer=install_peer(args.peer, args.peer_cache) if args.peer else None,
         peer_name=args.peer or "",
     )
@@ -172,6 +182,16 @@ def cost_table(rows: list[dict]) -> str:
         figures = [spread(row[step], 2, 1000) for step in (*STEPS, "all")]
         share = spread(row.get("share_of_peer"), 2)
         lines.append(shape.format(where, row["blocks"], row["variant"], *figures, share))
+    return "\n".join(lines)
+
+
+def bias_table(rows: list[dict]) -> str:
+    shape = "{:>22} {:>8} {:<18} {:>24} {:>22}"
+    lines = [shape.format("queries × keys", "channels", "log(size)", "ms", "of that without")]
+    for row in rows:
+        where = f"{row['queries']} × {row['keys']}"
+        taken, share = spread(row["median_seconds"], 2, 1000), spread(row["of_none"], 2)
+        lines.append(shape.format(where, row["channels"], row["form"], taken, share))
     return "\n".join(lines)
 
 

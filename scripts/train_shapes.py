@@ -17,9 +17,10 @@ from tomesd.shapes.training import (
     MaskedClassifier,
     Stage,
     autoencoder_loss,
+    cached,
     classifier_loss,
     denoiser_loss,
-    masks,
+    labelled_pictures,
     pictures,
     to_unit,
     train,
@@ -77,17 +78,9 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def cached(args, name: str, make):
-    """The tensor that make() returns, kept in a file under --work."""
-    path = args.work / f"{name}-{args.pictures}.pt"
-    if not path.exists():
-        torch.save(make(), path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
-    return torch.load(path, mmap=True)
-
-
 def drawn(args, size: int) -> torch.Tensor:
-    return cached(args, f"pictures-{size}", lambda: pictures(range(args.pictures), size))
+    file = args.work / f"pictures-{size}-{args.pictures}.pt"
+    return cached(file, lambda: pictures(range(args.pictures), size))
 
 
 def train_autoencoder(args) -> None:
@@ -137,7 +130,8 @@ def train_denoiser(args) -> None:
 
     def latents(size: int) -> torch.Tensor:
         images = drawn(args, size)
-        made = cached(args, f"latents-{size}", lambda: scale * encode(autoencoder, images, args))
+        file = args.work / f"latents-{size}-{args.pictures}.pt"
+        made = cached(file, lambda: scale * encode(autoencoder, images, args))
         return made.to(args.device)
 
     tokenizer = shapes.build_tokenizer()
@@ -170,18 +164,15 @@ def train_denoiser(args) -> None:
 
 
 def train_classifier(args) -> None:
-    images = drawn(args, 128)
-    labels = torch.tensor([scene(index).labels for index in range(args.pictures)]).to(args.device)
     model = shapes.build_classifier().to(args.device)
+    data = labelled_pictures(args.pictures, model.config, args.work, args.device)
     both = MaskedClassifier(model).to(args.device)
     compiled = torch.compile(both, dynamic=False, disable=not args.compile)
-    patches = model.config.image_size // model.config.patch_size
-    covered = cached(args, "masks", lambda: masks(range(args.pictures), patches))
     stage = Stage("classifier", steps(args, 3600), batch=32, lr=1e-3, warmup=300)
 
     def loss(generator):
         with autocast(args):
-            return classifier_loss(compiled, images, covered, labels, stage.batch, generator)
+            return classifier_loss(compiled, data, stage.batch, generator)
 
     train(stage, both, loss, args.work / "classifier.pt")
     model.eval()

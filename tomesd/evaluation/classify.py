@@ -20,7 +20,7 @@ from tomesd import schedule
 from tomesd.evaluation.classifiers import Classifier
 from tomesd.evaluation.image_file import whole
 from tomesd.evaluation.quality import held_out
-from tomesd.evaluation.timing import interleave, seconds
+from tomesd.evaluation.timing import interleave, round_ratio, seconds
 from tomesd.patch import _PATCH, _patched
 from tomesd.patches.vit import ViTPatch
 from tomesd.shapes.pipeline import LABELS
@@ -191,8 +191,8 @@ def measure(
     >>> measure(Row("sweep", "r = 8", {"r": 8}), classifier, data, pixels, rounds=5, batch=32)
 
     data: None for no accuracy. pixels: what is timed, in `rounds` turns with the unpatched model.
-    Throughput counts the model alone, with the pixels on its device; "times as fast" is the ratio
-    of the medians. Multiply-adds are those of the blocks.
+    Throughput counts the model alone, with the pixels on its device; "times as fast" is the median
+    of the rounds' ratios. Multiply-adds are those of the blocks.
     """
     model = classifier.model
     with tomesd.patched(model, **row.settings):
@@ -202,7 +202,7 @@ def measure(
         fewer = cost.of([0] * len(patch.seams), n, prefix) / merged
         record: Record = {"times_fewer_multiply_adds": fewer}
         if data is not None:
-            record |= {"accuracy": _accuracy(classifier, data, pixels, batch), "images": len(data)}
+            record |= {"accuracy": accuracy(classifier, data, pixels, batch), "images": len(data)}
     if row.timed and rounds:
 
         def timed(settings: dict[str, Any]) -> float:
@@ -211,14 +211,20 @@ def measure(
 
         runs = {"unpatched": partial(timed, {"r": 0}), "row": partial(timed, row.settings)}
         interleave(runs, 1)  # First calls pay for memory that later ones find ready.
-        taken = {name: statistics.median(t) for name, t in interleave(runs, rounds).items()}
-        record["images_per_second"] = len(pixels) / taken["row"]
-        record["unpatched_images_per_second"] = len(pixels) / taken["unpatched"]
-        record["times_as_fast"] = taken["unpatched"] / taken["row"]
+        taken = interleave(runs, rounds)
+        record["images_per_second"] = len(pixels) / statistics.median(taken["row"])
+        record["unpatched_images_per_second"] = len(pixels) / statistics.median(taken["unpatched"])
+        record["times_as_fast"] = round_ratio(taken["unpatched"], taken["row"]).median
     return record
 
 
-def _accuracy(classifier: Classifier, data: Data, like: Tensor, batch: int) -> float:
+def accuracy(classifier: Classifier, data: Data, like: Tensor, batch: int) -> float:
+    """The share of the pictures for which every label is right.
+
+    >>> accuracy(load_classifier(), shapes_data(100), torch.zeros(()), batch=32)
+
+    like: a tensor of the model's device and precision.
+    """
     right = 0
     for start in range(0, len(data), batch):
         part = range(start, min(start + batch, len(data)))
@@ -281,6 +287,7 @@ def read(file: Path) -> list[Record]:
             raise ValueError(f"{file} is not a table of scripts/classify.py; move it away")
         found = []
         for line in reader:
-            numbers = {k: float(line[k]) if line[k] else None for k in COLUMNS[3:]}
+            numbers: Record = {k: float(line[k]) if line[k] else None for k in COLUMNS[3:]}
+            numbers["images"] = int(line["images"]) if line["images"] else None
             found.append({**line, **numbers})
         return found

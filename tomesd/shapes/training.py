@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
 from tqdm import tqdm
-from transformers import ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from tomesd.shapes.pipeline import split_logits
 from tomesd.shapes.world import draw, draw_mask, scene
 
-_CHECKPOINT_EVERY = 200
+_CHECKPOINT_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ def train(
 
     loss draws its own batch from the generator it is given; a step's batch depends on the step's
     number alone, so a run that was interrupted goes on as if it had not been.
-    checkpoint: written whole every 200 steps, and read first if it is there.
+    checkpoint: written whole every 100 steps, and read first if it is there.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(stage, model)
+    parameters = optimizer.param_groups[0]["params"]
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMAModel(parameters, decay=stage.ema, use_ema_warmup=True, power=0.75)
     start = 0
     if checkpoint.exists():
@@ -72,10 +73,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr_at(step)
             value = loss(torch.Generator().manual_seed(step))
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            update(optimizer, value)
             ema.step(parameters)
             mean_loss += (value.item() - mean_loss) / min(step - start + 1, 100)
             progress.update()
@@ -93,6 +91,20 @@ def train(
     ema.copy_to(parameters)
 
 
+def make_optimizer(stage: Stage, model: nn.Module) -> torch.optim.Optimizer:
+    """Of everything in the model that is not frozen."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step down the loss, with gradients of a norm of at most 1."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def pictures(indices: Iterable[int], size: int) -> torch.Tensor:
     """The scenes with these indices, drawn: uint8 [n, 3, size, size]."""
     drawn = [
@@ -100,6 +112,15 @@ def pictures(indices: Iterable[int], size: int) -> torch.Tensor:
         for index in tqdm(indices, desc=f"drawing at {size} px", mininterval=5)
     ]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+
+
+def cached(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor that make() returns, made once and kept in a file."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+    return torch.load(file, mmap=True)
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
@@ -191,11 +212,37 @@ def masks(indices: Iterable[int], patches: int) -> torch.Tensor:
     return cells.transpose(1, 2).byte()
 
 
+class LabelledPictures(NamedTuple):
+    """What the classifier learns from.
+
+    images: uint8 [n, 3, 128, 128]. covered: see `masks`. labels: int64 [n, 4], of `Scene.labels`,
+    on the device where batches go.
+    """
+
+    images: torch.Tensor
+    covered: torch.Tensor
+    labels: torch.Tensor
+
+
+def labelled_pictures(
+    count: int, config: ViTConfig, folder: Path, device: torch.device | str
+) -> LabelledPictures:
+    """The first `count` scenes for such a classifier; drawn once and kept in a folder.
+
+    >>> data = labelled_pictures(4096, model.config, Path("runs/shapes"), "cpu")
+    """
+    indices, size = range(count), config.image_size
+    images = cached(folder / f"pictures-{size}-{count}.pt", lambda: pictures(indices, size))
+    covered = cached(
+        folder / f"masks-{count}.pt", lambda: masks(indices, size // config.patch_size)
+    )
+    labels = torch.tensor([scene(index).labels for index in indices])
+    return LabelledPictures(images, covered, labels.to(device))
+
+
 def classifier_loss(
     model: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    images: torch.Tensor,
-    covered: torch.Tensor,
-    labels: torch.Tensor,
+    data: LabelledPictures,
     batch: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
@@ -203,6 +250,7 @@ def classifier_loss(
 
     Generated pictures are a little soft; a classifier that saw only crisp ones would misread them.
     """
+    images, covered, labels = data
     device = labels.device
     rows = pick(images, batch, generator)
     clean = to_unit(images[rows].to(device))

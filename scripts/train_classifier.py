@@ -1,0 +1,99 @@
+"""Train the Shapes classifier while tokens merge: python scripts/train_classifier.py
+
+One model for each r, all alike but for it: the time of an epoch, how many pictures it gets right
+that it was not trained on, and the same when it is read with the other r (ToMe, section 4.1). By
+default training goes on from the embedded classifier's weights; --from-scratch begins anew, as
+scripts/train_shapes.py does. The same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from tomesd.evaluation import classify, merged_training
+from tomesd.evaluation.arguments import number
+from tomesd.evaluation.classifiers import check_model
+from tomesd.evaluation.device import choose_device
+from tomesd.evaluation.image_file import versions, whole
+from tomesd.shapes import pipeline as shapes
+from tomesd.shapes.training import Stage, labelled_pictures
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        device = choose_device(args.device)
+        values = sorted(set(args.r))
+        if values[0] != 0:
+            raise ValueError(f"r must have 0, which the others are compared with, got {args.r}")
+        if not args.from_scratch:
+            check_model(None)
+        stage = choose_stage(args)
+        folder = run_folder(args, stage, device)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    config = shapes.build_classifier().config
+    drawn = labelled_pictures(args.pictures, config, args.out / "pictures", device)
+    course = merged_training.Course(stage, drawn, args.from_scratch)
+    data = classify.shapes_data(args.num_images)
+    results = merged_training.run(course, values, data, args.rounds, stage.batch, folder)
+    begin = "random weights" if args.from_scratch else "the embedded classifier's weights"
+    print(
+        f"{stage.steps} steps of {stage.batch} pictures from {begin}; an epoch is {len(drawn[0])} "
+        f"pictures; read: {len(data)} others.\n"
+    )
+    print(merged_training.table(results, values, len(drawn[0]) / stage.batch))
+    print(f"\n{folder / 'results.json'}")
+
+
+def choose_stage(args: argparse.Namespace) -> Stage:
+    """As long as the embedded classifier was trained, or for a while at a lower rate."""
+    if args.from_scratch:
+        return Stage("", args.steps or 3600, args.batch, lr=1e-3, warmup=300)
+    return Stage("", args.steps or 300, args.batch, lr=2e-4, warmup=30)
+
+
+def run_folder(args: argparse.Namespace, stage: Stage, device: torch.device) -> Path:
+    """A folder of its own for everything that figures depend on but r."""
+    about = {
+        "from_scratch": args.from_scratch,
+        "stage": vars(stage),
+        "pictures": args.pictures,
+        "images": args.num_images,
+        "rounds": args.rounds,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        **versions("torch", "transformers"),
+    }
+    text = json.dumps(about, indent=1) + "\n"
+    folder = args.out / hashlib.sha256(text.encode()).hexdigest()[:12]
+    with whole(folder / "settings.json") as file:
+        file.write_text(text)
+    return folder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What is used if an option is not given stands in brackets.",
+    )
+    add = parser.add_argument
+    add("--r", type=number(int, 0, 10_000), nargs="+", default=[0, 16, 28], help="(0 16 28)")
+    add("--from-scratch", action="store_true", help="begin with random weights")
+    add("--steps", type=number(int, 1, 10**6), help="of training (300; 3600 from scratch)")
+    add("--batch", type=number(int, 1, 4096), default=32, help="(32)")
+    add("--pictures", type=number(int, 1, 10**6), default=16384, help="an epoch (%(default)s)")
+    add("--num-images", type=number(int, 1, 100_000), default=1000, help="to read (%(default)s)")
+    add("--rounds", type=number(int, 1, 10_000), default=7, help="steps timed with each r (7)")
+    add("--device", help="cuda, mps or cpu (the first of these that is there)")
+    add("--out", type=Path, default=Path("runs/train_classifier"), help="(%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Training with merging in several processes through accelerate is training in one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import tomesd
+from tests.data_parallel import WAYS, R, build, gradients
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory) -> list[dict]:
+    """What each of two processes, with half of the batch each, has after backward."""
+    folder = tmp_path_factory.mktemp("shares")
+    # `accelerate launch --cpu` starts one process only.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(ROOT / "tests" / "data_parallel.py"), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{index}.pt") for index in range(2)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(shares, way):
+    alone = Accelerator(cpu=True)
+    assert alone.num_processes == 1
+    plain, model = build(), tomesd.apply_patch(build(), r=R)
+    without = gradients(plain, plain, alone)
+    expected = gradients(model, model, alone)
+    for share in shares:
+        kind, got = share[way]
+        assert kind == "DistributedDataParallel"
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, atol=1e-4, rtol=1e-4, msg=key)
+    assert any(not torch.allclose(without[key], expected[key], rtol=0.1) for key in expected)

@@ -92,6 +92,8 @@ def energy_matching(metric: Tensor, prefix: int, r: int, margin: float) -> Token
     margin: 0.9 in the first layer, falling to 0 after the last, in the paper.
     Raises ValueError if r is out of its range.
     Source: Tran et al., "Accelerating Transformers with Spectrum-Preserving Token Merging" (2024).
+    Its authors' code counts similarity − margin above the margin, where the paper's formula has a
+    step; the rest is the same.
     """
     n = metric.shape[1]
     _check(r, (n - prefix) // 2)

@@ -1,14 +1,19 @@
-"""PyPI's tomesd in a process of its own, to be timed beside this one."""
+"""PyPI's tomesd in a process of its own, to be measured beside this one."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 
 _WORKER = Path(__file__).with_name("peer_worker.py")
 
@@ -97,3 +102,35 @@ class Peer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class PeerPipeline:
+    """A pipeline that is patched and runs in the peer's process; `sample` takes it like any other.
+
+    >>> peer.ask("load_pipeline", folder="assets/pipeline", device="cpu", dtype="float32")
+    >>> pipe = PeerPipeline(lambda: peer, {"ratio": 0.5}, torch.float32)
+    >>> images = list(sample(pipe, ["a photo of a red heart"], [0], Sampling(25, 4.0)))
+
+    start: gives the peer with its pipeline; not called before a picture is asked for. settings:
+    what the peer's `apply_patch` takes. dtype: the pipeline's.
+    Each call patches anew and seeds the peer's process with its first picture's seed, since the
+    peer may draw from the global random state: so a picture does not depend on those before it.
+    """
+
+    def __init__(self, start: Callable[[], Peer], settings: dict[str, Any], dtype: torch.dtype):
+        self.start = start
+        self.settings = settings
+        self.dtype = dtype
+
+    def __call__(
+        self, prompts: list[str], generator: list[torch.Generator], **how: Any
+    ) -> SimpleNamespace:
+        seeds = [each.initial_seed() for each in generator]
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "images.npy")
+            asked = {"prompts": prompts, "seeds": seeds, "how": how, "file": str(file)}
+            self.start().ask("sample", settings=self.settings, **asked)
+            return SimpleNamespace(images=np.load(file))
+
+    def numpy_to_pil(self, images: np.ndarray) -> list:
+        return DiffusionPipeline.numpy_to_pil(images)

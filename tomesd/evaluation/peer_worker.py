@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 import tomesd
 
@@ -93,6 +95,22 @@ class Worker:
 
         with torch.no_grad():
             return timing.merging_seconds(match, x)
+
+    def load_pipeline(self, folder: str, device: str, dtype: str) -> None:
+        """Load what `sample` makes pictures with."""
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.pipe: Any = pipe.to(device, silence_dtype_warnings=True)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def sample(
+        self, settings: dict, prompts: list[str], seeds: list[int], how: dict, file: str
+    ) -> None:
+        """Write the patched pipeline's pictures as one array; how: what the pipeline takes."""
+        # A patch keeps a generator, seeded from the global one.
+        torch.manual_seed(seeds[0])
+        tomesd.apply_patch(self.pipe.unet, **settings)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        np.save(file, self.pipe(prompts, generator=generators, **how).images)
 
     def _inputs(self, batch: int, size: int) -> tuple[tuple, dict]:
         return full_size.unet_inputs(self.config, batch, size, self.device, self.dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tomesd
-from tests.tiny_models import predict, sd_unet
+from tests.tiny_models import predict, sd_unet, unet_inputs
 
 
 def rows(unet) -> dict[str, tuple[int, int, str]]:
@@ -79,3 +79,13 @@ def test_trace_leaves_out_what_does_not_merge():
     with tomesd.trace(unet) as traced:
         predict(unet, h=10, w=14)
     assert {each.group.shape[1] for each in traced} == {140}
+
+
+def test_a_map_made_without_gradients_serves_in_training_too():
+    # What is kept from one call to the next must not be an inference tensor.
+    unet = tomesd.apply_patch(sd_unet())
+    with torch.inference_mode():
+        predict(unet, h=6, w=22)
+    inputs = unet_inputs(unet, h=6, w=22)
+    unet(**inputs).sample.mean().backward()
+    assert all(parameter.grad is not None for parameter in unet.parameters())

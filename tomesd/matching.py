@@ -71,8 +71,10 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     """Each source's similarity to its best destination, and which that is: [B, all sources]."""
     batch, windows = metric.shape[0], src.shape[0]
-    left = _left(_tokens(metric, src), distance)
-    right = _right(_tokens(metric, dst), distance).transpose(1, 2)
+    # Padding looks at the first token, and counts for nothing below.
+    real = (src.clamp(min=0), dst.clamp(min=0)) if is_padded else (src, dst)
+    left = _left(_tokens(metric, real[0]), distance)
+    right = _right(_tokens(metric, real[1]), distance).transpose(1, 2)
     count = max(1, SCORE_BYTES // (batch * dst.numel() * left.element_size()))
     values, places = [], []
     for chunk in left.split(count, dim=1):
@@ -84,7 +86,9 @@ def _nearest(
         best = scores.max(dim=-1)
         values.append(best.values)
         places.append(best.indices)
-    similarity, nearest = torch.cat(values, dim=2), torch.cat(places, dim=2)
+    similarity, nearest = (
+        found[0] if len(found) == 1 else torch.cat(found, dim=2) for found in (values, places)
+    )
     if is_padded:
         similarity = similarity.masked_fill(src < 0, -torch.inf)
     target = dst.expand(batch, -1, -1).gather(2, nearest)
@@ -92,8 +96,8 @@ def _nearest(
 
 
 def _tokens(metric: Tensor, places: Tensor) -> Tensor:
-    """The tokens at these places of each sample: [B·windows, n, C], a copy; any where padded."""
-    index = places.clamp(min=0).flatten().expand(metric.shape[0], -1)
+    """The tokens at these places of each sample: [B·windows, n, C], a copy."""
+    index = places.flatten().expand(metric.shape[0], -1)
     return rows(metric, index).view(-1, places.shape[1], metric.shape[2])
 
 

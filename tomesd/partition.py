@@ -113,8 +113,8 @@ def windowed(
     w: int,
     sy: int = 2,
     sx: int = 2,
+    window: int = 32,
     *,
-    window: int,
     key: Tensor | None = None,
     device=None,
 ) -> Windows:

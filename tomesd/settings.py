@@ -1,9 +1,11 @@
 """How a diffusion model merges: the settings, their presets, and the token map that they give."""
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tomesd import partition
@@ -181,12 +183,23 @@ class DiffusionSettings:
         if self.partition == "alternating":
             sides = partition.alternating(n, device=device)
         elif self.window:
-            sides = partition.windowed(
-                h, w, self.sy, self.sx, window=self.window, key=key, device=device
-            )
+            where = (h, w, self.sy, self.sx, self.window)
+            # Kept where that is safe: not in a graph, nor for tensors that only pretend to be some.
+            if key is None and type(features) is Tensor and not torch.compiler.is_compiling():
+                sides = _kept_windows(*where, device)
+            else:
+                sides = partition.windowed(*where, key=key, device=device)
         else:
             sides = partition.strided(h, w, self.sy, self.sx, key=key, device=device)
         return bipartite_soft_matching(features, sides, r)
+
+
+@lru_cache(maxsize=64)
+def _kept_windows(h: int, w: int, sy: int, sx: int, window: int, device: torch.device) -> Windows:
+    """Windows without a key depend on the shape alone, and making them is most of all the small
+    operators of a match: on a GPU, most of its time."""
+    with torch.inference_mode(False):  # They may serve in training later.
+        return partition.windowed(h, w, sy, sx, window, device=device)
 
 
 PRESETS: dict[str, dict] = {

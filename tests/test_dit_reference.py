@@ -24,6 +24,7 @@ ONE_MAP = {
     "Flux2Transformer2DModel",
     "QwenImageTransformer2DModel",
     "CogVideoXTransformer3DModel",
+    "HunyuanDiT2DModel",
 }
 # Its processor takes no mask, and turns queries and keys by one table.
 WITHOUT_PROPORTIONAL = {"QwenImageTransformer2DModel"}

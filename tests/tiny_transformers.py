@@ -17,15 +17,18 @@ WIDTH = 16
 
 @dataclass
 class Tiny:
-    """One kind of model. frames: of its videos; 1 for pictures.
+    """One kind of model.
 
-    inputs: (model, batch, h, w, draw), where draw(*shape) gives random numbers.
+    name: of its class in diffusers. inputs: (batch, h, w, draw), where draw(*shape) gives random
+    numbers of the model's precision. frames: of its videos, as far as they are tokens of one
+    sample. alone: how many calls of attention are in blocks that are left alone.
     """
 
     name: str
     config: dict
     inputs: Callable[..., dict]
     frames: int = 1
+    alone: int = 0
 
     def model(self, seed: int = 0, **config) -> nn.Module:
         torch.manual_seed(seed)
@@ -108,6 +111,21 @@ def _qwen(batch, h, w, normal) -> dict:
 
 def _pixart(batch, h, w, normal) -> dict:
     return _latents(batch, h, w, normal) | _text(batch, normal)
+
+
+def _hunyuan(batch, h, w, normal) -> dict:
+    angles = torch.arange(h * w)[:, None] * torch.arange(1, 9) * 0.05
+    return _latents(batch, h, w, normal) | {
+        # What it computes with has the timestep's precision.
+        "timestep": 500 + 0 * normal(batch),
+        "encoder_hidden_states": normal(batch, TEXT, WIDTH),
+        "text_embedding_mask": torch.ones(batch, TEXT),
+        "encoder_hidden_states_t5": normal(batch, TEXT, WIDTH),
+        "text_embedding_mask_t5": torch.ones(batch, TEXT),
+        "image_meta_size": torch.ones(batch, 6),
+        "style": torch.zeros(batch, dtype=torch.long),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
 
 
 def _video(batch, frames, h, w, normal) -> dict:
@@ -212,6 +230,27 @@ TINY = {
                 "norm_num_groups": 8,
             },
             _pixart,
+        ),
+        Tiny(
+            "HunyuanDiT2DModel",
+            _HEADS
+            | {
+                "sample_size": 16,
+                "patch_size": 2,
+                "in_channels": 4,
+                "hidden_size": 16,
+                "num_layers": 4,
+                "cross_attention_dim": WIDTH,
+                "cross_attention_dim_t5": WIDTH,
+                "pooled_projection_dim": WIDTH,
+                "text_len": TEXT,
+                "text_len_t5": TEXT,
+                "learn_sigma": False,
+                "mlp_ratio": 2.0,
+            },
+            _hunyuan,
+            # Self- and cross-attention of the one block with a skip connection.
+            alone=2,
         ),
         Tiny(
             "LatteTransformer3DModel",

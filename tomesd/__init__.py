@@ -4,7 +4,7 @@
 >>> vit = tomesd.apply_patch(vit, r=8)
 """
 
-from tomesd.patch import apply_patch, patched, remove_patch, report
+from tomesd.patch import apply_patch, patched, remove_patch, report, supported
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
 from tomesd.tracing import TokenGroups, trace
@@ -19,5 +19,6 @@ __all__ = [
     "patched",
     "remove_patch",
     "report",
+    "supported",
     "trace",
 ]

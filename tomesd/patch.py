@@ -54,6 +54,7 @@ _DENOISERS = (
         for kind in _TRANSFORMERS
         for family in kind.FAMILIES
     ),
+    _Family("diffusers", (), diffusers_transformer_cross.REFUSED, None),
 )
 _VITS = (
     _Family(
@@ -81,10 +82,11 @@ def apply_patch(
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
     >>> vit = tomesd.apply_patch(vit, r=8)
 
-    model: a diffusers pipeline, a UNet2DConditionModel or ControlNetModel, or a Vision Transformer
-        of transformers, timm or torchvision, also one that is wrapped (by torch.compile,
-        DistributedDataParallel). It is changed in place by forward hooks and returned; a model that
-        is patched already gets the new settings instead of the old ones.
+    model: a diffusers pipeline, a UNet, ControlNet or diffusion transformer of diffusers, or a
+        Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
+        is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
+        hooks and returned; a model that is patched already gets the new settings instead of the
+        old ones.
     ratio: for denoisers, the share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by
         default, where the papers find the picture hardly changed at twice the speed.
     preset: for denoisers, "paper" is exactly ToMe's Appendix F. What is given beside it wins.
@@ -179,6 +181,21 @@ def report(model: Any) -> Report:
     return Report(found)
 
 
+def supported() -> dict[str, tuple[str, ...]]:
+    """The classes of models that apply_patch takes, by the package that defines them.
+
+    >>> "FluxTransformer2DModel" in tomesd.supported()["diffusers"]
+    True
+
+    A model of a class that inherits from one of them is supported too, and so is a pipeline that
+    has one. docs/adding-a-model.md shows how to add one.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for family in (*_DENOISERS, *_VITS):
+        found[family.host] = found.get(family.host, ()) + family.models
+    return found
+
+
 def _modules(model: Any) -> dict[str, nn.Module]:
     """Every module of a pipeline or module, by name."""
     parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
@@ -233,13 +250,11 @@ def _choose(model: Any, ratio: float | None, preset: str | None, settings: dict)
 
 def _why_unsupported(model: Any) -> str:
     for module in _modules(model).values():
-        for family in _VITS:
+        for family in (*_DENOISERS, *_VITS):
             for name in _classes(module, family.host) & set(family.refused):
                 return f"model must not be a {name}: {family.refused[name]}"
-    supported = [
-        f"{name} ({family.host})" for family in (*_DENOISERS, *_VITS) for name in family.models
-    ]
-    return f"model must be or contain one of {', '.join(supported)}, got {type(model).__name__}"
+    names = [f"{name} ({host})" for host, models in supported().items() for name in models]
+    return f"model must be or contain one of {', '.join(names)}, got {type(model).__name__}"
 
 
 def _remove(target: nn.Module) -> None:

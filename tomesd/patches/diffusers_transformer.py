@@ -49,6 +49,8 @@ class Blocks(NamedTuple):
         0 means that they are the same for all samples, and so is then the token map.
         rotary_tables: how many of the argument's tables, from the first, are of image tokens.
     per_token: arguments that may hold something for each image token; that of its head is kept.
+    unless: a child that blocks may have; those that do are left alone, because what they compute is
+        no residual of what they are given.
     carrier: the dict or tuple among the arguments in which the token grid travels; "" where the
         block has none (see `Family`).
     """
@@ -65,7 +67,14 @@ class Blocks(NamedTuple):
     rotary_dim: int = 0
     rotary_tables: int = 2
     per_token: tuple[str, ...] = ()
+    unless: str = ""
     carrier: str = ""
+
+    def split(self, model: Any) -> tuple[list[Any], list[Any]]:
+        """The blocks that merge, and those that are left alone."""
+        blocks = list(getattr(model, self.where))
+        alone = [block for block in blocks if getattr(block, self.unless, None) is not None]
+        return [block for block in blocks if block not in alone], alone
 
 
 class Family(NamedTuple):
@@ -145,7 +154,12 @@ class _Model:
         return _as_called(self.names, args, given)
 
     def append_place(self, rope: nn.Module, args: tuple, output: tuple) -> tuple:
-        return *output, self.run.place
+        return *output, self.place
+
+    @property
+    def place(self) -> _Place | None:
+        # A compiler sees what one thread does, but not what another hook has kept for the thread.
+        return self.last if torch.compiler.is_compiling() else self.run.place or self.last
 
 
 @dataclass(eq=False)
@@ -200,7 +214,7 @@ class BlockHooks:
         """Where the block is; its own arguments as the host made them again."""
         carrier = self.kind.carrier
         if not carrier:
-            return self.model.run.place or self.model.last
+            return self.model.place
         if isinstance(given[carrier], dict):
             given[carrier] = dict(given[carrier])
             return given[carrier].pop(_PLACE)
@@ -299,7 +313,7 @@ class TransformerPatch(Patch):
                 "whole, got False: leave out merge_attn, merge_crossattn, merge_mlp, merge_queries "
                 "and the presets that set them"
             )
-        if not any(len(getattr(model, kind.where)) for kind in family.blocks):
+        if not any(kind.split(model)[0] for kind in family.blocks):
             raise ValueError(f"nothing would be merged in {type(model).__name__}: it has no blocks")
         fused = any(getattr(module, "fused_projections", False) for module in model.modules())
         if fused and settings.weighs_keys and any(kind.keys for kind in family.blocks):
@@ -315,7 +329,7 @@ class TransformerPatch(Patch):
         if self.hooks.family.rope:
             self.after(self.model.get_submodule(self.hooks.family.rope), self.hooks.append_place)
         for kind in self.hooks.family.blocks:
-            for block in getattr(self.model, kind.where):
+            for block in kind.split(self.model)[0]:
                 self._install_block(block, kind)
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self._warn_if_idle)
@@ -355,21 +369,27 @@ class TransformerPatch(Patch):
         self.blocks.clear()
 
     def rows(self) -> list[Row]:
-        kinds = self.hooks.family.blocks
-        return [self._row(kind) for kind in kinds if len(getattr(self.model, kind.where))]
-
-    def _row(self, kind: Blocks) -> Row:
-        blocks = getattr(self.model, kind.where)
         n = sum(f * h * w for f, h, w in self._grids())
+        rows = []
+        for kind in self.hooks.family.blocks:
+            merging, alone = kind.split(self.model)
+            if merging:
+                rows.append(self._row(kind, merging, n))
+            if alone:
+                note = f"with {kind.unless}: no residual of their input"
+                rows.append(Row(kind.where, len(alone), n, n, 1.0, note))
+        return rows
+
+    def _row(self, kind: Blocks, blocks: list[Any], n: int) -> Row:
         if self.settings.ratio == 0:
             return Row(kind.where, len(blocks), n, n, 1.0, "ratio is 0")
-        first = next(self.blocks[block] for block in blocks)
+        hooks = self.blocks[blocks[0]]
         m = n - sum(f * self.settings.merged(h, w) for f, h, w in self._grids())
         # Before the first picture the text is not known.
-        estimate = n, m, n**2, m * (n if first.gives_keys_back else m)
-        n, m, before, after = first.counts if any(first.counts) else estimate
+        estimate = n, m, n**2, m * (n if hooks.gives_keys_back else m)
+        n, m, before, after = hooks.counts if any(hooks.counts) else estimate
         weighed = kind.bias or kind.keys or not self.settings.weighs_keys
-        note = first.why_not or ("" if weighed else _NO_BIAS)
+        note = hooks.why_not or ("" if weighed else _NO_BIAS)
         return Row(kind.where, len(blocks), n, m, after / max(before, 1), note)
 
     def _grids(self) -> tuple[Grid, ...]:

@@ -1,7 +1,8 @@
-"""Self-attention and then cross-attention to the text: PixArt-α and Σ, Latte, Wan, LTX-Video.
+"""Self-attention and then cross-attention to the text: PixArt-α and Σ, Hunyuan-DiT, and videos.
 
-All of the text is outside of the stream of tokens, and videos merge within their frames. Latte's
-temporal blocks, of one token for each frame, are left alone.
+The text is outside of the stream of tokens, and videos merge within their frames. Latte's temporal
+blocks, of one token for each frame, are left alone, and so are those of Hunyuan-DiT's second half:
+they begin with a projection of the stream and its long skip connection.
 """
 
 from typing import Any
@@ -29,6 +30,11 @@ FAMILIES = (
         (_IMAGE._replace(carrier="cross_attention_kwargs"),),
         image_grid,
         kwargs="cross_attention_kwargs",
+    ),
+    Family(
+        ("HunyuanDiT2DModel",),
+        (_IMAGE._replace(where="blocks", rotary="image_rotary_emb", unless="skip_linear"),),
+        image_grid,
     ),
     Family(("LatteTransformer3DModel",), (_IMAGE,), image_grid),
     Family(
@@ -62,3 +68,10 @@ FAMILIES = (
         rope="rope",
     ),
 )
+
+REFUSED = {
+    "SanaTransformer2DModel": (
+        "its attention is linear in the tokens, and its feed-forward is a convolution over their "
+        "whole grid, which merged tokens do not have"
+    ),
+}

@@ -1,0 +1,47 @@
+"""A patched diffusion transformer compiles to one graph, and gives what it gives uncompiled."""
+
+import pytest
+import torch
+
+import tomesd
+from tests.tiny_transformers import TINY
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_one_graph(name):
+    tiny = TINY[name]
+    model = tomesd.apply_patch(tiny.model())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(tiny.call(compiled), tiny.call(model))
+
+
+@torch.no_grad()
+def test_sizes_that_are_known_from_values_alone():
+    """Flux's grid is read from its image ids, also while it is compiled."""
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for h, w in ((4, 9), (5, 7)):
+        assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
+
+
+@torch.no_grad()
+def test_the_patch_may_come_and_go_after_compiling():
+    tiny = TINY["SD3Transformer2DModel"]
+    model = tiny.model()
+    plain = tiny.call(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(tiny.call(compiled), plain)
+    tomesd.apply_patch(compiled, ratio=0.5)
+    assert torch.equal(tiny.call(compiled), tiny.call(model))
+    assert not torch.equal(tiny.call(compiled), plain)
+    tomesd.remove_patch(compiled)
+    assert torch.equal(tiny.call(compiled), plain)

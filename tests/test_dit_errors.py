@@ -1,0 +1,113 @@
+"""What cannot merge in a diffusion transformer is said in time, and nothing is changed by it."""
+
+import diffusers
+import pytest
+import torch
+
+import tomesd
+from tests.tiny_models import hooks
+from tests.tiny_transformers import TINY
+
+SD3 = TINY["SD3Transformer2DModel"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"merge_block": False},
+        {"merge_mlp": True},
+        {"merge_crossattn": True},
+        {"merge_queries": False},
+        {"preset": "paper"},
+        {"preset": "quality"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", TINY)
+def test_branches_of_a_block_do_not_merge_by_themselves(name, settings):
+    model = TINY[name].model()
+    with pytest.raises(ValueError, match=f"merge_block must be True for {name}.*got False"):
+        tomesd.apply_patch(model, **settings)
+    assert hooks(model) == 0
+
+
+def test_a_linear_transformer_is_refused_with_the_reason():
+    model = diffusers.SanaTransformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=8, num_cross_attention_heads=1,
+        cross_attention_head_dim=8, cross_attention_dim=8, caption_channels=8,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="must not be a SanaTransformer2DModel: its attention is"):
+        tomesd.apply_patch(model)
+
+
+def test_a_transformer_that_is_not_known_is_refused_by_name():
+    model = diffusers.DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=8, norm_num_groups=8
+    )
+    with pytest.raises(TypeError, match=r"SD3Transformer2DModel .*got DiTTransformer2DModel"):
+        tomesd.apply_patch(model)
+
+
+def test_supported_lists_what_can_be_patched():
+    listed = tomesd.supported()
+    assert set(TINY) < set(listed["diffusers"])
+    assert "UNet2DConditionModel" in listed["diffusers"]
+    assert "ViTModel" in listed["transformers"]
+    assert "SanaTransformer2DModel" not in listed["diffusers"]
+
+
+def test_a_model_without_blocks():
+    with pytest.raises(ValueError, match="nothing would be merged in SD3Transformer2DModel"):
+        tomesd.apply_patch(SD3.model(num_layers=0))
+
+
+def test_fused_projections_know_no_separate_keys():
+    # The host's own fused processor knows neither of 3.5's novelties.
+    plain = {"dual_attention_layers": (), "qk_norm": None}
+    model = SD3.model(**plain)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"prop_attn must be False .*got True"):
+        tomesd.apply_patch(model)
+    assert hooks(model) == 0
+    with torch.no_grad():
+        fused = SD3.call(tomesd.apply_patch(model, prop_attn=False))
+        expected = SD3.call(tomesd.apply_patch(SD3.model(**plain), prop_attn=False))
+    torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)
+
+
+def test_a_mask_of_image_tokens_cannot_be_combined_with_merging():
+    tiny = TINY["PixArtTransformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    with pytest.raises(ValueError, match="attention_mask on self-attention"):
+        tiny.call(model, attention_mask=torch.ones(2, 35))
+
+
+def test_keys_that_are_kept_from_step_to_step_are_refused():
+    tiny = TINY["Flux2Transformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    with pytest.raises(ValueError, match=r"kv_cache_mode must be None .*got 'extract'"):
+        tiny.call(model, kv_cache_mode="extract")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda ids: ids.flip(0)[1:], lambda ids: ids[torch.randperm(35)]]
+)
+def test_image_ids_that_are_no_grid_are_refused(change):
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    given = tiny.inputs(1, 5, 7, torch.randn)
+    ids = change(given["img_ids"])
+    with pytest.raises(ValueError, match="img_ids must list the tokens of each picture row by row"):
+        tiny.call(model, img_ids=ids)
+
+
+def test_a_picture_that_is_too_small_to_merge_is_left_alone_with_a_warning():
+    model = SD3.model()
+    with torch.no_grad():
+        expected = SD3.call(model)
+        tomesd.apply_patch(model, min_tokens=36)
+        with pytest.warns(UserWarning, match=r"nothing merges in SD3.*fewer than min_tokens=36"):
+            assert torch.equal(SD3.call(model), expected)
+        assert "fewer than min_tokens=36" in str(tomesd.report(model))
+        tomesd.apply_patch(model, min_tokens=35)
+        assert not torch.equal(SD3.call(model), expected)

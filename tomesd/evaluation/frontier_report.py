@@ -6,8 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from tomesd.evaluation.candidates import FAMILIES, PEER
+from tomesd.evaluation.candidates import PEER
 from tomesd.evaluation.frontier import FEATURES, frontier
 
 Record = Mapping[str, Any]
@@ -21,7 +22,7 @@ _LOOKS = {
     "whole blocks": ("tab:red", "o"),
     "every branch (the paper)": ("tab:purple", "o"),
     "keys and values of a grid": ("olive", "^"),
-    "a map kept over steps": ("tab:blue", "D"),
+    "a map kept over steps": ("tab:pink", "D"),
     "random pruning": ("tab:gray", "X"),
     PEER: ("tab:orange", "*"),
 }
@@ -36,9 +37,10 @@ def table(results: Mapping[str, Any]) -> str:
     """Markdown: a line for each candidate.
 
     >>> print(table(results))
-    | candidate | family | times as fast | ...
+    | # | candidate | times as fast | ...
     """
     headings = [
+        "#",
         "candidate",
         "times as fast",
         "PSNR to unpatched, dB",
@@ -47,8 +49,9 @@ def table(results: Mapping[str, Any]) -> str:
         "on the frontier",
     ]
     lines = [_line(headings), "|---" * len(headings) + "|"]
-    for row in results["rows"]:
+    for number, row in enumerate(results["rows"]):
         figures = [
+            str(number),
             row["name"],
             _speed(row),
             "–" if row.get("psnr") is None else f"{row['psnr']:.1f}",
@@ -119,18 +122,31 @@ def can_plot(results: Mapping[str, Any]) -> bool:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Quality over speed, a panel for each measure, with the frontier drawn.
+    """Quality over speed, a panel for each measure, with the frontier drawn; up is better in all.
 
     >>> plot(results, Path("frontier.png"))
+
+    Points have the numbers of the table, and a key beside the panels.
     """
-    figure = Figure(figsize=(10, 13), layout="constrained")
+    figure = Figure(figsize=(11, 13), layout="constrained")
     panels = figure.subplots(len(_MEASURES), 1)
     for axes, (measure, name, more_is_better) in zip(panels, _MEASURES, strict=True):
-        _panel(axes, _points(results["rows"], measure), measure, more_is_better)
+        _panel(axes, results["rows"], measure, more_is_better)
         axes.set_xlabel(f"times as fast as unpatched ({_where(results['speed'])})")
-        axes.set_ylabel(f"{name} ({'more' if more_is_better else 'less'} is better)")
-    panels[0].legend(fontsize="small", ncols=2)
+        axes.set_ylabel(name)
+    panels[0].legend(loc="lower left")
+    key = [
+        Line2D([], [], linestyle="", **_look(row), label=f"{number}  {row['name']}")
+        for number, row in enumerate(results["rows"])
+        if "speedup" in row
+    ]
+    figure.legend(handles=key, loc="outside right center", fontsize="small", frameon=False)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _look(row: Record) -> dict[str, Any]:
+    color, marker = _LOOKS[row["family"]]
+    return {"color": color, "marker": marker, "markersize": 11 if marker == "*" else 7}
 
 
 def _points(rows: Sequence[Record], measure: str) -> list[Record]:
@@ -138,44 +154,32 @@ def _points(rows: Sequence[Record], measure: str) -> list[Record]:
 
 
 def _panel(axes: Axes, rows: Sequence[Record], measure: str, more_is_better: bool) -> None:
-    for family in FAMILIES:
-        own = [row for row in rows if row["family"] == family]
-        color, marker = _LOOKS[family]
-        axes.scatter(
-            [row["speedup"]["median"] for row in own],
-            [row[measure] for row in own],
-            s=130 if marker == "*" else 45,
-            color=color,
-            marker=marker,
-            label=family,
-            zorder=3,
-        )
-    settings = [row for row in rows if row["is_setting"] or row["settings"] is None]
-    lines = [("of all", rows, "0.6", "--"), ("of settings", settings, "black", "-")]
+    sign = 1 if more_is_better else -1
+    points = _points(rows, measure)
+    settings = [row for row in points if row["is_setting"] or row["settings"] is None]
+    lines = [("of all", points, "0.6", "--"), ("of settings", settings, "black", "-")]
     for name, among, color, style in lines:
-        sign = 1 if more_is_better else -1
-        points = [(row["speedup"]["median"], sign * row[measure]) for row in among]
-        best = [among[index] for index in frontier(points)]
-        axes.plot(
-            [row["speedup"]["median"] for row in best],
-            [row[measure] for row in best],
-            color=color,
-            linestyle=style,
-            linewidth=1,
-            label=f"frontier {name}",
-            zorder=2,
-        )
-    for row in rows:
-        axes.annotate(
-            row["name"],
-            (row["speedup"]["median"], row[measure]),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize="x-small",
-            color=_LOOKS[row["family"]][0],
-        )
+        best = [among[i] for i in frontier([(_x(row), sign * row[measure]) for row in among])]
+        line = ([_x(row) for row in best], [row[measure] for row in best])
+        axes.plot(*line, color=color, linestyle=style, linewidth=1, label=f"frontier {name}")
+    for number, row in enumerate(rows):
+        if row in points:
+            axes.plot(_x(row), row[measure], zorder=3, **_look(row))
+            axes.annotate(
+                str(number),
+                (_x(row), row[measure]),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize="small",
+                color=_LOOKS[row["family"]][0],
+            )
     axes.grid(alpha=0.3)
-    axes.margins(0.08)  # room for the names
+    if not more_is_better:
+        axes.invert_yaxis()
+
+
+def _x(row: Record) -> float:
+    return row["speedup"]["median"]
 
 
 def _where(speed: Mapping[str, Any]) -> str:

@@ -147,3 +147,19 @@ def test_half_precision_stays_half(tiny):
     output = _predict(tiny, model)
     assert output.dtype == torch.bfloat16
     assert output.isfinite().all()
+
+
+def test_a_trace_shows_what_merged_in_each_block(tiny):
+    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    expected = _predict(tiny, model)
+    with tomesd.trace(model) as traced:
+        assert torch.equal(_predict(tiny, model), expected)
+        _predict(tiny, model)
+    blocks = len(model._tomesd_patch.blocks)
+    assert [record.step for record in traced] == [0] * blocks + [1] * blocks
+    grid = (5, 7) if tiny.frames == 1 else (tiny.frames, 5, 7)
+    for record in traced:
+        assert record.patches.shape[1:] == grid
+        for sample in record.patches:
+            assert len(sample.unique()) == tiny.frames * 18
+    assert hooks(tomesd.remove_patch(model)) == hooks(tiny.model())

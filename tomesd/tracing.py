@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tomesd.patch import _PATCH, _patched
+from tomesd.patches.diffusers_transformer import TransformerPatch
 from tomesd.patches.diffusers_unet import UNetPatch
 from tomesd.patches.vit import ViTPatch
 
@@ -73,8 +74,8 @@ def trace(model: Any) -> Iterator[list[TokenGroups]]:
     traced: list[TokenGroups] = []
     with ExitStack() as stack:
         for name, target in found.items():
-            is_vit = isinstance(getattr(target, _PATCH), ViTPatch)
-            watch = _watch_vit if is_vit else _watch_denoiser
+            patch = getattr(target, _PATCH)
+            watch = next(_WATCHES[kind] for kind in _WATCHES if isinstance(patch, kind))
             for handle in watch(name, target, traced):
                 stack.callback(handle.remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -137,3 +138,45 @@ def _watch_denoiser(name: str, unet: Any, traced: list[TokenGroups]) -> Iterator
         for block in getattr(found.module, "transformer_blocks", []):
             # Before the patch's own last hook, which forgets the block's map.
             yield block.register_forward_hook(partial(record, index), prepend=True)
+
+
+def _watch_transformer(
+    name: str, model: Any, traced: list[TokenGroups]
+) -> Iterator[RemovableHandle]:
+    names = {module: where for where, module in model.named_modules()}
+    seen: set[nn.Module] = set()
+    step = -1
+
+    def begin(model: nn.Module, args: tuple) -> None:
+        nonlocal step
+        step += 1
+        seen.clear()
+
+    def record(block: nn.Module, args: tuple, output: Any) -> None:
+        patch: TransformerPatch | None = model.__dict__.get(_PATCH)
+        # Gradient checkpointing runs blocks again.
+        if patch is None or block not in patch.blocks or block in seen:
+            return
+        seen.add(block)
+        merged, place = patch.hooks.run.map, patch.hooks.place
+        if merged is None or place is None:
+            return
+        (frames, h, w), *others = place.grids
+        tokens = sum(math.prod(grid) for grid in place.grids)
+        grid: tuple[int, ...] = (h, w) if frames == 1 else (frames, h, w)
+        if others:  # Reference pictures beside its own.
+            grid = (tokens,)
+        prefix = merged.n - tokens
+        traced.append(TokenGroups(name, step, names[block], merged.group.cpu(), prefix, grid))
+
+    yield model.register_forward_pre_hook(begin)
+    for block in getattr(model, _PATCH).blocks:
+        # Before the patch's own last hook, which forgets the block's map.
+        yield block.register_forward_hook(record, prepend=True)
+
+
+_WATCHES = {
+    ViTPatch: _watch_vit,
+    UNetPatch: _watch_denoiser,
+    TransformerPatch: _watch_transformer,
+}

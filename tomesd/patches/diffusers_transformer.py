@@ -36,15 +36,15 @@ class Blocks(NamedTuple):
     >>> Blocks("single_transformer_blocks", carrier="joint_attention_kwargs", bias=4)
     Blocks(where='single_transformer_blocks', carrier='joint_attention_kwargs', ...
 
-    where: the list's name in the model. image: the argument with the tokens that merge.
+    where: the list's name in the model. The tokens that merge are in hidden_states.
     text: the argument with text tokens that come first among the keys; "" where there are none.
-    leads: whether text tokens lead in `image` itself. They are protected.
+    leads: whether text tokens lead in hidden_states itself. They are protected.
     output: where the image tokens are in the block's output; None where they are all of it.
     attention: the block's children that do self-attention; some blocks may have None there.
     bias: how many dimensions their attention_mask has, for proportional attention; 0 where they
         have no use for one. keys: then, their projections of keys and values, which are unmerged:
-        a key that is there once for each of its tokens weighs as much as they did. It costs half
-        of what merged queries save. Without both there is no proportional attention.
+        a key that is there once for each of its tokens weighs as much as they did, and merged
+        queries attend to all of them. Without both there is no proportional attention.
     rotary: the argument with the tokens' rotary tables. rotary_dim: their dimension of tokens;
         0 means that they are the same for all samples, and so is then the token map.
         rotary_tables: how many of the argument's tables, from the first, are of image tokens.
@@ -56,7 +56,6 @@ class Blocks(NamedTuple):
     """
 
     where: str = "transformer_blocks"
-    image: str = "hidden_states"
     text: str = ""
     leads: bool = False
     output: int | None = None
@@ -186,7 +185,7 @@ class BlockHooks:
     def merge(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         kind, run = self.kind, self.model.run
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        x = given[kind.image]
+        x = given["hidden_states"]
         place = self._place(given)
         n = sum(f * h * w for f, h, w in place.grids)
         token_map = self._match(x, n, place)
@@ -198,7 +197,7 @@ class BlockHooks:
         if token_map.m == token_map.n:
             return _as_called(self.names, args, given)
         run.x, run.map, run.merged = x, token_map, token_map.merge(x)
-        given[kind.image] = run.merged
+        given["hidden_states"] = run.merged
         if given.get(kind.rotary) is not None:
             given[kind.rotary] = self._heads_positions(given[kind.rotary], token_map)
         for name in kind.per_token:
@@ -227,7 +226,7 @@ class BlockHooks:
         text = x.shape[1] - n
         if text < 0 or (text and not self.kind.leads):
             raise ValueError(
-                f"{self.kind.image} of block {self.index} must have the tokens of the grids "
+                f"hidden_states of block {self.index} must have the tokens of the grids "
                 f"{place.grids} (frames, height, width), got {x.shape[1]} tokens"
             )
         key = None

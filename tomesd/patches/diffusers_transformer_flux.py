@@ -26,7 +26,6 @@ def _grids_of_ids(model: Any, given: dict) -> tuple[Grid, ...]:
     return _known[ids]
 
 
-@torch.compiler.assume_constant_result
 def _read(ids: Tensor) -> tuple[Grid, ...]:
     """The pictures one after another; each has a first coordinate of its own, then row and column.
 
@@ -49,6 +48,10 @@ def _read(ids: Tensor) -> tuple[Grid, ...]:
             )
         grids.append((1, h, w))
     return tuple(grids)
+
+
+# What torch.compiler.assume_constant_result does, which would import all of the compiler.
+setattr(_read, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _grids_without_cache(model: Any, given: dict) -> tuple[Grid, ...]:

@@ -89,9 +89,17 @@ def test_keys_that_are_kept_from_step_to_step_are_refused():
         tiny.call(model, kv_cache_mode="extract")
 
 
-@pytest.mark.parametrize(
-    "change", [lambda ids: ids.flip(0)[1:], lambda ids: ids[torch.randperm(35)]]
-)
+def test_a_cache_that_keeps_outputs_from_step_to_step_is_refused():
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="cache must not be enabled while tokens merge"):
+        tiny.call(model)
+    model.disable_cache()
+    assert tiny.call(model).isfinite().all()
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids.flip(0)[1:], lambda ids: ids.roll(3, 0)])
 def test_image_ids_that_are_no_grid_are_refused(change):
     tiny = TINY["FluxTransformer2DModel"]
     model = tomesd.apply_patch(tiny.model())

@@ -145,6 +145,11 @@ class _Model:
     last: _Place | None = None
 
     def note_place(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                "a cache must not be enabled while tokens merge, got is_cache_enabled=True: what "
+                "it keeps from step to step would be of other tokens; disable_cache() on the model"
+            )
         given = dict(zip(self.names, args, strict=False)) | kwargs
         place = _Place(self.family.grids(model, given), given["timestep"])
         self.run.place = self.last = place

@@ -29,7 +29,8 @@ def _grids_of_ids(model: Any, given: dict) -> tuple[Grid, ...]:
 def _read(ids: Tensor) -> tuple[Grid, ...]:
     """The pictures one after another; each has a first coordinate of its own, then row and column.
 
-    While a model is compiled, this runs on the example inputs: sizes are fixed in the code anyway.
+    While a model is compiled, this runs on the example inputs, and the code is for their grid. A
+    later one of just as many tokens is not noticed then: its cells are those of the first.
     """
     ids = (ids[0] if ids.dim() == 3 else ids).cpu()
     starts = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1

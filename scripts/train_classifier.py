@@ -52,9 +52,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def choose_stage(args: argparse.Namespace) -> Stage:
     """As long as the embedded classifier was trained, or for a while at a lower rate."""
-    if args.from_scratch:
-        return Stage("", args.steps or 3600, args.batch, lr=1e-3, warmup=300)
-    return Stage("", args.steps or 300, args.batch, lr=2e-4, warmup=30)
+    steps, lr, warmup = (3600, 1e-3, 300) if args.from_scratch else (300, 5e-5, 30)
+    return Stage("", args.steps or steps, args.batch, args.lr or lr, warmup)
 
 
 def run_folder(args: argparse.Namespace, stage: Stage, device: torch.device) -> Path:
@@ -86,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--r", type=number(int, 0, 10_000), nargs="+", default=[0, 16, 28], help="(0 16 28)")
     add("--from-scratch", action="store_true", help="begin with random weights")
     add("--steps", type=number(int, 1, 10**6), help="of training (300; 3600 from scratch)")
+    add("--lr", type=number(float, 1e-8, 1), help="learning rate (5e-5; 1e-3 from scratch)")
     add("--batch", type=number(int, 1, 4096), default=32, help="(32)")
     add("--pictures", type=number(int, 1, 10**6), default=16384, help="an epoch (%(default)s)")
     add("--num-images", type=number(int, 1, 100_000), default=1000, help="to read (%(default)s)")

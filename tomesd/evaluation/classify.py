@@ -288,6 +288,6 @@ def read(file: Path) -> list[Record]:
         found = []
         for line in reader:
             numbers: Record = {k: float(line[k]) if line[k] else None for k in COLUMNS[3:]}
-            numbers["images"] = int(line["images"]) if line["images"] else None
+            numbers["images"] = int(float(line["images"])) if line["images"] else None
             found.append({**line, **numbers})
         return found

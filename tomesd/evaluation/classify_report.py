@@ -57,9 +57,11 @@ def plots(records: Sequence[Record], folder: Path, model: str) -> list[Path]:
         figure, axes = _axes("times as fast as unpatched, measured", f"{model}: merging r tokens")
         x, y = _points(sweep, "times_as_fast")
         axes.plot(x, y, "o-", color="tab:blue")
-        for at, record in zip(zip(x, y, strict=True), sweep, strict=True):
+        for index, (at, record) in enumerate(zip(zip(x, y, strict=True), sweep, strict=True)):
+            # On both sides of the line by turns: points of small r are close to each other.
+            offset, side = ((5, 5), "left") if index % 2 == 0 else ((-5, -12), "right")
             name = record["name"].replace(" ", "")
-            axes.annotate(name, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(name, at, offset, textcoords="offset points", fontsize=8, ha=side)
         written.append(_save(figure, folder / "sweep.png"))
     schedules = [r for r in seen if r["part"] == "schedules"]
     if schedules:

@@ -147,6 +147,7 @@ def test_the_first_scenes_are_what_is_learnt(drawn):
     [
         (["--r", "8", "16"], "r must have 0, which the others are compared with, got [8, 16]"),
         (["--r", "-1"], "must be a whole number from 0 to 10000, got '-1'"),
+        (["--lr", "2"], "must be a number from 1e-08 to 1, got '2'"),
         (["--steps", "0"], "must be a whole number from 1 to 1000000, got '0'"),
         (["--device", "abacus"], "device must be one of cuda, mps, cpu, got 'abacus'"),
     ],

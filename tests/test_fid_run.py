@@ -119,12 +119,13 @@ def test_killed_three_times_it_still_gives_the_identical_table(fid, finished, op
 
 
 def test_two_processes_make_the_identical_pictures_and_table(finished, options, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    process = start([*launch, "--main_process_port", "0", str(SCRIPT), *options], tmp_path)
+    # On the CPU alone, accelerate's own launcher starts one process only.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start([*launch, str(SCRIPT), *options], tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors.decode()
     (folder,) = (path.parent for path in tmp_path.glob("*/results.json"))
+    assert json.loads((folder / "results.json").read_text())["environment"]["processes"] == 2
     assert pictures(folder) == pictures(finished)
     assert table(folder) == table(finished)
 

@@ -280,6 +280,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "device": str(plan.device),
         "device_name": device_name(plan.device),
         "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **versions(

@@ -163,8 +163,15 @@ def branch_shapes(unet, inputs) -> list[tuple]:
     [
         {"ratio": 0.5},
         {"ratio": 0.3, "max_downsample": 2},
-        {"ratio": 0.75, "merge_queries": False},
-        {"ratio": 0.5, "merge_attn": False, "merge_mlp": True, "merge_crossattn": True},
+        {"ratio": 0.5, "merge_block": False},
+        {"ratio": 0.75, "merge_block": False, "merge_queries": False},
+        {
+            "ratio": 0.5,
+            "merge_block": False,
+            "merge_attn": False,
+            "merge_mlp": True,
+            "merge_crossattn": True,
+        },
         {"ratio": 0.6, "method": "prune"},
     ],
 )

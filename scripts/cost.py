@@ -7,7 +7,6 @@ computed but shapes, so that any machine gives the same tables. See docs/perform
 
 import argparse
 
-from tomesd.cost import WINDOW
 from tomesd.evaluation.arguments import number
 from tomesd.evaluation.cost_table import (
     MODELS,
@@ -18,6 +17,7 @@ from tomesd.evaluation.cost_table import (
     levels_table,
     shares_table,
 )
+from tomesd.workload import WINDOW
 
 TABLES = ("levels", "shares", "ideal", "budget")
 

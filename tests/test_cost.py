@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
 from tests.tiny_models import TEXT_LENGTH, TEXT_WIDTH, sd_unet, unet_inputs
-from tomesd import cost
-from tomesd.cost import Branches
+from tomesd import cost, workload
 from tomesd.evaluation import cost_table
 from tomesd.settings import DiffusionSettings
+from tomesd.workload import Branches
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,8 +35,9 @@ ROOM = {
 }
 
 
-def test_every_example_gives_what_its_docstring_says():
-    result = doctest.testmod(cost)
+@pytest.mark.parametrize("module", [cost, workload])
+def test_every_example_gives_what_its_docstring_says(module):
+    result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
 
@@ -48,8 +49,8 @@ def test_a_block_s_flops_are_those_that_torch_counts(tokens, channels, text):
         x, prompt = torch.empty(BATCH, tokens, channels), torch.empty(BATCH, text, 24)
     with FlopCounterMode(display=False) as counter:
         block(x, encoder_hidden_states=prompt)
-    work = cost.block(BATCH, tokens, channels, text_tokens=text, text_channels=24)
-    assert cost.flops(work) == counter.get_total_flops()
+    work = workload.block(BATCH, tokens, channels, text_tokens=text, text_channels=24)
+    assert workload.flops(work) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,11 @@ def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings)
             merge_block=chosen.merge_block,
         )
         r = chosen.merged(side, side)
-        less = cost.block(*at, r=r, branches=branches, **text)
-        own = cost.patch(*at, r, branches=branches, window=chosen.window or None)
-        gain = cost.flops(cost.block(*at, **text)) - cost.flops(less) - cost.flops(own)
+        less = workload.block(*at, r=r, branches=branches, **text)
+        own = workload.patch(*at, r, branches=branches, window=chosen.window or None)
+        gain = (
+            workload.flops(workload.block(*at, **text)) - workload.flops(less) - workload.flops(own)
+        )
         saved += blocks * gain
     assert before - _unet_flops(unet) == saved
 
@@ -136,8 +139,8 @@ def test_a_joint_block_s_flops_are_those_that_torch_counts_without_its_modulatio
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         denoiser(*args, **kwargs)
     [level] = cost_table._joint_levels(denoiser, 128)
-    expected = cost.flops(
-        cost.joint_block(model.batch, 64, level.channels, text_tokens=model.text_tokens)
+    expected = workload.flops(
+        workload.joint_block(model.batch, 64, level.channels, text_tokens=model.text_tokens)
     )
     counted = counter.get_flop_counts()
     root = type(denoiser).__name__
@@ -165,7 +168,7 @@ def test_a_whole_model_is_counted_as_torch_counts_it_and_its_levels_are_all_ther
         (16, 32, 3),
         (8, 32, 1),
     ]
-    inside = sum(level.blocks * cost.flops(large.block(level)) for level in large.levels)
+    inside = sum(level.blocks * workload.flops(large.block(level)) for level in large.levels)
     # Besides there are time embeddings and the projections around blocks.
     assert 0 < large.attention < inside < large.attention + large.linear
     assert large.ideal(0.0, Branches()) == 1
@@ -178,9 +181,9 @@ def test_the_operators_that_are_charged_for_are_those_that_are_called():
     made = settings.token_map(x, 4, 4, None)
     merged = made.merge(x)
     for charged, call in (
-        (cost.MATCH_CALLS, lambda: settings.token_map(x, 4, 4, None)),
-        (cost.MERGE_CALLS, lambda: made.merge(x)),
-        (cost.UNMERGE_CALLS, lambda: made.unmerge(merged)),
+        (workload.MATCH_CALLS, lambda: settings.token_map(x, 4, 4, None)),
+        (workload.MERGE_CALLS, lambda: made.merge(x)),
+        (workload.UNMERGE_CALLS, lambda: made.unmerge(merged)),
     ):
         with _Calls() as seen:
             call()
@@ -222,8 +225,8 @@ def test_fewer_tokens_fewer_samples_and_fewer_channels_are_never_slower(
 ):
     def time(batch: int, tokens: int, channels: int) -> float:
         r = tokens // 2
-        work = cost.block(batch, tokens, channels, r=r, branches=branches)
-        return cost.seconds(work + cost.patch(batch, tokens, channels, r), kind)
+        work = workload.block(batch, tokens, channels, r=r, branches=branches)
+        return cost.seconds(work + workload.patch(batch, tokens, channels, r), kind)
 
     most = time(batch, tokens, channels) * (1 + 1e-9)
     assert 0 < time(batch, tokens // 2, channels) <= most
@@ -235,7 +238,7 @@ def test_fewer_tokens_fewer_samples_and_fewer_channels_are_never_slower(
 def test_matching_in_windows_grows_with_the_tokens_and_without_with_their_square(side, channels):
     def flops(side: int, window: int | None) -> int:
         tokens = side * side
-        return cost.flops(cost.patch(2, tokens, channels, tokens // 2, window=window))
+        return workload.flops(workload.patch(2, tokens, channels, tokens // 2, window=window))
 
     assert flops(2 * side, 32) == 4 * flops(side, 32)
     assert flops(2 * side, None) == 16 * flops(side, None)
@@ -244,9 +247,9 @@ def test_matching_in_windows_grows_with_the_tokens_and_without_with_their_square
 @given(tokens=st.integers(2, 70000), window=st.integers(1, 300), data=st.data())
 def test_a_window_never_holds_more_candidates_than_there_are(tokens, window, data):
     destinations = data.draw(st.integers(1, tokens))
-    near = cost.candidates(tokens, destinations, window)
+    near = workload.candidates(tokens, destinations, window)
     assert 1 <= near <= destinations
-    assert cost.candidates(tokens, destinations, None) == destinations
+    assert workload.candidates(tokens, destinations, None) == destinations
 
 
 @given(**ROOM)
@@ -256,8 +259,8 @@ def test_a_device_twice_as_fast_in_everything_takes_half_as_long(
     rates = cost.rates(kind)
     rest = ("matmul", "attention", "memory", "rows", "best", "topk")
     twice = replace(rates, call=rates.call / 2, **{name: 2 * getattr(rates, name) for name in rest})
-    for work in cost.patch(batch, tokens, channels, tokens // 2, branches=branches):
-        assert work.seconds(rates) == pytest.approx(2 * work.seconds(twice))
+    for work in workload.patch(batch, tokens, channels, tokens // 2, branches=branches):
+        assert cost.slowest(work, rates) == pytest.approx(2 * cost.slowest(work, twice))
 
 
 @pytest.mark.parametrize("branches", [Branches(), Branches(merge_queries=False)])
@@ -359,10 +362,10 @@ def test_the_documentation_shows_what_the_command_prints():
     shown = (ROOT / "docs" / "performance.md").read_text().splitlines()
     counts = [cost_table.count(cost_table.MODELS["sd15"], 512)]
     for table in (
-        cost_table.levels_table(counts, 0.5, cost.WINDOW),
+        cost_table.levels_table(counts, 0.5, workload.WINDOW),
         cost_table.shares_table(counts),
         cost_table.ideal_table(counts, [0.25, 0.5, 0.75]),
-        cost_table.budget_table(counts, 0.5, cost.WINDOW),
+        cost_table.budget_table(counts, 0.5, workload.WINDOW),
     ):
         for line in table.splitlines():
             assert line in shown

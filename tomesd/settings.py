@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tomesd import partition
-from tomesd.cost import Branches, pays
+from tomesd.cost import pays
 from tomesd.matching import bipartite_soft_matching, random_pruning
 from tomesd.partition import Partition, Windows
 from tomesd.token_map import TokenMap
+from tomesd.workload import Branches
 
 METHODS = ("tome", "prune")
 # Settings that mean something only where a block merges branch by branch.

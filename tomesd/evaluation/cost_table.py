@@ -14,10 +14,10 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tomesd import cost
-from tomesd.cost import Branches, Work
+from tomesd import cost, workload
 from tomesd.evaluation import full_size
 from tomesd.evaluation.full_size import Level
+from tomesd.workload import Branches, Work
 
 # Stable Diffusion 3 medium: 2,028,328,000 parameters.
 SD3: dict[str, Any] = {
@@ -106,13 +106,13 @@ class Count(NamedTuple):
         at = (self.batch, level.h * level.w, level.channels)
         text = self.model.text_tokens
         if self.model.joint:
-            return cost.joint_block(*at, r=r, branches=branches, text_tokens=text)
+            return workload.joint_block(*at, r=r, branches=branches, text_tokens=text)
         wide = self.model.config["cross_attention_dim"]
-        return cost.block(*at, r=r, branches=branches, text_tokens=text, text_channels=wide)
+        return workload.block(*at, r=r, branches=branches, text_tokens=text, text_channels=wide)
 
     def patch(self, level: Level, r: int, branches: Branches, window: int | None) -> list[Work]:
         """What merging r tokens in one block of a level takes."""
-        return cost.patch(
+        return workload.patch(
             self.batch,
             level.h * level.w,
             level.channels,
@@ -132,8 +132,8 @@ class Count(NamedTuple):
         """
         saved = 0
         for level in self.levels if everywhere else self.levels[:1]:
-            less = cost.flops(self.block(level, _merged(level, ratio), branches))
-            saved += level.blocks * (cost.flops(self.block(level)) - less)
+            less = workload.flops(self.block(level, _merged(level, ratio), branches))
+            saved += level.blocks * (workload.flops(self.block(level)) - less)
         return self.flops / (self.flops - saved)
 
 
@@ -268,7 +268,7 @@ def shares_table(counts: Iterable[Count]) -> str:
         "all blocks",
     )
     for counted in counts:
-        inside = [level.blocks * cost.flops(counted.block(level)) for level in counted.levels]
+        inside = [level.blocks * workload.flops(counted.block(level)) for level in counted.levels]
         parts = [counted.convolutions, counted.attention, counted.linear, inside[0], sum(inside)]
         cells = [counted.model.title, str(counted.size), str(counted.batch)]
         shares = [f"{part / counted.flops:.0%}" for part in parts]
@@ -343,8 +343,8 @@ def _place(counted: Count, level: Level) -> list[str]:
 def _work(work: Iterable[Work], part: str) -> str:
     """FLOPs, and bytes in brackets, of one part."""
     chosen = [each for each in work if each.part == part]
-    moved = f"({_figure(_ITEMSIZE * cost.elements(chosen) / 1e9)})"
-    flops = cost.flops(chosen)
+    moved = f"({_figure(_ITEMSIZE * workload.elements(chosen) / 1e9)})"
+    flops = workload.flops(chosen)
     return f"{_figure(flops / 1e9)} {moved}" if flops else moved
 
 

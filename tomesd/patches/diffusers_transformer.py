@@ -8,91 +8,24 @@
 
 So one merge and one unmerge save attention, MLP and projections at once, and the residual stream
 stays at full resolution: small differences between merged tokens survive. Text tokens never merge.
-What a family of models has to say for itself are two records, `Family` and `Blocks`.
+What a family of models has to say for itself are the records of `diffusers_transformer_family`.
 """
 
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tomesd.map_joining import in_frames, nothing_merged, side_by_side
 from tomesd.partition import make_key
 from tomesd.patches.common import Patch, Row
+from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
-
-# Frames, height and width of the tokens of one picture or video; several may follow one another.
-Grid = tuple[int, int, int]
-
-
-class Blocks(NamedTuple):
-    """How the blocks in one list of a model take their tokens.
-
-    >>> Blocks("single_transformer_blocks", carrier="joint_attention_kwargs", bias=4)
-    Blocks(where='single_transformer_blocks', carrier='joint_attention_kwargs', ...
-
-    where: the list's name in the model. The tokens that merge are in hidden_states.
-    text: the argument with text tokens that come first among the keys; "" where there are none.
-    leads: whether text tokens lead in hidden_states itself. They are protected.
-    output: where the image tokens are in the block's output; None where they are all of it.
-    attention: the block's children that do self-attention; some blocks may have None there.
-    bias: how many dimensions their attention_mask has, for proportional attention; 0 where they
-        have no use for one. keys: then, their projections of keys and values, which are unmerged:
-        a key that is there once for each of its tokens weighs as much as they did, and merged
-        queries attend to all of them. Without both there is no proportional attention.
-    rotary: the argument with the tokens' rotary tables. rotary_dim: their dimension of tokens;
-        0 means that they are the same for all samples, and so is then the token map.
-        rotary_tables: how many of the argument's tables, from the first, are of image tokens.
-    per_token: arguments that may hold something for each image token; that of its head is kept.
-    unless: a child that blocks may have; those that do are left alone, because what they compute is
-        no residual of what they are given.
-    carrier: the dict or tuple among the arguments in which the token grid travels; "" where the
-        block has none (see `Family`).
-    """
-
-    where: str = "transformer_blocks"
-    text: str = ""
-    leads: bool = False
-    output: int | None = None
-    attention: tuple[str, ...] = ("attn",)
-    bias: int = 0
-    keys: tuple[str, ...] = ()
-    rotary: str = ""
-    rotary_dim: int = 0
-    rotary_tables: int = 2
-    per_token: tuple[str, ...] = ()
-    unless: str = ""
-    carrier: str = ""
-
-    def split(self, model: Any) -> tuple[list[Any], list[Any]]:
-        """The blocks that merge, and those that are left alone."""
-        blocks = list(getattr(model, self.where))
-        alone = [block for block in blocks if getattr(block, self.unless, None) is not None]
-        return [block for block in blocks if block not in alone], alone
-
-
-class Family(NamedTuple):
-    """How models of some classes are hooked.
-
-    models: the names of the classes. blocks: their lists of blocks.
-    grids: the grids of the image tokens, from the model and its arguments by name. Exact, and
-        without looking at the data where that can be.
-    kwargs: the model's argument, a dict, that it hands on to its blocks; or
-    rope: its child that computes a tuple of rotary tables for them. In either travels the grid,
-        because gradient checkpointing calls a block again, with the same arguments, when other
-        forward passes may have come in between. Without both, the last forward's grid counts.
-    """
-
-    models: tuple[str, ...]
-    blocks: tuple[Blocks, ...]
-    grids: Callable[[Any, dict], tuple[Grid, ...]]
-    kwargs: str = ""
-    rope: str = ""
 
 
 class _Place(NamedTuple):
@@ -122,13 +55,6 @@ class _Run(threading.local):
     def __reduce__(self) -> tuple:
         # A copied model starts anew: what threads are doing cannot be copied.
         return _Run, ()
-
-
-def image_grid(model: Any, given: dict) -> tuple[Grid, ...]:
-    """The grid of latents [B, C, H, W] that the model cuts into square patches."""
-    h, w = given["hidden_states"].shape[-2:]
-    patch = model.config.patch_size
-    return ((1, h // patch, w // patch),)
 
 
 @dataclass(eq=False)
@@ -242,18 +168,18 @@ class BlockHooks:
             # samples' features side by side is their cosines' mean, weighted by length: what
             # merges is alike in every sample, and a single sample merges as if it were alone.
             x = x.movedim(0, 1).flatten(1)[None]
-        maps = [_nothing_merged(x[:, :text])] if text else []
+        maps = [nothing_merged(x[:, :text])] if text else []
         start = text
         for frames, h, w in place.grids:
             part = x[:, start : start + frames * h * w]
             start += frames * h * w
             self.why_not = settings.why_not(x.device.type, batch * frames, h, w, channels)
             if self.why_not:
-                maps.append(_nothing_merged(part))
+                maps.append(nothing_merged(part))
             else:
                 each = part.unflatten(1, (frames, h * w)).flatten(0, 1)
-                maps.append(_in_frames(settings.token_map(each, h, w, key), frames))
-        joined = maps[0] if len(maps) == 1 else _side_by_side(maps)
+                maps.append(in_frames(settings.token_map(each, h, w, key), frames))
+        joined = maps[0] if len(maps) == 1 else side_by_side(maps)
         if len(x) == batch:
             return joined
         return TokenMap(
@@ -431,43 +357,3 @@ def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
     rows = rows.expand(-1, -1, *table.shape[2:])
     table = table.expand(batch, *table.shape[1:])
     return torch.cat([table[:, :lead], table.gather(1, rows)], dim=1)
-
-
-def _nothing_merged(x: Tensor) -> TokenMap:
-    none = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-    return TokenMap.from_moves(x.shape[1], none, none)
-
-
-def _in_frames(token_map: TokenMap, frames: int) -> TokenMap:
-    """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
-    if frames == 1:
-        return token_map
-
-    def joined(index: Tensor, step: int) -> Tensor:
-        first = torch.arange(0, frames * step, step, device=index.device)
-        return _moved_up(index.unflatten(0, (-1, frames)), first[:, None]).flatten(1)
-
-    return TokenMap(
-        joined(token_map.group, token_map.m),
-        joined(token_map.head, token_map.n),
-        joined(token_map.moved, token_map.n),
-        token_map.size.unflatten(0, (-1, frames)).flatten(1, 2),
-    )
-
-
-def _side_by_side(maps: list[TokenMap]) -> TokenMap:
-    """The map of the first map's tokens, then the second's, and so on; none merge across."""
-    n = m = 0
-    group, head, moved = [], [], []
-    for token_map in maps:
-        group.append(_moved_up(token_map.group, m))
-        head.append(token_map.head + n)
-        moved.append(token_map.moved + n)
-        n, m = n + token_map.n, m + token_map.m
-    size = torch.cat([token_map.size for token_map in maps], dim=1)
-    return TokenMap(torch.cat(group, 1), torch.cat(head, 1), torch.cat(moved, 1), size)
-
-
-def _moved_up(index: Tensor, by: Tensor | int) -> Tensor:
-    """Dropped tokens stay dropped."""
-    return torch.where(index < 0, index, index + by)

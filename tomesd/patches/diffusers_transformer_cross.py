@@ -7,7 +7,7 @@ they begin with a projection of the stream and its long skip connection.
 
 from typing import Any
 
-from tomesd.patches.diffusers_transformer import Blocks, Family, Grid, image_grid
+from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid, image_grid
 
 
 def _video_grid(model: Any, given: dict) -> tuple[Grid, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tomesd.patches.diffusers_transformer import Blocks, Family, Grid
+from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 
 # The grids of ids already read. A pipeline hands over the same ids in every step, so that looking
 # at them costs one host synchronisation for a picture.

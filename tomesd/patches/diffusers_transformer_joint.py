@@ -7,7 +7,7 @@ be given its key and value back instead; in QwenImage it cannot.
 
 from typing import Any
 
-from tomesd.patches.diffusers_transformer import Blocks, Family, Grid, image_grid
+from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid, image_grid
 
 
 def _listed_shapes(model: Any, given: dict) -> tuple[Grid, ...]:

@@ -198,6 +198,7 @@ _BY_4X4: dict[str, Any] = {"ratio": 0.9375, "sx": 4, "sy": 4}
 # Levels are counted from the finest one (max_downsample), so that they are the same in models of
 # different sizes: 1 is 1,024 tokens in the embedded pipeline and 4,096 in Stable Diffusion 1.5 at
 # 512 px; 2 adds 256 and 1,024 tokens (min_tokens=256 and 1024); 8 is everywhere.
+# Drawn: destinations at random (use_rand).
 # Windows are in tokens: 32 is the whole grid of the embedded pipeline and a quarter of the other's,
 # so that 16 does to its pictures what 32 does to the other's.
 CANDIDATES: list[Candidate] = [
@@ -213,6 +214,7 @@ CANDIDATES: list[Candidate] = [
             "attention 0.5, two levels": DiffusionSettings(
                 ratio=0.5, max_downsample=2, **_ATTENTION
             ),
+            "attention 0.5, drawn": DiffusionSettings(ratio=0.5, use_rand=True, **_ATTENTION),
             "attention 0.5, no windows": DiffusionSettings(ratio=0.5, window=0, **_ATTENTION),
             "attention 0.5, windows of 16": DiffusionSettings(ratio=0.5, window=16, **_ATTENTION),
             "attention 0.5, windows of 8": DiffusionSettings(ratio=0.5, window=8, **_ATTENTION),
@@ -254,6 +256,10 @@ CANDIDATES: list[Candidate] = [
                 ratio=0.5, window=window, **_BLOCKS
             )
             for window in (16, 8)
+        },
+        **{
+            f"blocks {ratio:g}, drawn": DiffusionSettings(ratio=ratio, use_rand=True, **_BLOCKS)
+            for ratio in (0.25, 0.5)
         },
     ),
     *_of("every branch (the paper)", **{"paper 0.5": diffusion_settings(0.5, "paper", {})}),

@@ -58,6 +58,9 @@ class DiffusionSettings:
         Appendix F.
     partition: "strided" takes destinations from 2-D cells (ToMeSD), "alternating" every other
         token of the flattened grid (ToMe, Appendix F), which allows at most half to merge.
+    across_frames: in the tokens of a video, one of sx·sy neighbours in time is a destination
+        instead of one in each cell of a frame, so that what stands still merges without loss.
+        Pictures have no such neighbours; they merge as they would without.
 
     Raises ValueError or TypeError, naming the setting, its value and what is allowed.
     """
@@ -79,6 +82,7 @@ class DiffusionSettings:
     prop_attn: bool = True
     method: str = "tome"
     partition: str = "strided"
+    across_frames: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

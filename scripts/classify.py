@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tomesd.evaluation import classify, classify_report
-from tomesd.evaluation.arguments import number
+from tomesd.evaluation.arguments import number, script_parser
 from tomesd.evaluation.classifiers import check_model, load_classifier
 from tomesd.evaluation.device import PRECISIONS, choose_device
 from tomesd.evaluation.image_file import versions, whole
@@ -135,11 +135,7 @@ def check(args: argparse.Namespace) -> torch.device:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is used if an option is not given stands in brackets.",
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--model", help="timm:<name>, torchvision:<name> or transformers folder (embedded)")
     add("--data", type=Path, help="folder with one of pictures for each class, as --model's logits")

@@ -25,7 +25,7 @@ import transformers
 from accelerate import PartialState
 
 from tomesd.evaluation import fid, report
-from tomesd.evaluation.arguments import number, size
+from tomesd.evaluation.arguments import number, script_parser, size
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.frechet import Features
 from tomesd.evaluation.image_file import check_output, save_image, versions, whole
@@ -156,11 +156,7 @@ def write(plan: fid.Plan, results: dict[str, Any]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is used if an option is not given stands in brackets.",
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=sorted(fid.PRESETS), help="paper: ToMe, Appendix F; quick: 64 images")
     add("--methods", nargs="+", metavar="METHOD:RATIOS", help=f"({' '.join(fid.METHODS)})")

@@ -19,7 +19,7 @@ from typing import Any
 
 import tomesd
 from tomesd.evaluation import comparison, sampling
-from tomesd.evaluation.arguments import number, size
+from tomesd.evaluation.arguments import number, script_parser, size
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.image_file import check_output, destination, save_image, versions
 from tomesd.evaluation.sampling import Sampling
@@ -116,11 +116,7 @@ def check(args: argparse.Namespace) -> DiffusionSettings:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is used if an option is not given stands in brackets.",
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("prompt")
     add("--ratio", type=float, help="share of the tokens to merge; 0 changes nothing (0.5)")

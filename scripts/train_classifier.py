@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tomesd.evaluation import classify, merged_training
-from tomesd.evaluation.arguments import number
+from tomesd.evaluation.arguments import number, script_parser
 from tomesd.evaluation.classifiers import check_model
 from tomesd.evaluation.device import choose_device
 from tomesd.evaluation.image_file import versions, whole
@@ -76,11 +76,7 @@ def run_folder(args: argparse.Namespace, stage: Stage, device: torch.device) -> 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is used if an option is not given stands in brackets.",
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--r", type=number(int, 0, 10_000), nargs="+", default=[0, 16, 28], help="(0 16 28)")
     add("--from-scratch", action="store_true", help="begin with random weights")

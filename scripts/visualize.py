@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 import tomesd
 from tomesd import visualize
 from tomesd.evaluation import classifiers, sampling
-from tomesd.evaluation.arguments import number
+from tomesd.evaluation.arguments import number, script_parser
 from tomesd.evaluation.image_file import check_output, destination, save_image, versions
 from tomesd.settings import DiffusionSettings
 from tomesd.shapes.world import HELD_OUT, draw, scene
@@ -110,11 +110,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is used if an option is not given stands in brackets.",
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("image", nargs="?", type=Path, help="any picture (one of the Shapes world is drawn)")
     add("--model", help="timm:<name>, torchvision:<name> or transformers folder (embedded)")

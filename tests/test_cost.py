@@ -266,9 +266,9 @@ def test_a_device_twice_as_fast_in_everything_takes_half_as_long(
 @pytest.mark.parametrize("branches", [Branches(), Branches(merge_queries=False)])
 def test_merging_8x8_tokens_does_not_pay(branches):
     for channels in (64, 320):
-        assert not cost.pays("cpu", 2, 64, 32, channels, branches=branches)
+        assert not cost.balance("cpu", 2, 64, 32, channels, branches=branches).pays
     for channels in (64, 320, 1280):
-        assert not cost.pays("cuda", 2, 64, 32, channels, branches=branches)
+        assert not cost.balance("cuda", 2, 64, 32, channels, branches=branches).pays
 
 
 @pytest.mark.parametrize(
@@ -276,26 +276,26 @@ def test_merging_8x8_tokens_does_not_pay(branches):
 )
 @pytest.mark.parametrize("joint", [False, True])
 def test_merging_half_of_many_tokens_pays(branches, joint):
-    assert cost.pays("cpu", 2, 4096, 2048, 320, branches=branches, joint=joint)
-    assert cost.pays("cuda", 2, 16384, 8192, 320, branches=branches, joint=joint)
+    assert cost.balance("cpu", 2, 4096, 2048, 320, branches=branches, joint=joint).pays
+    assert cost.balance("cuda", 2, 16384, 8192, 320, branches=branches, joint=joint).pays
 
 
 @given(**ROOM)
 def test_merging_nothing_never_pays(batch, tokens, channels, kind, branches):
-    assert not cost.pays(kind, batch, tokens, 0, channels, branches=branches)
+    assert not cost.balance(kind, batch, tokens, 0, channels, branches=branches).pays
 
 
 @given(**ROOM)
 def test_an_unknown_device_merges_where_a_fast_gpu_would(batch, tokens, channels, kind, branches):
     at = (batch, tokens, tokens // 2, channels)
-    got = cost.pays("xpu", *at, branches=branches)
-    assert got == cost.pays("cuda", *at, branches=branches)
+    got = cost.balance("xpu", *at, branches=branches).pays
+    assert got == cost.balance("cuda", *at, branches=branches).pays
 
 
 def test_whether_it_pays_is_decided_while_compiling():
     def choose(x):
         batch, tokens, channels = x.shape
-        return x + cost.pays(x.device.type, batch, tokens, tokens // 2, channels)
+        return x + cost.balance(x.device.type, batch, tokens, tokens // 2, channels).pays
 
     torch.compiler.reset()
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
@@ -322,7 +322,7 @@ def test_whether_it_pays_is_decided_while_compiling():
 def test_what_makes_no_sense_is_refused(changed, error, message):
     given = {"device_kind": "cpu", "batch": 2, "tokens": 64, "r": 32, "channels": 320} | changed
     with pytest.raises(error, match=message):
-        cost.pays(**given)
+        cost.balance(**given)
 
 
 @pytest.mark.parametrize("size", [0, 500, -64])

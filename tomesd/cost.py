@@ -74,6 +74,10 @@ class Balance(NamedTuple):
     saved: float
     spent: float
 
+    @property
+    def pays(self) -> bool:
+        return self.saved > self.spent
+
 
 def rates(device_kind: str) -> Rates:
     """The rates of a kind of device.
@@ -125,41 +129,9 @@ def balance(
     text_tokens: int = TEXT_TOKENS,
     joint: bool = False,
 ) -> Balance:
-    """What merging saves and spends in one block, in seconds: an estimate.
+    """What merging saves and spends in blocks of this shape, in seconds: an estimate.
 
-    >>> saved, spent = balance("cpu", 2, 4096, 2048, 320)
-    >>> saved > 10 * spent
-    True
-
-    Takes and raises what `pays` does.
-    """
-    _check(batch, tokens, r, channels, destinations, window, text_tokens)
-    kind = joint_block if joint else block
-    full = kind(batch, tokens, channels, text_tokens=text_tokens)
-    less = kind(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
-    own = patch(
-        batch, tokens, channels, r, branches=branches, destinations=destinations, window=window
-    )
-    saved = seconds(full, device_kind) - seconds(less, device_kind)
-    return Balance(saved, seconds(own, device_kind))
-
-
-def pays(
-    device_kind: str,
-    batch: int,
-    tokens: int,
-    r: int,
-    channels: int,
-    *,
-    branches: Branches | None = None,
-    destinations: int | None = None,
-    window: int | None = WINDOW,
-    text_tokens: int = TEXT_TOKENS,
-    joint: bool = False,
-) -> bool:
-    """Whether merging in blocks of this shape saves more time than it takes.
-
-    >>> pays("cpu", 2, 4096, 2048, 320), pays("cpu", 2, 64, 32, 320)
+    >>> balance("cpu", 2, 4096, 2048, 320).pays, balance("cpu", 2, 64, 32, 320).pays
     (True, False)
 
     device_kind: torch.device's type: see `rates`.
@@ -176,19 +148,15 @@ def pays(
     with which what is saved, arithmetic, looks smaller than it is; what is spent is mostly calls.
     Raises TypeError for what is no whole number, ValueError for one out of its range.
     """
-    saved, spent = balance(
-        device_kind,
-        batch,
-        tokens,
-        r,
-        channels,
-        branches=branches,
-        destinations=destinations,
-        window=window,
-        text_tokens=text_tokens,
-        joint=joint,
+    _check(batch, tokens, r, channels, destinations, window, text_tokens)
+    kind = joint_block if joint else block
+    full = kind(batch, tokens, channels, text_tokens=text_tokens)
+    less = kind(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
+    own = patch(
+        batch, tokens, channels, r, branches=branches, destinations=destinations, window=window
     )
-    return r > 0 and saved > spent
+    saved = seconds(full, device_kind) - seconds(less, device_kind)
+    return Balance(saved, seconds(own, device_kind))
 
 
 def _check(

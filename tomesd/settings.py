@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tomesd import partition
-from tomesd.cost import pays
+from tomesd.cost import balance
 from tomesd.matching import bipartite_soft_matching, random_pruning
 from tomesd.partition import Partition, Windows
 from tomesd.token_map import TokenMap
@@ -160,7 +160,7 @@ class DiffusionSettings:
 
     def _pays(self, device_kind: str, batch: int, h: int, w: int, channels: int) -> bool:
         r = self.merged(h, w)
-        return pays(
+        return balance(
             device_kind,
             batch,
             h * w,
@@ -175,7 +175,7 @@ class DiffusionSettings:
             ),
             destinations=h * w - self._allowed(h, w),
             window=self.window or None,
-        )
+        ).pays
 
     def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> TokenMap:
         """The token map of one block: features [B, h·w, C]; a key where `is_random`."""

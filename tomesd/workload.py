@@ -268,7 +268,7 @@ def patch(
     >>> flops(patch(2, 4096, 320, r=2048))
     1006632960
 
-    The arguments are those of `pays`.
+    The arguments are those of `tomesd.cost.balance`.
     """
     branches = branches or Branches()
     if destinations is None:

@@ -1,7 +1,20 @@
-"""Types for the scripts' command lines, whose errors say what is allowed."""
+"""The scripts' command lines: how they look, and types whose errors say what is allowed."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
+
+
+def script_parser(doc: str | None) -> ArgumentParser:
+    """A parser that is described by all of a script's docstring but its first line.
+
+    >>> script_parser("Pictures: python scripts/generate.py\\n\\nWith any model.").description
+    'With any model.'
+    """
+    return ArgumentParser(
+        description=(doc or "").partition("\n\n")[2],
+        formatter_class=RawDescriptionHelpFormatter,
+        epilog="What is used if an option is not given stands in brackets.",
+    )
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tomesd.map_joining import in_frames, nothing_merged, side_by_side
+from tomesd.map_joining import nothing_merged, side_by_side
 from tomesd.partition import make_key
 from tomesd.patches.common import Patch, Row
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
+from tomesd.patches.diffusers_transformer_video import VideoMatching
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
 
@@ -106,6 +107,7 @@ class BlockHooks:
     model: _Model
     names: tuple[str, ...]
     attention_names: tuple[str, ...]
+    matching: VideoMatching
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     why_not: str = ""
 
@@ -177,8 +179,7 @@ class BlockHooks:
             if self.why_not:
                 maps.append(nothing_merged(part))
             else:
-                each = part.unflatten(1, (frames, h * w)).flatten(0, 1)
-                maps.append(in_frames(settings.token_map(each, h, w, key), frames))
+                maps.append(self.matching.token_map(part, (frames, h, w), key))
         joined = maps[0] if len(maps) == 1 else side_by_side(maps)
         if len(x) == batch:
             return joined
@@ -235,6 +236,7 @@ class TransformerPatch(Patch):
         self.settings = settings
         self.model = model
         self.hooks = _Model(family, _Run(), _argument_names(model))
+        self.matching = VideoMatching(settings)
         self.blocks: dict[nn.Module, BlockHooks] = {}
         self.warned = False
         if not settings.merge_block:
@@ -284,6 +286,7 @@ class TransformerPatch(Patch):
             self.hooks,
             _argument_names(block),
             _argument_names(attentions[0]),
+            self.matching,
         )
         self.blocks[block] = hooks
         self.before(block, hooks.merge)
@@ -314,7 +317,7 @@ class TransformerPatch(Patch):
         if self.settings.ratio == 0:
             return Row(kind.where, len(blocks), n, n, 1.0, "ratio is 0")
         hooks = self.blocks[blocks[0]]
-        m = n - sum(f * self.settings.merged(h, w) for f, h, w in self._grids())
+        m = n - sum(map(self.matching.merged, self._grids()))
         # Before the first picture the text is not known.
         estimate = n, m, n**2, m * (n if hooks.gives_keys_back else m)
         n, m, before, after = hooks.counts if any(hooks.counts) else estimate

@@ -49,11 +49,43 @@ PROMPT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A UNet's configuration, and how many pixels a latent stands for in each direction."""
+    """A model that denoises, known by its configuration alone. This one is a UNet.
+
+    >>> denoiser("sd15").empty().config.sample_size
+    64
+
+    pixels: how many a latent stands for in each direction. size: of the picture, in pixels, that
+    is measured by default. batch: of one picture, 2 where guidance doubles it.
+    """
 
     name: str
     config: dict[str, Any]
     pixels: int
+    size: int = 512
+    batch: int = 2
+
+    @property
+    def largest(self) -> int | None:
+        """The largest picture's side in pixels, None where there is no limit."""
+        return None
+
+    def empty(self) -> Any:
+        """The model on the meta device."""
+        return empty_unet(self.config)
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The model with random weights, always the same ones."""
+        return with_weights(self.empty(), device, dtype)
+
+    def inputs(
+        self, batch: int, size: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of one forward on size×size latents: (args, kwargs)."""
+        return unet_inputs(self.config, batch, size, device, dtype)
+
+    def levels(self, size: int) -> "list[Level]":
+        """Every level with attention at size×size latents, finest first."""
+        return levels(self.config, size)
 
 
 def denoiser(model: str) -> Denoiser:
@@ -111,30 +143,42 @@ def empty_unet(config: dict[str, Any]) -> UNet2DConditionModel:
 def build_unet(
     config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> UNet2DConditionModel:
-    """The UNet with random weights, always the same ones, made in place: no second copy.
+    """The UNet with random weights.
 
     >>> unet = build_unet(SD15, torch.device("cpu"), torch.float32)
+    """
+    return with_weights(empty_unet(config), device, dtype)
 
-    Weights are scaled by their fan-in, so that activations stay finite in half precision too.
+
+def with_weights(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model that is on the meta device, with random weights: no second copy is ever made.
+
+    >>> unet = with_weights(empty_unet(SD15), torch.device("cpu"), torch.float32)
+
+    Always the same ones, scaled by their fan-in, so that activations stay finite in half precision
+    too. What a model computes when it is made, such as tables of positions, is random as well.
     """
     # Module's own `to`: that of diffusers warns about layers that it would rather keep in float32.
-    unet = nn.Module.to(empty_unet(config), dtype).to_empty(device=device)
+    model = nn.Module.to(model, dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in unet.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    return unet
+    for buffer in model.buffers():
+        buffer.normal_(generator=generator)
+    return model
 
 
-def share_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another UNet on the same weights: it can be patched and compiled alone, at no memory.
+def share_weights(model: Any) -> Any:
+    """Another model on the same weights: it can be patched and compiled alone, at no memory.
 
     >>> twin = share_weights(unet)
     """
-    twin = empty_unet(dict(unet.config))
-    twin.load_state_dict(unet.state_dict(), assign=True)
+    with torch.device("meta"):
+        twin = type(model).from_config(dict(model.config))
+    twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval().requires_grad_(False)
 
 

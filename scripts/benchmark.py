@@ -1,10 +1,12 @@
 """Time and memory of token merging: python scripts/benchmark.py --model sd15 --size 512
 
-Full-size denoisers with random weights, so nothing is downloaded. In every round each variant runs
-one forward: unpatched, patched, the ideal (as many tokens, chosen by a plain slice: no matching),
-and, if asked for, another release of tomesd. Ratios are taken within a round. With --cost, the
-patch's own steps instead: matching, merging and unmerging at each level of the model. With --bias,
-what proportional attention costs inside of the attention kernel, in each form it can take.
+Full-size denoisers with random weights, so nothing is downloaded; of SD3 and Flux a few blocks
+(--blocks). In every round each variant runs one forward: unpatched, patched, the ideal (as many
+tokens, chosen by a plain slice: no matching), and, if asked for, another release of tomesd. Ratios
+are taken within a round. With --memory, no times. With --cost, the patch's own steps instead:
+matching, merging and unmerging at each level of the model. With --bias, what proportional attention
+costs inside of the attention kernel, in each form it can take. With --train-lora, steps of training
+a LoRA adapter, without and with gradient checkpointing.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from tomesd.evaluation import full_size, key_bias
+from tomesd.evaluation import full_size_transformers, key_bias
 from tomesd.evaluation.arguments import number
 from tomesd.evaluation.benchmark import (
     STEPS,
@@ -21,11 +23,16 @@ from tomesd.evaluation.benchmark import (
     environment,
     measure_cost,
     measure_forwards,
+    measure_memory,
+    ready,
 )
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
+from tomesd.evaluation.full_size import Denoiser
+from tomesd.evaluation.full_size_transformers import Transformer
 from tomesd.evaluation.image_file import whole
+from tomesd.evaluation.lora_training import check_peft, measure_training
 from tomesd.evaluation.peer import install_peer
-from tomesd.evaluation.variants import Variant, prepare
+from tomesd.evaluation.variants import Variant
 from tomesd.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
 
 
@@ -34,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         setup = check(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         parser.error(str(error))
     print(headline(setup))
     record: dict[str, Any] = {
@@ -47,6 +54,12 @@ def main() -> None:
     elif args.bias:
         record["bias"] = key_bias.measure(setup)
         print(bias_table(record["bias"]))
+    elif args.train_lora:
+        record["training"] = measure_training(setup)
+        print(forward_table(record["training"], "step"))
+    elif args.memory:
+        record["memory"] = measure_memory(setup)
+        print(forward_table(record["memory"]))
     else:
         record["forward"] = measure_forwards(setup)
         print(forward_table(record["forward"]))
@@ -57,12 +70,23 @@ def main() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="sd15", help="sd15, sdxl or a folder (its config only)")
-    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels, square")
+    parser.add_argument(
+        "--model",
+        default="sd15",
+        help="sd15, sdxl, sd3, sd35, flux or a folder (its config only)",
+    )
+    parser.add_argument(
+        "--blocks", type=int, help="of a transformer, in each of its lists; default: 2, for Flux 1"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs="+", help="pixels, square; default: 512, for transformers 1024"
+    )
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.5])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["tome"])
     parser.add_argument(
-        "--batch", type=number(int, 1, 1024), default=2, help="2 is one picture with guidance"
+        "--batch",
+        type=number(int, 1, 1024),
+        help="default: 2, one picture with guidance; 1 for Flux and with --train-lora",
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: bf16 or fp16 on cuda, fp32 elsewhere"
@@ -72,8 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=number(int, 1, 100_000), help="default: 5; 50 with --cost or --bias"
     )
-    parser.add_argument("--cost", action="store_true", help="only match, merge and unmerge")
-    parser.add_argument("--bias", action="store_true", help="only attention, with log(size) or not")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--cost", action="store_true", help="only match, merge and unmerge")
+    only.add_argument("--bias", action="store_true", help="only attention, with log(size) or not")
+    only.add_argument("--train-lora", action="store_true", help="steps of training, not forwards")
+    only.add_argument("--memory", action="store_true", help="only memory, no times")
     parser.add_argument("--no-memory", action="store_true", help="only time: fewer model loads")
     parser.add_argument("--peer", help="tomesd==<version>, installed from PyPI for comparison")
     parser.add_argument("--peer-cache", type=Path, default=Path("runs/peers"))
@@ -94,11 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> Setup:
     """Everything that can be wrong is found here, before any work is done."""
-    denoiser = full_size.denoiser(args.model)
-    for size in args.size:
-        if size < denoiser.pixels or size % denoiser.pixels:
-            raise ValueError(f"--size must be a multiple of {denoiser.pixels}, got {size}")
+    denoiser = full_size_transformers.denoiser(args.model, args.blocks)
+    args.size = args.size or [denoiser.size]
+    args.batch = args.batch or (1 if args.train_lora else denoiser.batch)
+    check_sizes(args.size, denoiser)
+    check_measurement(args, denoiser)
     device = choose_device(args.device)
+    if args.memory and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--memory is counted on cpu and cuda only, got the device {device.type}")
     if args.output and args.output.is_dir():
         raise ValueError(f"--output must be a file, got the folder {args.output}")
     named = {f.name for f in fields(DiffusionSettings)} & vars(args).keys() - {"ratio", "method"}
@@ -111,22 +141,20 @@ def check(args: argparse.Namespace) -> Setup:
     for ratio in args.ratio:
         if ratio <= 0:
             raise ValueError(f"--ratio must be above 0, got {ratio}: unpatched is always there")
-    if args.cost and args.bias:
-        raise ValueError("--bias and --cost are two measurements, give one of them")
     by_step = args.cost or args.bias
     variants = [] if by_step else [Variant("unpatched", "unpatched")]
     for ratio in dict.fromkeys(args.ratio):
         for method in dict.fromkeys(args.method):
             variants.append(Variant(f"{method} {ratio:g}", "patched", settings[method, ratio]))
         first = settings[args.method[0], ratio]
-        if not by_step:
+        if not (by_step or args.train_lora or args.memory):
             # All methods leave as many tokens: one ideal bounds them all.
             variants.append(Variant(f"ideal {ratio:g}", "ideal", first))
         if args.peer and not args.bias:
             variants.append(Variant(f"{args.peer} {ratio:g}", "peer", first))
     for variant in variants:
         if variant.kind == "patched":
-            prepare(full_size.empty_unet(denoiser.config), variant)
+            ready(denoiser.empty(), variant)
     return Setup(
         denoiser=denoiser,
         sizes=args.size,
@@ -142,6 +170,31 @@ def check(args: argparse.Namespace) -> Setup:
     )
 
 
+def check_sizes(sizes: list[int], denoiser: Denoiser) -> None:
+    for size in sizes:
+        if size < denoiser.pixels or size % denoiser.pixels:
+            raise ValueError(f"--size must be a multiple of {denoiser.pixels}, got {size}")
+        if denoiser.largest and size > denoiser.largest:
+            raise ValueError(
+                f"--size must be at most {denoiser.largest} for {denoiser.name}, got {size}"
+            )
+
+
+def check_measurement(args: argparse.Namespace, denoiser: Denoiser) -> None:
+    """What cannot be measured together."""
+    if args.memory and args.no_memory:
+        raise ValueError("--no-memory must not be given with --memory: nothing would be measured")
+    if isinstance(denoiser, Transformer):
+        for name in ("bias", "peer"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} must not be given for {denoiser.name}: it is for UNets")
+    if args.train_lora:
+        check_peft()
+        for name in ("compile", "peer"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} must not be given with --train-lora")
+
+
 def headline(setup: Setup) -> str:
     about = environment(setup)
     where = about["accelerator"] or f"{about['cpu']}, {about['threads']} threads"
@@ -152,11 +205,12 @@ def headline(setup: Setup) -> str:
     )
 
 
-def forward_table(rows: list[dict]) -> str:
-    columns = ("variant", "seconds per forward", "times as fast", "share of ideal", "peak memory")
-    lines = ["{:>5} {:<20} {:>24} {:>19} {:>17} {:>24}".format("px", *columns)]
+def forward_table(rows: list[dict], unit: str = "forward") -> str:
+    columns = ("variant", f"seconds per {unit}", "times as fast", "share of ideal", "peak memory")
+    lines = ["{:>5} {:<24} {:>24} {:>19} {:>17} {:>24}".format("px", *columns)]
     for row in rows:
-        start = f"{row['size']:>5} {row['variant']:<20} "
+        name = row["variant"] + (", checkpoints" if row.get("checkpointing") else "")
+        start = f"{row['size']:>5} {name:<24} "
         if "error" in row:
             lines.append(f"{start}failed: {row['error']}")
             continue
@@ -164,8 +218,9 @@ def forward_table(rows: list[dict]) -> str:
         size = f"{gib(memory['peak'])} ({gib(memory['before'])} before)" if memory else "–"
         note = "  merged nothing" if row.get("blocks_merged") == 0 else ""
         lines.append(
-            f"{start}{spread(row['median_seconds'], 3):>24} {spread(row['speedup'], 2):>19} "
-            f"{spread(row['share_of_ideal'], 0, 100, '%'):>17} {size:>24}{note}"
+            f"{start}{spread(row.get('median_seconds'), 3):>24} "
+            f"{spread(row.get('speedup'), 2):>19} "
+            f"{spread(row.get('share_of_ideal'), 0, 100, '%'):>17} {size:>24}{note}"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """What the benchmark compares is comparable: full-size models, the ideal, another release."""
 
-import importlib.util
 import json
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tomesd
+from tests.benchmark_script import load, run
 from tomesd.evaluation import full_size
-from tomesd.evaluation.benchmark import cpu_peak
+from tomesd.evaluation.benchmark import child_peak
 from tomesd.evaluation.ideal import install_ideal
 from tomesd.evaluation.peer import Peer, PeerError, install_peer
 from tomesd.evaluation.variants import Variant, forward, prepare
@@ -80,25 +81,13 @@ def peer_cache(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load()
 
 
 @pytest.fixture
 def benchmark(script, monkeypatch, tmp_path):
     """Runs the command and returns what it wrote."""
-
-    def run(*args) -> dict:
-        output = tmp_path / "out" / "benchmark.json"
-        line = ["benchmark.py", *map(str, args), "--device", "cpu", "--output", str(output)]
-        monkeypatch.setattr("sys.argv", line)
-        script.main()
-        return json.loads(output.read_text())
-
-    return run
+    return partial(run, script, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +244,38 @@ def test_every_variant_is_timed_in_every_round_and_all_settings_are_kept(
 def test_memory_on_the_cpu_is_that_of_one_forward_in_a_process_of_its_own(script, model_folder):
     line = ["--model", str(model_folder), "--size", "512", "--device", "cpu"]
     setup = script.check(script.build_parser().parse_args(line))
-    memory = cpu_peak(setup, setup.variants[1], 512)
+    memory = child_peak(setup, setup.variants[1], 512)
     # More than the tokens of one block that are there at once: input, output and the residual.
     assert memory["peak"] - memory["before"] > 3 * (2 * 64 * 64 * 8 * 4)
+
+
+def test_memory_alone_is_measured_without_times(benchmark, model_folder, monkeypatch, capsys):
+    # Not in processes of their own, which take seconds to start.
+    monkeypatch.setattr(
+        "tomesd.evaluation.benchmark.in_child", lambda function, *args: function(*args)
+    )
+    record = benchmark("--model", model_folder, "--size", 64, 128, "--memory")
+    assert [(row["size"], row["variant"]) for row in record["memory"]] == [
+        (size, name) for size in (64, 128) for name in ("unpatched", "tome 0.5")
+    ]
+    assert all(row["memory"]["peak"] >= row["memory"]["before"] > 0 for row in record["memory"])
+    assert not any("seconds" in row for row in record["memory"])
+    assert capsys.readouterr().out.count(" GiB before)") == 4
+
+
+def test_what_does_not_fit_into_memory_is_said_and_the_rest_is_measured(
+    benchmark, model_folder, monkeypatch
+):
+    def killed_where_patched(function, setup, variant, size):
+        if variant.kind == "patched":
+            raise MemoryError("forward_peak was killed in its process (exit code -9)")
+        return function(setup, variant, size)
+
+    monkeypatch.setattr("tomesd.evaluation.benchmark.in_child", killed_where_patched)
+    record = benchmark("--model", model_folder, "--size", 64, "--memory")
+    unpatched, patched = record["memory"]
+    assert unpatched["memory"]["peak"] > 0
+    assert patched["error"] == "forward_peak was killed in its process (exit code -9)"
 
 
 def test_the_cost_is_split_into_steps_at_every_level(benchmark, model_folder, capsys):
@@ -311,13 +329,16 @@ def test_only_an_exact_release_of_tomesd_is_installed(name, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "nowhere"], "model must be sd15, sdxl or a folder"),
+        (["--model", "nowhere"], "model must be sd15, sdxl, sd3, sd35, flux or a folder"),
         (["--size", "100"], "--size must be a multiple of 8, got 100"),
         (["--batch", "0"], "--batch: must be a whole number from 1 to 1024, got '0'"),
         (["--rounds", "0"], "--rounds: must be a whole number from 1 to 100000, got '0'"),
         (["--ratio", "0"], "--ratio must be above 0, got 0.0"),
         (["--ratio", "0.8"], "ratio must be at most 0.75, got 0.8"),
         (["--no-merge-attn"], "nothing would be merged"),
+        (["--blocks", "2"], "blocks must not be given for 'sd15'"),
+        (["--memory", "--no-memory"], "nothing would be measured"),
+        (["--memory", "--cost"], "not allowed with argument"),
         (["--peer", "timm==1.0"], "peer must be tomesd==<version>, got 'timm==1.0'"),
         (["--device", "abacus"], "abacus"),
     ],

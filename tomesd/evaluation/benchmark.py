@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from tomesd.evaluation import full_size
 from tomesd.evaluation.device import PRECISIONS
+from tomesd.evaluation.ideal_transformer import install_ideal
 from tomesd.evaluation.image_file import versions
-from tomesd.evaluation.memory import in_child, peak_memory
+from tomesd.evaluation.memory import Peak, in_child, peak_memory
 from tomesd.evaluation.peer import Peer, PeerError
 from tomesd.evaluation.timing import (
     Spread,
@@ -25,7 +27,7 @@ from tomesd.evaluation.timing import (
     seconds,
     share_of_ideal,
 )
-from tomesd.evaluation.variants import Variant, forward, forward_peak, prepare
+from tomesd.evaluation.variants import Variant, forward, prepare
 from tomesd.partition import make_key
 from tomesd.settings import DiffusionSettings
 
@@ -55,6 +57,10 @@ class Setup:
     def latents(self, size: int) -> int:
         return size // self.denoiser.pixels
 
+    def inputs(self, size: int) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of one forward."""
+        return self.denoiser.inputs(self.batch, self.latents(size), self.device, self.dtype)
+
     def peer_settings(self, settings: DiffusionSettings) -> dict[str, Any]:
         """What the other release understands. It counts levels from the latents, not from the
         finest one with attention: on SDXL its max_downsample=1 would do nothing."""
@@ -68,7 +74,7 @@ class Setup:
     def finest_level(self) -> int:
         """How much coarser than the latents the finest level with attention is."""
         size = self.latents(self.sizes[0])
-        return -(-size // full_size.levels(self.denoiser.config, size)[0].h)
+        return -(-size // self.denoiser.levels(size)[0].h)
 
 
 def measure_forwards(setup: Setup) -> list[dict]:
@@ -77,20 +83,31 @@ def measure_forwards(setup: Setup) -> list[dict]:
     if setup.measures_memory and setup.device.type == "cpu":
         tasks = [(size, variant) for size in setup.sizes for variant in setup.variants]
         for size, variant in tqdm(tasks, desc="memory", unit="process"):
-            peaks[size, variant.name] = cpu_peak(setup, variant, size)
-    config = setup.denoiser.config
-    unet = full_size.build_unet(config, setup.device, setup.dtype)
+            peaks[size, variant.name] = child_peak(setup, variant, size)
+    model = setup.denoiser.build(setup.device, setup.dtype)
     rows = []
     with ExitStack() as stack:
         peer = start_peer(setup, stack)
         twins = {
-            variant.name: prepare(full_size.share_weights(unet), variant)
+            variant.name: ready(full_size.share_weights(model), variant)
             for variant in setup.variants
             if variant.kind != "peer"
         }
         for size in setup.sizes:
             rows += measure_size(setup, size, twins, peer, peaks)
     return rows
+
+
+def ready(model: Any, variant: Variant) -> Any:
+    """A UNet or a transformer as the variant has it, changed in place; raises what `prepare` does.
+
+    >>> model = ready(model, Variant("ideal 0.5", "ideal", DiffusionSettings(ratio=0.5)))
+    """
+    if variant.kind != "ideal" or isinstance(model, UNet2DConditionModel):
+        return prepare(model, variant)
+    assert variant.settings is not None
+    install_ideal(model, variant.settings)
+    return model
 
 
 def start_peer(setup: Setup, stack: ExitStack) -> Peer | None:
@@ -111,21 +128,46 @@ def patch_peer(setup: Setup, peer: Peer, variant: Variant) -> dict[str, Any]:
     return settings
 
 
-def cpu_peak(setup: Setup, variant: Variant, size: int) -> dict[str, int] | None:
-    """Resident memory of one forward in a process of its own; None if the peer cannot."""
-    latents = setup.latents(size)
+def measure_memory(setup: Setup) -> list[dict]:
+    """One row for each size and variant: memory alone, each in a process of its own."""
+    tasks = [(size, variant) for size in setup.sizes for variant in setup.variants]
+    rows = []
+    for size, variant in tqdm(tasks, desc="memory", unit="process"):
+        row = new_row(variant, size)
+        try:
+            row["memory"] = child_peak(setup, variant, size)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            row["error"] = str(error).splitlines()[0]
+        rows.append(row)
+    return rows
+
+
+def child_peak(setup: Setup, variant: Variant, size: int) -> dict[str, int] | None:
+    """Memory of one forward in a process of its own; None if the peer cannot."""
     if variant.kind != "peer":
-        config, how = setup.denoiser.config, (setup.dtype, setup.compiled)
-        return in_child(forward_peak, config, variant, setup.batch, latents, *how)._asdict()
+        return in_child(forward_peak, setup, variant, size)._asdict()
     with ExitStack() as stack:
         try:
             peer = start_peer(setup, stack)
             assert peer is not None
             patch_peer(setup, peer, variant)
-            before, peak = peer.ask("peak", variant=variant.name, batch=setup.batch, size=latents)
+            asked = {"batch": setup.batch, "size": setup.latents(size)}
+            before, peak = peer.ask("peak", variant=variant.name, **asked)
         except PeerError:
             return None
     return {"before": before, "peak": peak}
+
+
+def forward_peak(setup: Setup, variant: Variant, size: int) -> Peak:
+    """Memory of one forward; on the CPU, call it in a fresh process (`memory.in_child`).
+
+    >>> peak = in_child(forward_peak, setup, Variant("unpatched", "unpatched"), 512)
+    """
+    model = ready(setup.denoiser.build(setup.device, setup.dtype), variant)
+    call = forward(model, setup.inputs(size), setup.compiled)
+    if setup.device.type == "cuda":  # The first call allocates what later ones share.
+        call()
+    return peak_memory(call, setup.device)
 
 
 def measure_size(
@@ -134,13 +176,8 @@ def measure_size(
     runs: dict[str, Callable[[], float]] = {}
     rows = {}
     for variant in tqdm(setup.variants, desc=f"{size} px, warming up", unit="forward"):
-        row: dict[str, Any] = {
-            "size": size,
-            "variant": variant.name,
-            "kind": variant.kind,
-            "patch": asdict(variant.settings) if variant.settings else None,
-            "memory": peaks.get((size, variant.name)),
-        }
+        row = new_row(variant, size)
+        row["memory"] = peaks.get((size, variant.name))
         rows[variant.name] = row
         try:
             if variant.kind == "peer":
@@ -156,12 +193,19 @@ def measure_size(
     return list(rows.values())
 
 
-def our_run(setup: Setup, unet: Any, size: int, row: dict) -> Callable[[], float]:
+def new_row(variant: Variant, size: int) -> dict[str, Any]:
+    return {
+        "size": size,
+        "variant": variant.name,
+        "kind": variant.kind,
+        "patch": asdict(variant.settings) if variant.settings else None,
+        "memory": None,
+    }
+
+
+def our_run(setup: Setup, model: Any, size: int, row: dict) -> Callable[[], float]:
     """What times one forward, warmed up; on CUDA its memory goes into the row."""
-    inputs = full_size.unet_inputs(
-        setup.denoiser.config, setup.batch, setup.latents(size), setup.device, setup.dtype
-    )
-    call = forward(unet, inputs, setup.compiled)
+    call = forward(model, setup.inputs(size), setup.compiled)
     call()
     if setup.measures_memory and setup.device.type == "cuda":
         row["memory"] = peak_memory(call, setup.device)._asdict()
@@ -202,7 +246,7 @@ def measure_cost(setup: Setup) -> list[dict]:
     with ExitStack() as stack:
         peer = stack.enter_context(Peer(setup.peer)) if setup.peer else None
         for size in setup.sizes:
-            for level in full_size.levels(setup.denoiser.config, setup.latents(size)):
+            for level in setup.denoiser.levels(setup.latents(size)):
                 rows += measure_level(setup, size, level, peer)
     return rows
 

@@ -6,6 +6,13 @@ import torch
 import tomesd
 from tests.tiny_transformers import TINY
 
+# Where diffusers' own forward looks at values, unpatched too.
+BROKEN_BY_THE_HOST = {
+    "HunyuanVideo15Transformer3DModel",
+    "Lumina2Transformer2DModel",
+    "ZImageTransformer2DModel",
+}
+
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled_yet():
@@ -18,7 +25,12 @@ def _nothing_is_compiled_yet():
 @torch.no_grad()
 def test_one_graph(name):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model())
+    model = tiny.model()
+    if name in BROKEN_BY_THE_HOST:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            tiny.call(torch.compile(model, fullgraph=True, backend="eager"))
+        return
+    tomesd.apply_patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(tiny.call(compiled), tiny.call(model))
 

@@ -6,7 +6,7 @@ import torch
 
 import tomesd
 from tests.tiny_models import hooks
-from tests.tiny_transformers import TINY
+from tests.tiny_transformers import DIT, TINY
 
 SD3 = TINY["SD3Transformer2DModel"]
 
@@ -40,12 +40,24 @@ def test_a_linear_transformer_is_refused_with_the_reason():
         tomesd.apply_patch(model)
 
 
-def test_a_transformer_that_is_not_known_is_refused_by_name():
-    model = diffusers.DiTTransformer2DModel(
-        num_layers=1, num_attention_heads=1, attention_head_dim=8, norm_num_groups=8
-    )
-    with pytest.raises(TypeError, match=r"SD3Transformer2DModel .*got DiTTransformer2DModel"):
-        tomesd.apply_patch(model)
+MODELS = [
+    name
+    for name in dir(diffusers)
+    if "Transformer" in name and issubclass(getattr(diffusers, name), diffusers.ModelMixin)
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_transformer_of_diffusers_merges_or_is_refused_by_name(name):
+    if name in tomesd.supported()["diffusers"]:
+        assert name in TINY or name == DIT.name
+        return
+    # Without its layers: what it is called is all that counts.
+    empty = getattr(diffusers, name).__new__(getattr(diffusers, name))
+    torch.nn.Module.__init__(empty)
+    with pytest.raises(TypeError, match=rf"must not be a {name}: |got {name}$"):
+        tomesd.apply_patch(empty)
+    assert not any("_tomesd" in key for key in vars(empty))
 
 
 def test_supported_lists_what_can_be_patched():

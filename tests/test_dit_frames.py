@@ -158,10 +158,14 @@ def test_every_family_of_videos_merges_across_frames(name):
     before = Attention()
     with before:
         tiny.call(tiny.model())
-    merged = [was - left for (was, _), (left, _) in zip(before.seen, attention.seen, strict=True)]
-    assert merged == [gone if was >= tiny.frames * 35 else 0 for was, _ in before.seen]
+    merged = [
+        was - left
+        for (was, _), (left, _) in zip(before.seen, attention.seen, strict=True)
+        if was >= tiny.frames * 35
+    ]
+    assert sorted(merged) == [0] * tiny.alone + [gone] * (len(merged) - tiny.alone)
     (rows,) = tomesd.report(model).rows.values()
-    assert {row.tokens - row.merged for row in rows} == {gone}
+    assert {row.tokens - row.merged for row in rows if not row.note.startswith("they")} == {gone}
 
 
 @torch.no_grad()

@@ -18,19 +18,18 @@ from tests.tiny_transformers import TEXT, TINY
 
 H, W, BATCH = 5, 8, 2
 N = H * W
-# Where all samples have one table of positions, they merge alike.
-ONE_MAP = {
-    "FluxTransformer2DModel",
-    "Flux2Transformer2DModel",
+# Their processors take no bias, and turn queries and keys by one table.
+WITHOUT_PROPORTIONAL = {
     "QwenImageTransformer2DModel",
-    "CogVideoXTransformer3DModel",
-    "HunyuanDiT2DModel",
+    "CogView4Transformer2DModel",
+    "MochiTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
+    "Lumina2Transformer2DModel",
 }
-# Its processor takes no mask, and turns queries and keys by one table.
-WITHOUT_PROPORTIONAL = {"QwenImageTransformer2DModel"}
 RATIO = 0.4
-# What leads before the image tokens: nothing, the text, AuraFlow's registers and the text.
-LEADS = (0, TEXT, TEXT + 8)
+# What is beside the image tokens: nothing, the text, AuraFlow's registers and the text; Z-Image's
+# padding to a multiple of 32, and its padded texts.
+BESIDE = (0, TEXT, TEXT + 8, 24, 24 + 96)
 
 
 class Call:
@@ -84,17 +83,25 @@ def _calls(tiny, **settings) -> tuple[nn.Module, list[Call]]:
     return model, calls
 
 
-def _tokens_of(value: Tensor, n: int) -> tuple[int, int] | None:
-    """In which dimension a tensor has one entry for each image token, and what leads there."""
-    for dim in (1, 0):
-        if value.dim() > dim and value.shape[dim] - n in LEADS:
-            return dim, value.shape[dim] - n
+def _tokens_of(tiny, value: Tensor) -> tuple[int, slice] | None:
+    """In which dimension a tensor has one entry for each image token, and where in it."""
+    n = tiny.frames * N
+    # Wan has its timesteps by token and branch, SkyReels by branch and token.
+    for dim in (1, 0, 2) if value.dim() == 4 else (1, 0):
+        if value.dim() > dim and value.shape[dim] - n in BESIDE:
+            return dim, _places(tiny, value.shape[dim])
     return None
+
+
+def _places(tiny, length: int) -> slice:
+    """Those of the image tokens among so many."""
+    n = tiny.frames * N
+    return slice(n) if tiny.image_first else slice(length - n, length)
 
 
 def _image(tiny, call: Call) -> Tensor:
     """The block's image tokens [B, n, C]."""
-    return call.tokens[:, -tiny.frames * N :]
+    return call.tokens[:, _places(tiny, call.tokens.shape[1])]
 
 
 def _groups(x: Tensor, frames: int) -> list[list[int]]:
@@ -112,25 +119,24 @@ def _groups(x: Tensor, frames: int) -> list[list[int]]:
 
 def _grouped(tiny, x: Tensor) -> list[list[list[int]]]:
     """Each sample's groups. Latte's frames are samples."""
-    if tiny.name in ONE_MAP:
+    if tiny.one_map:
         return [_groups(torch.cat(list(x), dim=1), tiny.frames)] * len(x)
     return [_groups(sample, tiny.frames) for sample in x]
 
 
-def _levelled(value: Tensor, n: int, groups: list, is_state: bool) -> Tensor:
+def _levelled(tiny, value: Tensor, groups: list, is_state: bool) -> Tensor:
     """Means of groups for token states, the head's entry for everything else."""
-    where = _tokens_of(value, n)
+    where = _tokens_of(tiny, value)
     if where is None:
         return value
-    dim, lead = where
+    dim, image = where
     batch = len(groups)
-    value = value.expand(batch, *value.shape[1:]).clone() if dim == 1 else value.clone()
+    value = value.expand(batch, *value.shape[1:]).clone() if dim else value.clone()
     for sample in range(batch):
-        rows = value[sample] if dim == 1 else value
+        rows = (value[sample].movedim(dim - 1, 0) if dim else value)[image]
         before = rows.clone()
         for group in groups[sample]:
-            places = [lead + token for token in group]
-            rows[places] = before[places].mean(0) if is_state else before[places[0]]
+            rows[group] = before[group].mean(0) if is_state else before[group[0]]
         if dim == 0:
             break
     return value
@@ -148,7 +154,7 @@ def test_a_patched_block_attends_to_merged_tokens_as_the_hosts_own_to_equal_toke
         groups = _grouped(tiny, x)
         levelled = _without_place(call).changed(
             lambda value, groups=groups, stream=stream: _levelled(
-                value, n, groups, is_state=value is stream
+                tiny, value, groups, is_state=value is stream
             )
         )
         means = _image(tiny, levelled)
@@ -159,9 +165,7 @@ def test_a_patched_block_attends_to_merged_tokens_as_the_hosts_own_to_equal_toke
                 assert reference is None
                 continue
             if y.shape[1] >= n:
-                lead = y.shape[1] - n
-                image = x + reference[:, lead:] - means
-                reference = torch.cat([reference[:, :lead], image], dim=1)
+                reference[:, _places(tiny, y.shape[1])] += x - means
             # Sizes and their logarithms are float32.
             torch.testing.assert_close(y, reference, rtol=0, atol=1e-6)
 
@@ -187,14 +191,13 @@ def test_merging_one_pair_of_identical_tokens_changes_nothing(name):
     twin, of = 1, 0  # A source and the destination of its cell.
 
     def twinned(value: Tensor) -> Tensor:
-        where = _tokens_of(value, n)
+        where = _tokens_of(tiny, value)
         if where is None:
             return value
-        dim, lead = where
+        dim, image = where
         value = value.clone()
-        for frame in range(tiny.frames):
-            first = lead + frame * N
-            rows = value.transpose(0, dim)
+        rows = value.movedim(dim, 0)[image]
+        for first in range(0, n, N):
             rows[first + twin] = rows[first + of]
         return value
 
@@ -211,25 +214,32 @@ def test_merging_one_pair_of_identical_tokens_changes_nothing(name):
                 torch.testing.assert_close(y, want, rtol=0, atol=1e-6)
 
 
-def test_a_text_token_never_merges():
-    """However alike they are: joint streams with the text in front."""
-    for name in ("AuraFlowTransformer2DModel", "Flux2Transformer2DModel"):
-        tiny = TINY[name]
-        model, calls = _calls(tiny, ratio=0.5)
-        single = calls[-1].changed(
-            lambda value: torch.ones_like(value) if value.dim() == 3 else value
-        )
-        maps = []
-        hooks = model._tomesd_patch.blocks[single.block]
-        handle = single.block.register_forward_pre_hook(
-            lambda *_, hooks=hooks, maps=maps: maps.append(hooks.model.run.map)
-        )
-        single()
-        handle.remove()
-        (token_map,) = maps
-        lead = token_map.n - N
-        assert lead > 0
-        text = token_map.group[:, :lead]
-        assert torch.equal(text, torch.arange(lead).expand_as(text))
-        assert (token_map.group[:, lead:] >= lead).all()
-        assert (token_map.size[:, :lead] == 1).all()
+TOGETHER = {
+    "AuraFlowTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "Lumina2Transformer2DModel",
+    "ZImageTransformer2DModel",
+}
+
+
+@pytest.mark.parametrize("name", sorted(TOGETHER))
+def test_a_text_token_never_merges(name):
+    """However alike they are: in one stream with the image's."""
+    tiny = TINY[name]
+    model, calls = _calls(tiny, ratio=0.5)
+    single = calls[-1].changed(lambda value: torch.ones_like(value) if value.dim() == 3 else value)
+    maps = []
+    hooks = model._tomesd_patch.blocks[single.block]
+    single.block.register_forward_pre_hook(lambda *_: maps.append(hooks.model.run.map))
+    single()
+    (token_map,) = maps
+    image = set(range(token_map.n)[_places(tiny, token_map.n)])
+    assert len(image) == N < token_map.n
+    for group, size in zip(token_map.group.tolist(), token_map.size[..., 0].tolist(), strict=True):
+        of_image = {group[token] for token in image}
+        of_text = [group[token] for token in range(token_map.n) if token not in image]
+        assert len(of_image) == N // 2
+        assert len(of_text) == len(set(of_text))
+        assert of_image.isdisjoint(of_text)
+        assert all(size[token] == 1 for token in of_text)

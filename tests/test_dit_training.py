@@ -1,5 +1,7 @@
 """Gradients of patched diffusion transformers are right, also where blocks are computed again."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,12 +11,25 @@ from tests.tiny_transformers import TINY
 # These have no gradient checkpointing, or their blocks are handed nothing in which a grid could
 # travel: there the grid of the last forward pass counts.
 WITHOUT_CHECKPOINTS = {"HunyuanDiT2DModel"}
-LAST_PASS_ONLY = {"AuraFlowTransformer2DModel", "LatteTransformer3DModel"}
+# Its angles are learned, and come in a tuple, which reentrant checkpoints do not look into.
+NOT_REENTRANT = {"MochiTransformer3DModel"}
+LAST_PASS_ONLY = {
+    "AllegroTransformer3DModel",
+    "AuraFlowTransformer2DModel",
+    "CogView3PlusTransformer2DModel",
+    "ConsisIDTransformer3DModel",
+    "LatteTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "WanVACETransformer3DModel",
+    "ZImageTransformer2DModel",
+}
 
 
 def _gradients(tiny, model, *sizes: tuple[int, int]) -> list[torch.Tensor]:
     model.zero_grad()
-    outputs = [tiny.call(model, batch=1, h=h, w=w) for h, w in sizes]
+    # Checkpoints leave out Chroma's mask in its single stream.
+    given = {"attention_mask": None} if tiny.name == "ChromaTransformer2DModel" else {}
+    outputs = [tiny.call(model, batch=1, h=h, w=w, **given) for h, w in sizes]
     sum(output.square().mean() for output in outputs).backward()
     # The last block's text is not used: its weights get zeros or nothing.
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -22,8 +37,14 @@ def _gradients(tiny, model, *sizes: tuple[int, int]) -> list[torch.Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", sorted(set(TINY) - WITHOUT_CHECKPOINTS))
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [
+        (name, reentrant)
+        for name in sorted(set(TINY) - WITHOUT_CHECKPOINTS)
+        for reentrant in ((False,) if name in NOT_REENTRANT else (False, True))
+    ],
+)
 def test_gradients_are_the_same_with_and_without_checkpointing(name, reentrant):
     tiny = TINY[name]
     # As many tokens, but in another grid: two forward passes before one backward pass.
@@ -31,15 +52,17 @@ def test_gradients_are_the_same_with_and_without_checkpointing(name, reentrant):
     model = tomesd.apply_patch(tiny.model().train(), use_rand=True)
     expected = _gradients(tiny, model, *sizes)
     model.enable_gradient_checkpointing(
-        lambda module, *args: torch.utils.checkpoint.checkpoint(
-            module.__call__, *args, use_reentrant=reentrant
+        lambda module, *args, **kwargs: torch.utils.checkpoint.checkpoint(
+            partial(module.__call__, **kwargs), *args, use_reentrant=reentrant
         )
     )
     computed = []
     for block in model._tomesd_patch.blocks:
         block.register_forward_pre_hook(lambda *_: computed.append(1))
     gradients = _gradients(tiny, model, *sizes)
-    assert len(computed) == 2 * len(sizes) * len(model._tomesd_patch.blocks)
+    # Lumina2 has no checkpoints around the blocks that refine the image.
+    once = len(getattr(model, "noise_refiner", ())) if name.startswith("Lumina2") else 0
+    assert len(computed) == len(sizes) * (2 * len(model._tomesd_patch.blocks) - once)
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 

@@ -21,7 +21,8 @@ class Tiny:
 
     name: of its class in diffusers. inputs: (batch, h, w, draw), where draw(*shape) gives random
     numbers of the model's precision. frames: of its videos, as far as they are tokens of one
-    sample. alone: how many calls of attention are in blocks that are left alone.
+    sample. alone: how many calls of attention are in blocks that are left alone. image_first:
+    whether image tokens come before the text's. one_map: whether all samples merge alike.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Tiny:
     inputs: Callable[..., dict]
     frames: int = 1
     alone: int = 0
+    image_first: bool = False
+    one_map: bool = False
 
     def model(self, seed: int = 0, **config) -> nn.Module:
         torch.manual_seed(seed)
@@ -45,7 +48,8 @@ class Tiny:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=draw).to(model.dtype)
 
-        return model(**self.inputs(batch, h, w, normal) | given, return_dict=False)[0]
+        output = model(**self.inputs(batch, h, w, normal) | given, return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
 
 
 def _latents(batch, h, w, normal) -> dict:
@@ -85,6 +89,19 @@ def _flux(batch, h, w, normal) -> dict:
         "img_ids": ids(h, w),
         "txt_ids": torch.zeros(TEXT, 3),
     } | _text(batch, normal)
+
+
+def _flux_kin(batch, h, w, normal) -> dict:
+    """Without a pooled text."""
+    given = _flux(batch, h, w, normal)
+    del given["pooled_projections"]
+    return given
+
+
+def _chroma(batch, h, w, normal) -> dict:
+    mask = torch.ones(batch, TEXT + h * w)
+    mask[0, 3:TEXT] = 0
+    return _flux_kin(batch, h, w, normal) | {"attention_mask": mask.to(normal(1).dtype)}
 
 
 def _flux2(batch, h, w, normal) -> dict:
@@ -161,11 +178,137 @@ def _cogvideox(batch, h, w, normal) -> dict:
     } | _text(batch, normal)
 
 
+def _consisid(batch, h, w, normal) -> dict:
+    return _cogvideox(batch, h, w, normal)
+
+
+def _cogview(batch, h, w, normal) -> dict:
+    size = torch.tensor([[16.0 * h, 16.0 * w]]).expand(batch, -1)
+    sizes = {"original_size": size, "target_size": size, "crop_coords": 0 * size}
+    return _latents(batch, h, w, normal) | _text(batch, normal) | sizes
+
+
+def _mochi(batch, h, w, normal) -> dict:
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    mask[0, 3:] = False
+    return _video(batch, 2, h, w, normal) | {"encoder_attention_mask": mask}
+
+
+def _allegro(batch, h, w, normal) -> dict:
+    # Angles of frames, rows and columns, and the places of the tokens on each axis.
+    axes = [axis.flatten() for axis in torch.meshgrid(*map(torch.arange, (2, h, w)), indexing="ij")]
+    angles = torch.arange(max(2, h, w))[:, None] * torch.arange(1, 5) * 0.05
+    angles = angles.to(normal(1).dtype)
+    table = [(angles.cos(), angles.sin())] * 3
+    places = tuple(axis[None] for axis in axes)
+    return _video(batch, 2, h, w, normal) | {"image_rotary_emb": (tuple(table), places)}
+
+
+def _skyreels(batch, h, w, normal) -> dict:
+    return _wan(batch, h, w, normal) | {
+        "timestep": torch.tensor([[400.0, 450.0, 500.0]]).expand(batch, -1),
+        "enable_diffusion_forcing": True,
+    }
+
+
+def _vace(batch, h, w, normal) -> dict:
+    return _wan(batch, h, w, normal) | {
+        "control_hidden_states": normal(batch, 8, 3, 2 * h, 2 * w),
+    }
+
+
+def _masked_text(batch, normal) -> dict:
+    mask = torch.ones(batch, TEXT)
+    mask[0, 3:] = 0
+    return _text(batch, normal) | {"encoder_attention_mask": mask}
+
+
+def _hunyuan_video(batch, h, w, normal) -> dict:
+    return (
+        _video(batch, 2, h, w, normal)
+        | {
+            "pooled_projections": normal(batch, WIDTH),
+            "guidance": torch.full((batch,), 6000.0),
+        }
+        | _masked_text(batch, normal)
+    )
+
+
+def _hunyuan_video15(batch, h, w, normal) -> dict:
+    second = _masked_text(batch, normal)
+    more = {
+        # What it computes with has the timestep's precision.
+        "timestep": 500 + 0 * normal(batch),
+        "encoder_hidden_states_2": second["encoder_hidden_states"],
+        "encoder_attention_mask_2": second["encoder_attention_mask"],
+        "image_embeds": normal(batch, 3, WIDTH),
+    }
+    return _video(batch, 2, h, w, normal) | _masked_text(batch, normal) | more
+
+
+def _hunyuan_image(batch, h, w, normal) -> dict:
+    # What it computes with has the timestep's precision.
+    timestep = {"timestep": 500 + 0 * normal(batch)}
+    return _latents(batch, h, w, normal) | _masked_text(batch, normal) | timestep
+
+
+def _lumina(batch, h, w, normal) -> dict:
+    mask = {"encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.long)}
+    return _latents(batch, h, w, normal) | _text(batch, normal) | mask
+
+
+def _zimage(batch, h, w, normal) -> dict:
+    """Texts of several lengths, padded to different multiples of 32."""
+    return {
+        "x": list(normal(batch, 4, 1, 2 * h, 2 * w)),
+        "t": torch.full((batch,), 0.5),
+        "cap_feats": [normal(65 if index else 33, WIDTH) for index in range(batch)],
+    }
+
+
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 _SQUARE = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4}
 _JOINT = {"joint_attention_dim": WIDTH, "caption_projection_dim": WIDTH}
 _POOLED = {"joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
 _PACKED = {"patch_size": 1, "in_channels": 4, "num_layers": 1}
+_FLUX = (
+    _PACKED
+    | _HEADS
+    | {"num_single_layers": 1, "joint_attention_dim": WIDTH, "axes_dims_rope": (2, 2, 4)}
+)
+_WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": WIDTH,
+    "freq_dim": 8,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+_COGVIDEOX = _HEADS | {
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": WIDTH,
+    "max_text_seq_length": TEXT,
+    "num_layers": 2,
+    "use_rotary_positional_embeddings": True,
+}
+_COGVIEW = (
+    _SQUARE
+    | _HEADS
+    | {"num_layers": 2, "text_embed_dim": WIDTH, "time_embed_dim": 8, "condition_dim": 4}
+    | {"pos_embed_max_size": 16}
+)
+_HUNYUAN = _HEADS | {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_refiner_layers": 1,
+    "text_embed_dim": WIDTH,
+}
 TINY = {
     tiny.name: tiny
     for tiny in (
@@ -191,7 +334,24 @@ TINY = {
             "FluxTransformer2DModel",
             _PACKED | _HEADS | _POOLED | {"num_single_layers": 1, "axes_dims_rope": (2, 2, 4)},
             _flux,
+            one_map=True,
         ),
+        Tiny(
+            "ChromaTransformer2DModel",
+            _FLUX
+            | {"approximator_num_channels": 16, "approximator_hidden_dim": 16}
+            | {"approximator_layers": 1},
+            _chroma,
+            one_map=True,
+        ),
+        Tiny(
+            "BriaTransformer2DModel",
+            _FLUX | {"pooled_projection_dim": WIDTH},
+            _flux_kin,
+            one_map=True,
+        ),
+        Tiny("LongCatImageTransformer2DModel", _FLUX, _flux_kin, one_map=True),
+        Tiny("OvisImageTransformer2DModel", _FLUX | {"out_channels": 4}, _flux_kin, one_map=True),
         Tiny(
             "Flux2Transformer2DModel",
             _PACKED
@@ -203,6 +363,7 @@ TINY = {
                 "axes_dims_rope": (2, 2, 2, 2),
             },
             _flux2,
+            one_map=True,
         ),
         Tiny(
             "QwenImageTransformer2DModel",
@@ -216,6 +377,7 @@ TINY = {
                 "axes_dims_rope": (2, 2, 4),
             },
             _qwen,
+            one_map=True,
         ),
         Tiny(
             "PixArtTransformer2DModel",
@@ -249,6 +411,7 @@ TINY = {
                 "mlp_ratio": 2.0,
             },
             _hunyuan,
+            one_map=True,
             # Self- and cross-attention of the one block with a skip connection.
             alone=2,
         ),
@@ -261,21 +424,25 @@ TINY = {
             _latte,
         ),
         Tiny(
-            "WanTransformer3DModel",
-            {
-                "num_attention_heads": 2,
-                "attention_head_dim": 12,
-                "in_channels": 4,
-                "out_channels": 4,
-                "text_dim": WIDTH,
-                "freq_dim": 8,
-                "ffn_dim": 32,
-                "num_layers": 2,
-                "rope_max_seq_len": 32,
-            },
-            _wan,
-            frames=3,
+            "AllegroTransformer3DModel",
+            _HEADS
+            | {"attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+            | {"cross_attention_dim": 24, "caption_channels": WIDTH}
+            | {"sample_height": 16, "sample_width": 16, "sample_frames": 2},
+            _allegro,
+            frames=2,
         ),
+        Tiny("WanTransformer3DModel", _WAN, _wan, frames=3),
+        Tiny("ChronoEditTransformer3DModel", _WAN, _wan, frames=3),
+        Tiny(
+            "WanVACETransformer3DModel",
+            _WAN | {"vace_layers": [0, 1], "vace_in_channels": 8},
+            _vace,
+            frames=3,
+            # Self- and cross-attention of the blocks that make hints.
+            alone=4,
+        ),
+        Tiny("SkyReelsV2Transformer3DModel", _WAN, _skyreels, frames=3),
         Tiny(
             "LTXVideoTransformer3DModel",
             {
@@ -290,23 +457,104 @@ TINY = {
             _ltx,
             frames=2,
         ),
+        Tiny("CogVideoXTransformer3DModel", _COGVIDEOX, _cogvideox, frames=2, one_map=True),
         Tiny(
-            "CogVideoXTransformer3DModel",
-            _HEADS
-            | {
-                "in_channels": 4,
-                "out_channels": 4,
-                "time_embed_dim": 8,
-                "text_embed_dim": WIDTH,
-                "max_text_seq_length": TEXT,
-                "num_layers": 2,
-                "use_rotary_positional_embeddings": True,
-            },
-            _cogvideox,
+            "ConsisIDTransformer3DModel",
+            _COGVIDEOX | {"is_train_face": False},
+            _consisid,
             frames=2,
+            one_map=True,
+        ),
+        Tiny("CogView3PlusTransformer2DModel", _COGVIEW, _cogview),
+        Tiny(
+            "CogView4Transformer2DModel",
+            {**_COGVIEW, "rope_axes_dim": (16, 16)},
+            _cogview,
+            one_map=True,
+        ),
+        Tiny(
+            "MochiTransformer3DModel",
+            _HEADS
+            | {"in_channels": 4, "num_layers": 2, "pooled_projection_dim": 16}
+            | {"text_embed_dim": WIDTH, "time_embed_dim": 8, "max_sequence_length": TEXT},
+            _mochi,
+            frames=2,
+            image_first=True,
+            one_map=True,
+        ),
+        Tiny(
+            "HunyuanVideoTransformer3DModel",
+            _HUNYUAN
+            | {"num_single_layers": 1, "rope_axes_dim": (2, 2, 4)}
+            | {"pooled_projection_dim": WIDTH},
+            _hunyuan_video,
+            frames=2,
+            image_first=True,
+            one_map=True,
+        ),
+        Tiny(
+            "HunyuanVideo15Transformer3DModel",
+            _HUNYUAN
+            | {"patch_size": 2, "rope_axes_dim": (2, 2, 4)}
+            | {"text_embed_2_dim": WIDTH, "image_embed_dim": WIDTH},
+            _hunyuan_video15,
+            frames=2,
+            image_first=True,
+            one_map=True,
+        ),
+        Tiny(
+            "HunyuanImageTransformer2DModel",
+            _HUNYUAN | {"num_single_layers": 1, "patch_size": (2, 2), "rope_axes_dim": (4, 4)},
+            _hunyuan_image,
+            image_first=True,
+            one_map=True,
+        ),
+        Tiny(
+            "Lumina2Transformer2DModel",
+            {
+                "sample_size": 16,
+                "in_channels": 4,
+                "hidden_size": 24,
+                "num_layers": 1,
+                "num_refiner_layers": 1,
+                "num_attention_heads": 2,
+                "num_kv_heads": 1,
+                "multiple_of": 8,
+                "axes_dim_rope": (4, 4, 4),
+                "axes_lens": (16, 32, 32),
+                "cap_feat_dim": WIDTH,
+            },
+            _lumina,
+        ),
+        Tiny(
+            "ZImageTransformer2DModel",
+            {
+                "in_channels": 4,
+                "dim": 24,
+                "n_layers": 1,
+                "n_refiner_layers": 1,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "cap_feat_dim": WIDTH,
+                "axes_dims": (4, 4, 4),
+                "axes_lens": (128, 32, 32),
+            },
+            _zimage,
+            image_first=True,
+            # Of the text by itself, which has more tokens than the image here.
+            alone=1,
         ),
     )
 }
+
+# The only one that knows square pictures alone, and no text.
+DIT = Tiny(
+    "DiTTransformer2DModel",
+    _SQUARE | _HEADS | {"out_channels": 4, "num_layers": 2, "norm_num_groups": 8},
+    lambda batch, h, w, normal: (
+        _latents(batch, h, w, normal) | {"class_labels": torch.arange(batch)}
+    ),
+)
 
 
 class Attention(TorchFunctionMode):

@@ -12,7 +12,9 @@ from torch import nn
 from tomesd.patches import (
     diffusers_transformer_cross,
     diffusers_transformer_flux,
+    diffusers_transformer_hunyuan,
     diffusers_transformer_joint,
+    diffusers_transformer_single,
     diffusers_unet,
     timm_vit,
     torchvision_vit,
@@ -45,6 +47,8 @@ class _Family(NamedTuple):
 _TRANSFORMERS = (
     diffusers_transformer_joint,
     diffusers_transformer_flux,
+    diffusers_transformer_hunyuan,
+    diffusers_transformer_single,
     diffusers_transformer_cross,
 )
 _DENOISERS = (
@@ -54,7 +58,7 @@ _DENOISERS = (
         for kind in _TRANSFORMERS
         for family in kind.FAMILIES
     ),
-    _Family("diffusers", (), diffusers_transformer_cross.REFUSED, None),
+    *(_Family("diffusers", (), kind.REFUSED, None) for kind in _TRANSFORMERS),
 )
 _VITS = (
     _Family(

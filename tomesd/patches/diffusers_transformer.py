@@ -78,7 +78,7 @@ class _Model:
                 "it keeps from step to step would be of other tokens; disable_cache() on the model"
             )
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        place = _Place(self.family.grids(model, given), given["timestep"])
+        place = _Place(self.family.grids(model, given), given[self.family.timestep])
         self.run.place = self.last = place
         if self.family.kwargs:
             given[self.family.kwargs] = (given.get(self.family.kwargs) or {}) | {_PLACE: place}
@@ -118,7 +118,7 @@ class BlockHooks:
     def merge(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         kind, run = self.kind, self.model.run
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        x = given["hidden_states"]
+        x = given[kind.tokens]
         place = self._place(given)
         n = sum(f * h * w for f, h, w in place.grids)
         token_map = self._match(x, n, place)
@@ -130,15 +130,18 @@ class BlockHooks:
         if token_map.m == token_map.n:
             return _as_called(self.names, args, given)
         run.x, run.map, run.merged = x, token_map, token_map.merge(x)
-        given["hidden_states"] = run.merged
+        given[kind.tokens] = run.merged
         if given.get(kind.rotary) is not None:
             given[kind.rotary] = self._heads_positions(given[kind.rotary], token_map)
-        for name in kind.per_token:
+        for name, dim in kind.per_token:
             value = given.get(name)
-            if value is not None and value.shape[1] == token_map.n:
-                given[name] = _heads(value, token_map, 1)
+            if value is not None and value.dim() > dim and value.shape[dim] == token_map.n:
+                given[name] = _heads(value, token_map, dim)
+        beside = (0, text) if kind.image_first else (text, 0)
+        if given.get(kind.mask) is not None:
+            given[kind.mask] = _of_keys(given[kind.mask], token_map, beside)
         if kind.bias and self.settings.weighs_keys:
-            log_size = nn.functional.pad(token_map.size[..., 0].log(), (text, 0)).to(x.dtype)
+            log_size = nn.functional.pad(token_map.size[..., 0].log(), beside).to(x.dtype)
             run.bias = log_size.view(len(log_size), *(1,) * (kind.bias - 2), -1)
         return _as_called(self.names, args, given)
 
@@ -157,9 +160,9 @@ class BlockHooks:
     def _match(self, x: Tensor, n: int, place: _Place) -> TokenMap:
         settings, batch, channels = self.settings, len(x), x.shape[2]
         text = x.shape[1] - n
-        if text < 0 or (text and not self.kind.leads):
+        if text < 0 or (text and not self.kind.together):
             raise ValueError(
-                f"hidden_states of block {self.index} must have the tokens of the grids "
+                f"{self.kind.tokens} of block {self.index} must have the tokens of the grids "
                 f"{place.grids} (frames, height, width), got {x.shape[1]} tokens"
             )
         key = None
@@ -170,8 +173,9 @@ class BlockHooks:
             # samples' features side by side is their cosines' mean, weighted by length: what
             # merges is alike in every sample, and a single sample merges as if it were alone.
             x = x.movedim(0, 1).flatten(1)[None]
-        maps = [nothing_merged(x[:, :text])] if text else []
-        start = text
+        image_first = self.kind.image_first
+        maps = [] if image_first or not text else [nothing_merged(x[:, :text])]
+        start = 0 if image_first else text
         for frames, h, w in place.grids:
             part = x[:, start : start + frames * h * w]
             start += frames * h * w
@@ -180,6 +184,8 @@ class BlockHooks:
                 maps.append(nothing_merged(part))
             else:
                 maps.append(self.matching.token_map(part, (frames, h, w), key))
+        if image_first and text:
+            maps.append(nothing_merged(x[:, start:]))
         joined = maps[0] if len(maps) == 1 else side_by_side(maps)
         if len(x) == batch:
             return joined
@@ -192,24 +198,25 @@ class BlockHooks:
 
     def _heads_positions(self, tables: Any, token_map: TokenMap) -> Any:
         """The rotary tables of the merged tokens: a token turns by the angle of its head."""
-        kind = self.kind
-        if isinstance(tables, Tensor):
-            return _heads(tables, token_map, kind.rotary_dim)
-        followed = [
-            _heads(table, token_map, kind.rotary_dim) for table in tables[: kind.rotary_tables]
-        ]
-        return *followed, *tables[kind.rotary_tables :]
+        at, dim = self.kind.rotary_at, self.kind.rotary_dim
+        if at is None:
+            return _followed(tables, token_map, dim)
+        return *tables[:at], _followed(tables[at], token_map, dim), *tables[at + 1 :]
 
     def weigh_keys(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple:
         if self.model.run.map is None:
             return args, kwargs
         given = dict(zip(self.attention_names, args, strict=False)) | kwargs
-        if given.get("attention_mask") is not None:
+        mask, bias = given.get("attention_mask"), self.model.run.bias
+        if mask is not None and not self.kind.mask:
             raise ValueError(
                 "attention_mask on self-attention cannot be combined with merged tokens; "
                 "remove_patch first, or leave attention_mask=None"
             )
-        given["attention_mask"] = self.model.run.bias
+        if mask is not None and bias is not None:
+            mask = mask.view(len(mask), *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
+            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        given["attention_mask"] = mask if bias is None else bias
         return _as_called(self.attention_names, args, given)
 
     def give_back(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -246,7 +253,9 @@ class TransformerPatch(Patch):
                 "and the presets that set them"
             )
         if not any(kind.split(model)[0] for kind in family.blocks):
-            raise ValueError(f"nothing would be merged in {type(model).__name__}: it has no blocks")
+            raise ValueError(
+                f"nothing would be merged in {type(model).__name__}: it has no blocks that can"
+            )
         fused = any(getattr(module, "fused_projections", False) for module in model.modules())
         if fused and settings.weighs_keys and any(kind.keys for kind in family.blocks):
             raise ValueError(
@@ -311,6 +320,8 @@ class TransformerPatch(Patch):
             if alone:
                 note = f"with {kind.unless}: no residual of their input"
                 rows.append(Row(kind.where, len(alone), n, n, 1.0, note))
+        for where, why in self.hooks.family.alone:
+            rows.append(Row(where, len(getattr(self.model, where)), n, n, 1.0, why))
         return rows
 
     def _row(self, kind: Blocks, blocks: list[Any], n: int) -> Row:
@@ -349,6 +360,12 @@ def _as_called(names: tuple[str, ...], args: tuple, given: dict) -> tuple[tuple,
     return tuple(given.pop(name) for name in names[: len(args)]), given
 
 
+def _followed(tables: Any, token_map: TokenMap, dim: int) -> Any:
+    if isinstance(tables, Tensor):
+        return _heads(tables, token_map, dim)
+    return tuple(_heads(table, token_map, dim) for table in tables)
+
+
 def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
     """The rows of a table that belong to the heads, and all that come before the map's tokens."""
     lead = table.shape[dim] - token_map.n
@@ -356,7 +373,19 @@ def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
         rows = token_map.head[0] + lead
         return table.index_select(0, torch.cat([torch.arange(lead, device=rows.device), rows]))
     batch = len(token_map.head)
-    rows = (token_map.head + lead).view(batch, -1, *(1,) * (table.dim() - 2))
-    rows = rows.expand(-1, -1, *table.shape[2:])
+    rows = (token_map.head + lead).view(
+        batch, *(1,) * (dim - 1), -1, *(1,) * (table.dim() - dim - 1)
+    )
+    rows = rows.expand(-1, *table.shape[1:dim], -1, *table.shape[dim + 1 :])
     table = table.expand(batch, *table.shape[1:])
-    return torch.cat([table[:, :lead], table.gather(1, rows)], dim=1)
+    return torch.cat([table.narrow(dim, 0, lead), table.gather(dim, rows)], dim=dim)
+
+
+def _of_keys(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) -> Tensor:
+    """A mask [B, ..., keys] of the merged keys; beside the image's are so many before and after."""
+    batch, (before, after) = len(token_map.head), beside
+    keys = torch.arange(mask.shape[-1], device=mask.device).expand(batch, -1)
+    end = mask.shape[-1] - after
+    keys = torch.cat([keys[:, :before], token_map.head + before, keys[:, end:]], dim=1)
+    keys = keys.view(batch, *(1,) * (mask.dim() - 2), -1).expand(-1, *mask.shape[1:-1], -1)
+    return mask.expand(batch, *mask.shape[1:]).gather(-1, keys)

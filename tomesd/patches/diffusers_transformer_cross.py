@@ -1,4 +1,4 @@
-"""Self-attention and then cross-attention to the text: PixArt-α and Σ, Hunyuan-DiT, and videos.
+"""Self-attention and then, but for DiT, cross-attention to the text: PixArt-α and Σ, many videos.
 
 The text is outside of the stream of tokens, and videos merge within their frames. Latte's temporal
 blocks, of one token for each frame, are left alone, and so are those of Hunyuan-DiT's second half:
@@ -22,12 +22,30 @@ def _given_grid(model: Any, given: dict) -> tuple[Grid, ...]:
     return ((given["num_frames"], given["height"], given["width"]),)
 
 
+def _allegro_grid(model: Any, given: dict) -> tuple[Grid, ...]:
+    """The same, where the patch's sizes have names of their own."""
+    frames, h, w = given["hidden_states"].shape[-3:]
+    patch, together = model.config.patch_size, model.config.patch_size_t
+    return ((frames // together, h // patch, w // patch),)
+
+
 _IMAGE = Blocks(attention=("attn1",), bias=3)
+_PIXART = _IMAGE._replace(carrier="cross_attention_kwargs")
+_WAN = Blocks(
+    "blocks",
+    attention=("attn1",),
+    bias=4,
+    rotary="rotary_emb",
+    rotary_dim=1,
+    # Where each frame has its own timestep.
+    per_token=(("temb", 1),),
+    carrier="rotary_emb",
+)
 
 FAMILIES = (
     Family(
         ("PixArtTransformer2DModel",),
-        (_IMAGE._replace(carrier="cross_attention_kwargs"),),
+        (_PIXART,),
         image_grid,
         kwargs="cross_attention_kwargs",
     ),
@@ -37,20 +55,29 @@ FAMILIES = (
         image_grid,
     ),
     Family(("LatteTransformer3DModel",), (_IMAGE,), image_grid),
+    Family(("DiTTransformer2DModel",), (_PIXART,), image_grid, kwargs="cross_attention_kwargs"),
     Family(
-        ("WanTransformer3DModel",),
-        (
-            Blocks(
-                "blocks",
-                attention=("attn1",),
-                bias=4,
-                rotary="rotary_emb",
-                rotary_dim=1,
-                # Where each frame has its own timestep.
-                per_token=("temb",),
-                carrier="rotary_emb",
-            ),
-        ),
+        ("AllegroTransformer3DModel",),
+        # Angles for each axis, and then where on it each token is.
+        (_IMAGE._replace(rotary="image_rotary_emb", rotary_at=1, rotary_dim=1),),
+        _allegro_grid,
+    ),
+    Family(
+        ("WanTransformer3DModel", "ChronoEditTransformer3DModel"),
+        (_WAN,),
+        _video_grid,
+        rope="rope",
+    ),
+    Family(
+        ("WanVACETransformer3DModel",),
+        # The blocks that are left alone are given the same tables: no grid can travel in them.
+        (_WAN._replace(carrier=""),),
+        _video_grid,
+        alone=(("vace_blocks", "they hand on what they make of every token"),),
+    ),
+    Family(
+        ("SkyReelsV2Transformer3DModel",),
+        (_WAN._replace(per_token=(("temb", 2),)),),
         _video_grid,
         rope="rope",
     ),
@@ -60,7 +87,7 @@ FAMILIES = (
             _IMAGE._replace(
                 rotary="image_rotary_emb",
                 rotary_dim=1,
-                per_token=("temb",),
+                per_token=(("temb", 1),),
                 carrier="image_rotary_emb",
             ),
         ),

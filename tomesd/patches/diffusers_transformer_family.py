@@ -13,9 +13,11 @@ class Blocks(NamedTuple):
     >>> Blocks("single_transformer_blocks", carrier="joint_attention_kwargs", bias=4)
     Blocks(where='single_transformer_blocks', carrier='joint_attention_kwargs', ...
 
-    where: the list's name in the model. The tokens that merge are in hidden_states.
-    text: the argument with text tokens that come first among the keys; "" where there are none.
-    leads: whether text tokens lead in hidden_states itself. They are protected.
+    where: the list's name in the model. of: the class of these blocks, where there may be others.
+    tokens: the argument with the tokens that merge.
+    text: the argument with text tokens that are among the keys too; "" where there are none.
+    together: whether text tokens are in the same argument as the image's. They are protected.
+    image_first: whether the image tokens come before the text's, in either case, or after them.
     output: where the image tokens are in the block's output; None where they are all of it.
     attention: the block's children that do self-attention; some blocks may have None there.
     bias: how many dimensions their attention_mask has, for proportional attention; 0 where they
@@ -24,8 +26,10 @@ class Blocks(NamedTuple):
         queries attend to all of them. Without both there is no proportional attention.
     rotary: the argument with the tokens' rotary tables. rotary_dim: their dimension of tokens;
         0 means that they are the same for all samples, and so is then the token map.
-        rotary_tables: how many of the argument's tables, from the first, are of image tokens.
-    per_token: arguments that may hold something for each image token; that of its head is kept.
+        rotary_at: which of the argument's tables are of image tokens; None where all are.
+    per_token: arguments that may hold something for each image token, and in which dimension; that
+        of its head is kept.
+    mask: the argument that may hold a mask of the keys, all of them, in its last dimension.
     unless: a child that blocks may have; those that do are left alone, because what they compute is
         no residual of what they are given.
     carrier: the dict or tuple among the arguments in which the token grid travels; "" where the
@@ -33,22 +37,28 @@ class Blocks(NamedTuple):
     """
 
     where: str = "transformer_blocks"
+    of: str = ""
+    tokens: str = "hidden_states"
     text: str = ""
-    leads: bool = False
+    together: bool = False
+    image_first: bool = False
     output: int | None = None
     attention: tuple[str, ...] = ("attn",)
     bias: int = 0
     keys: tuple[str, ...] = ()
     rotary: str = ""
     rotary_dim: int = 0
-    rotary_tables: int = 2
-    per_token: tuple[str, ...] = ()
+    rotary_at: int | None = None
+    per_token: tuple[tuple[str, int], ...] = ()
+    mask: str = ""
     unless: str = ""
     carrier: str = ""
 
     def split(self, model: Any) -> tuple[list[Any], list[Any]]:
         """The blocks that merge, and those that are left alone."""
-        blocks = list(getattr(model, self.where))
+        blocks = [
+            block for block in getattr(model, self.where) if self.of in ("", type(block).__name__)
+        ]
         alone = [block for block in blocks if getattr(block, self.unless, None) is not None]
         return [block for block in blocks if block not in alone], alone
 
@@ -63,6 +73,8 @@ class Family(NamedTuple):
     rope: its child that computes a tuple of rotary tables for them. In either travels the grid,
         because gradient checkpointing calls a block again, with the same arguments, when other
         forward passes may have come in between. Without both, the last forward's grid counts.
+    timestep: the model's argument with the timestep.
+    alone: other lists of blocks of its tokens, which are left alone, and why: for reports.
     """
 
     models: tuple[str, ...]
@@ -70,6 +82,8 @@ class Family(NamedTuple):
     grids: Callable[[Any, dict], tuple[Grid, ...]]
     kwargs: str = ""
     rope: str = ""
+    timestep: str = "timestep"
+    alone: tuple[tuple[str, str], ...] = ()
 
 
 def image_grid(model: Any, given: dict) -> tuple[Grid, ...]:

@@ -1,7 +1,8 @@
-"""Flux and Flux2: joint attention in two streams, then in a single one, and rotary positions.
+"""Flux and its kin: joint attention in two streams, then in a single one, and rotary positions.
 
 The token grid is read from the image ids that a pipeline makes. The reference pictures of Kontext
-and Flux2 have ids of their own: they merge too, each within itself.
+and Flux2 have ids of their own: they merge too, each within itself. Of a ControlNet, all samples
+that it hands over are of full resolution, and so is the stream that they are added to.
 """
 
 from typing import Any
@@ -69,22 +70,46 @@ _TWO_STREAMS = Blocks(
     output=1,
     bias=4,
     rotary="image_rotary_emb",
-    carrier="joint_attention_kwargs",
+    carrier="image_rotary_emb",
 )
 _ONE_STREAM = _TWO_STREAMS._replace(where="single_transformer_blocks")
+# A single stream that comes with the text in front.
+_TOGETHER = _ONE_STREAM._replace(text="", together=True, output=None)
 
 FAMILIES = (
     Family(
-        ("FluxTransformer2DModel",),
+        (
+            "FluxTransformer2DModel",
+            "FluxControlNetModel",
+            "BriaTransformer2DModel",
+            "LongCatImageTransformer2DModel",
+            "OvisImageTransformer2DModel",
+        ),
         (_TWO_STREAMS, _ONE_STREAM),
         _grids_of_ids,
-        kwargs="joint_attention_kwargs",
+        rope="pos_embed",
+    ),
+    Family(
+        ("ChromaTransformer2DModel",),
+        # Padded text is masked.
+        (_TWO_STREAMS._replace(mask="attention_mask"), _TOGETHER._replace(mask="attention_mask")),
+        _grids_of_ids,
+        rope="pos_embed",
     ),
     Family(
         ("Flux2Transformer2DModel",),
-        # Its single stream comes with the text in front.
-        (_TWO_STREAMS, _ONE_STREAM._replace(text="", leads=True, output=None)),
+        # Its tables of text and image are put together after they are made.
+        (
+            _TWO_STREAMS._replace(carrier="joint_attention_kwargs"),
+            _TOGETHER._replace(carrier="joint_attention_kwargs"),
+        ),
         _grids_without_cache,
         kwargs="joint_attention_kwargs",
     ),
 )
+
+REFUSED = {
+    "BriaFiboTransformer2DModel": (
+        "its pipeline masks pairs of tokens, which merged tokens are not"
+    ),
+}

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLImg2ImgPipeline,
     T2IAdapter,
+    UNetControlNetXSModel,
 )
 from PIL import Image
 
@@ -266,3 +267,20 @@ def test_what_it_adds_still_has_its_effect(case, settings):
     other = _sample(pipe, case.call | case.change)
     assert other.isfinite().all()
     assert not torch.equal(other, expected)
+
+
+def test_controlnet_xs_is_refused_by_name():
+    # Its blocks take turns with those of the UNet that it holds.
+    model = UNetControlNetXSModel(
+        block_out_channels=(8, 16),
+        ctrl_block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        ctrl_conditioning_embedding_out_channels=(8, 8),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        ctrl_num_attention_heads=2,
+    )
+    with pytest.raises(TypeError, match=r"model must be .*, got UNetControlNetXSModel"):
+        tomesd.apply_patch(model)

@@ -177,6 +177,42 @@ def test_a_model_inside_a_peft_model_merges():
     assert torch.equal(_predict(tiny, tomesd.remove_patch(inside)), unpatched)
 
 
+@ORDERS
+def test_weights_quantized_by_torchao_merge(tiny, when):
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def change(model) -> None:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+    plain = tiny.model()
+    exact = _predict(tiny, plain)
+    change(plain)
+    unpatched = _predict(tiny, plain)
+    assert not torch.equal(unpatched, exact)
+    expected = _predict(tiny, tomesd.apply_patch(plain))
+    model = _both_orders(tiny, when, change)
+    merged = _predict(tiny, model)
+    assert torch.equal(merged, expected)
+    assert not torch.equal(merged, unpatched)
+    assert torch.equal(_predict(tiny, tomesd.remove_patch(model)), unpatched)
+
+
+@ORDERS
+def test_weights_stored_in_eight_bits_and_cast_layer_by_layer_merge(tiny, when):
+    def change(model) -> None:
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+    plain = tiny.model()
+    change(plain)
+    unpatched = _predict(tiny, plain)
+    expected = _predict(tiny, tomesd.apply_patch(plain))
+    model = _both_orders(tiny, when, change)
+    merged = _predict(tiny, model)
+    assert torch.equal(merged, expected)
+    assert not torch.equal(merged, unpatched)
+    assert torch.equal(_predict(tiny, tomesd.remove_patch(model)), unpatched)
+
+
 CACHES = [
     FirstBlockCacheConfig(threshold=0.1),
     PyramidAttentionBroadcastConfig(

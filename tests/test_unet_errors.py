@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderKL
 
 import tomesd
 from tests.tiny_models import hooks, predict, sd_pipeline, sd_unet
@@ -76,20 +76,9 @@ def test_settings_are_by_name_only():
         tomesd.apply_patch(sd_unet(), 0.5, 1)
 
 
-def _unconditional_unet():
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (_unconditional_unet, "UNet2DModel"),
         (AutoencoderKL, "AutoencoderKL"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
         (lambda: "a model", "str"),

@@ -16,6 +16,7 @@ from tomesd.patches import (
     diffusers_transformer_joint,
     diffusers_transformer_single,
     diffusers_unet,
+    diffusers_unet_places,
     timm_vit,
     torchvision_vit,
     transformers_videomae,
@@ -52,7 +53,12 @@ _TRANSFORMERS = (
     diffusers_transformer_cross,
 )
 _DENOISERS = (
-    _Family("diffusers", diffusers_unet.MODELS, {}, diffusers_unet.UNetPatch),
+    _Family(
+        "diffusers",
+        diffusers_unet_places.MODELS,
+        diffusers_unet_places.REFUSED,
+        diffusers_unet.UNetPatch,
+    ),
     *(
         _Family("diffusers", family.models, {}, partial(TransformerPatch, family))
         for kind in _TRANSFORMERS

@@ -8,6 +8,8 @@
 
 Or, with merge_block, the block itself: pre: merge, post: x + unmerge(output − merged). Either way
 the residual stream stays at full resolution, so small differences between merged tokens survive.
+UNets for video merge in their spatial transformers, each frame by itself; what mixes frames is
+left alone.
 """
 
 import warnings
@@ -19,10 +21,9 @@ from torch import Tensor, nn
 
 from tomesd.partition import make_key
 from tomesd.patches.common import Patch, Row
+from tomesd.patches.diffusers_unet_places import Threads, Transformer, find_transformers
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
-
-MODELS = ("UNet2DConditionModel", "ControlNetModel")
 
 # The arguments of BasicTransformerBlock in order: gradient checkpointing passes them by position.
 _BLOCK_ARGUMENTS = (
@@ -35,93 +36,45 @@ _BLOCK_ARGUMENTS = (
     "class_labels",
 )
 
-# Under which a block finds its token grid and timestep among its cross_attention_kwargs.
-_PLACE = "tomesd_place"
-
 # Attention processors that add the bias to float32 logits where the model says upcast_attention.
 _UPCASTING = ("AttnProcessor", "SlicedAttnProcessor")
 
 
-@dataclass(eq=False)
-class _Transformer:
-    """One Transformer2DModel, or another module in its place: where it is and what merges there.
-
-    h, w: its tokens in the last forward pass; 0 before the first.
-    """
-
-    where: str
-    downsample: int
-    module: Any
-    skipped: str = ""
-    batch: int = 0
-    h: int = 0
-    w: int = 0
-    device: str = "cpu"
-
-    def read_grid(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        self.batch, _, self.h, self.w = x.shape
-        self.device = x.device.type
-
-    def why_not(self, settings: DiffusionSettings) -> str:
-        """Why nothing merges here in a picture like the last one; empty if it does."""
-        if self.skipped or not self.h:
-            return self.skipped
-        return settings.why_not(self.device, self.batch, self.h, self.w, self.module.inner_dim)
-
-
-@dataclass(eq=False)
-class _Place:
-    """Hands the token grid and the timestep to a transformer's blocks, with their own arguments.
-
-    Gradient checkpointing runs a block again, with the same arguments, when other forward passes
-    may have come in between: what is not in the arguments would then be another pass's.
-    """
-
-    timestep: Tensor | float = 0
-
-    def read_timestep(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-
-    def announce(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        x = args[0] if args else kwargs["hidden_states"]
-        own = {_PLACE: (*x.shape[-2:], self.timestep)}
-        given = kwargs.get("cross_attention_kwargs") or {}
-        return args, kwargs | {"cross_attention_kwargs": given | own}
+# What diffusers' hooks are called that give out what a module gave in earlier steps.
+_CACHES = {"pyramid_attention_broadcast", "taylorseer_cache"}
 
 
 @dataclass(eq=False)
 class _Block:
-    """The hooks of one transformer block, and what they share while it runs.
-
-    map: its token map, None where nothing merges in this picture. whole, merged: the block's input
-    before and after merging, where all of the block runs on merged tokens.
-    """
+    """The hooks of one transformer block."""
 
     index: int
     settings: DiffusionSettings
-    map: TokenMap | None = None
-    whole: Tensor | None = None
-    merged: Tensor | None = None
+    transformer: Transformer
+
+    @property
+    def map(self) -> TokenMap | None:
+        """The token map of the block that this thread is running; None where nothing merges."""
+        return self.transformer.threads.run.map
 
     def match(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         given = dict(zip(_BLOCK_ARGUMENTS, args, strict=False)) | kwargs
+        h, w, timestep = self.transformer.place(given)
         features = given.pop("hidden_states")
-        cross_attention_kwargs = dict(given["cross_attention_kwargs"])
-        h, w, timestep = cross_attention_kwargs.pop(_PLACE)
-        if cross_attention_kwargs.get("ip_adapter_masks") is not None:
+        if (given.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:
             self._check_masks()
-        settings, key = self.settings, None
+        _check_caches(block, self.settings)
+        settings, run, key = self.settings, self.transformer.threads.run, None
         batch, _, channels = features.shape
-        self.map = None  # A forward that was interrupted may have left one.
+        run.forget_block()  # A forward that was interrupted may have left something.
         if not settings.why_not(features.device.type, batch, h, w, channels):
             if settings.is_random:
                 key = make_key(settings.seed, timestep, self.index).to(features.device)
-            self.map = settings.token_map(features, h, w, key)
+            run.map = settings.token_map(features, h, w, key)
             if settings.merge_block:
-                self.whole, self.merged = features, self.map.merge(features)
-                features = self.merged
-        return (features,), given | {"cross_attention_kwargs": cross_attention_kwargs}
+                run.whole, run.merged = features, run.map.merge(features)
+                features = run.merged
+        return (features,), given
 
     def _check_masks(self) -> None:
         # They say for each place of the picture which image it looks at.
@@ -133,40 +86,54 @@ class _Block:
                 )
 
     def forget(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if self.map is not None and self.whole is not None and self.merged is not None:
+        run = self.transformer.threads.run
+        if run.map is not None and run.whole is not None and run.merged is not None:
             # Into the unmerged copy, so that no more than the unpatched block's sums is kept.
-            output = self.map.unmerge(output - self.merged).add_(self.whole)
-        self.map = self.whole = self.merged = None
+            output = run.map.unmerge(output - run.merged).add_(run.whole)
+        run.forget_block()
         return output
 
     def merge_self_attention(self, attn: Any, args: tuple, kwargs: dict) -> tuple:
-        if self.map is None:
+        token_map = self.map
+        if token_map is None:
             return args, kwargs
         if kwargs.get("attention_mask") is not None:
             raise ValueError(
                 "attention_mask on self-attention cannot be combined with merged tokens; "
                 "remove_patch first, or leave attention_mask=None"
             )
+        if not self.settings.merge_queries and _is_perturbed(attn):
+            raise ValueError(
+                "merge_queries must be True with perturbed-attention guidance, whose processors "
+                "know no separate keys, got False: apply_patch(..., merge_attn=True) or the "
+                "defaults merge queries too"
+            )
         if self.settings.weighs_keys:
-            # [B, 1, M]: the same for every head and query.
-            bias = self.map.size.log().transpose(1, 2)
-            if not (attn.upcast_attention and type(attn.processor).__name__ in _UPCASTING):
-                bias = bias.to(args[0].dtype)
-            kwargs = kwargs | {"attention_mask": bias}
+            kwargs = kwargs | {"attention_mask": _log_size(token_map, attn, args[0].dtype)}
         if self.settings.merge_block:
             return args, kwargs
         x, *rest = args
-        merged = self.map.merge(x)
+        merged = token_map.merge(x)
         if self.settings.merge_queries:
             return (merged, *rest), kwargs
         return args, kwargs | {"encoder_hidden_states": merged}
 
+    def weigh_keys_beside_objects(self, attn: Any, args: tuple, kwargs: dict) -> tuple:
+        """GLIGEN's own attention has objects among its keys, after the picture's tokens."""
+        token_map = self.map
+        if token_map is None:
+            return args, kwargs
+        bias = _log_size(token_map, attn, args[0].dtype)
+        bias = nn.functional.pad(bias, (0, args[0].shape[1] - bias.shape[2]))
+        return args, kwargs | {"attention_mask": bias}
+
     def merge(self, branch: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        x, *rest = args
-        return (x if self.map is None else self.map.merge(x), *rest), kwargs
+        (x, *rest), token_map = args, self.map
+        return (x if token_map is None else token_map.merge(x), *rest), kwargs
 
     def unmerge(self, branch: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output if self.map is None else self.map.unmerge(output)
+        token_map = self.map
+        return output if token_map is None else token_map.unmerge(output)
 
 
 class UNetPatch(Patch):
@@ -182,26 +149,27 @@ class UNetPatch(Patch):
         self.model = model
         self.blocks: dict[nn.Module, _Block] = {}
         self.warned = False
-        self.transformers = _find_transformers(model, settings)
+        self.threads = Threads()
+        self.transformers = find_transformers(model, settings, self.threads)
         if settings.ratio > 0 and all(found.skipped for found in self.transformers):
             reasons = {found.skipped for found in self.transformers} or {"it has no attention"}
             raise ValueError(
                 f"nothing would be merged in {type(model).__name__}: {'; '.join(sorted(reasons))}"
             )
+        for found in self.transformers:
+            for block in [] if found.skipped else found.module.transformer_blocks:
+                _check_caches(block, settings)
 
     def install(self) -> None:
         if self.settings.ratio == 0:
             return
-        place, index = _Place(), 0
         if self.settings.is_random:
-            self.before(self.model, place.read_timestep)
+            self.before(self.model, self.threads.read_timestep)
+        index = 0
         for found in self.transformers:
-            self.before(found.module, found.read_grid)
-            if found.skipped:
-                continue
-            self.before(found.module, place.announce)
-            for block in found.module.transformer_blocks:
-                self._install_block(block, _Block(index, self.settings))
+            self.before(found.module, found.announce)
+            for block in [] if found.skipped else found.module.transformer_blocks:
+                self._install_block(block, _Block(index, self.settings, found))
                 index += 1
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self._warn_if_idle)
@@ -225,6 +193,8 @@ class UNetPatch(Patch):
             self.before(block.attn1, hooks.merge_self_attention)
             if settings.merge_queries and not settings.merge_block:
                 self.after(block.attn1, hooks.unmerge)
+        if settings.merge_block and settings.weighs_keys and hasattr(block, "fuser"):
+            self.before(block.fuser.attn, hooks.weigh_keys_beside_objects)
         if not settings.merge_block:
             branches = [block.attn2] if settings.merge_crossattn and block.attn2 is not None else []
             for branch in branches + [block.ff] * settings.merge_mlp:
@@ -241,7 +211,7 @@ class UNetPatch(Patch):
             rows[row.where, row.note] = row._replace(blocks=blocks)
         return list(rows.values())
 
-    def _row(self, found: _Transformer) -> Row:
+    def _row(self, found: Transformer) -> Row:
         h, w = found.h, found.w
         if not h:
             # A ControlNet does not say for which size it was made.
@@ -260,45 +230,35 @@ class UNetPatch(Patch):
         return Row(where, len(blocks), tokens, merged, work, note)
 
 
-def _find_transformers(model: Any, settings: DiffusionSettings) -> list[_Transformer]:
-    factors = []
-    factor = 1
-    for block in model.down_blocks:
-        factors.append(factor)
-        factor *= 2 if getattr(block, "downsamplers", None) else 1
-    parts = [(f"down_blocks.{i}", factors[i], block) for i, block in enumerate(model.down_blocks)]
-    parts.append(("mid_block", factor, model.mid_block))
-    for i, block in enumerate(getattr(model, "up_blocks", [])):
-        parts.append((f"up_blocks.{i}", factors[-1 - i], block))
-    found = [
-        _Transformer(where, factor, module, _why_impossible(module, settings))
-        for where, factor, block in parts
-        for module in getattr(block, "attentions", [])
-    ]
-    able = [transformer for transformer in found if not transformer.skipped]
-    coarsest = min((each.downsample for each in able), default=1) * settings.max_downsample
-    for transformer in able:
-        if transformer.downsample > coarsest:
-            transformer.skipped = f"coarser than max_downsample={settings.max_downsample}"
-    return found
+def _check_caches(block: Any, settings: DiffusionSettings) -> None:
+    """What a module gave for merged tokens is of no use in a step that merges others."""
+    whole = settings.merge_block
+    for name, module, merges in (
+        ("block", block, whole),
+        ("attn1", block.attn1, whole or (settings.merge_attn and settings.merge_queries)),
+        ("attn2", block.attn2, whole or settings.merge_crossattn),
+        ("ff", block.ff, whole or settings.merge_mlp),
+    ):
+        registry = getattr(module, "_diffusers_hook", None)
+        caches = _CACHES.intersection(registry.hooks) if merges and registry is not None else None
+        if caches:
+            raise ValueError(
+                f"{name} must not be cached while its tokens merge, got {caches.pop()}: what an "
+                "earlier step gave is of other tokens; remove the cache, or merge keys only, "
+                'apply_patch(..., preset="quality")'
+            )
 
 
-def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
-    if type(module).__name__ != "Transformer2DModel":
-        return f"{type(module).__name__} is not a spatial transformer"
-    for block in module.transformer_blocks:
-        name = "merge_block" if settings.merge_block else "merge_mlp"
-        if getattr(settings, name) and block._chunk_size is not None:
-            raise ValueError(
-                f"{name} must be False with feed-forward chunking, got True: "
-                "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
-            )
-        if settings.merge_attn and not settings.merge_queries and block.attn1.fused_projections:
-            raise ValueError(
-                "merge_queries must be True with fused projections, which know no separate keys, "
-                "got False: unfuse_qkv_projections() on the model"
-            )
-        others = settings.merge_crossattn or settings.merge_mlp or settings.merge_block
-        if block.only_cross_attention and not others:
-            return "its blocks have no self-attention"
-    return ""
+def _is_perturbed(attn: Any) -> bool:
+    return type(attn.processor).__name__.startswith("PAG")
+
+
+def _log_size(token_map: TokenMap, attn: Any, dtype: torch.dtype) -> Tensor:
+    """The bias of each key, [B, 1, M]: the same for every head and query."""
+    bias = token_map.size.log().transpose(1, 2)
+    name = type(attn.processor).__name__
+    if _is_perturbed(attn):
+        # The last third of the batch, or half of it without guidance, attends to itself alone.
+        attending, of = (2, 3) if name.startswith("PAGCFG") else (1, 2)
+        bias = bias[: len(bias) * attending // of]
+    return bias if attn.upcast_attention and name in _UPCASTING else bias.to(dtype)

@@ -43,7 +43,7 @@ def main() -> None:
         setup = check(args)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         parser.error(str(error))
-    print(headline(setup))
+    print(headline(setup, timed=not args.memory))
     record: dict[str, Any] = {
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "environment": environment(setup),
@@ -195,13 +195,14 @@ def check_measurement(args: argparse.Namespace, denoiser: Denoiser) -> None:
                 raise ValueError(f"--{name} must not be given with --train-lora")
 
 
-def headline(setup: Setup) -> str:
+def headline(setup: Setup, timed: bool = True) -> str:
     about = environment(setup)
     where = about["accelerator"] or f"{about['cpu']}, {about['threads']} threads"
     return (
         f"{setup.denoiser.name}, batch {setup.batch}, {setup.precision}, "
         f"{'compiled' if setup.compiled else 'eager'}, on {setup.device} ({where}), "
-        f"torch {about['torch_version']}, {setup.rounds} rounds; medians (quartiles)"
+        f"torch {about['torch_version']}"
+        + (f", {setup.rounds} rounds; medians (quartiles)" if timed else "")
     )
 
 

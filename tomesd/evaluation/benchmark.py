@@ -55,6 +55,7 @@ class Setup:
         return PRECISIONS[self.precision]
 
     def latents(self, size: int) -> int:
+        """The side of a picture in latents, or in a transformer's tokens."""
         return size // self.denoiser.pixels
 
     def inputs(self, size: int) -> tuple[tuple, dict[str, Any]]:

@@ -87,7 +87,7 @@ def training_step(
     The model is changed in place: it gets a new adapter on the projections of all attention. What
     it learns, to tell some noise from other noise, is of no interest, but always the same.
     """
-    from peft import LoraConfig  # Late: nothing else that is measured needs it in memory.
+    from peft import LoraConfig  # Late: all else is measured without it.
 
     adapter = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
     with torch.random.fork_rng():

@@ -94,6 +94,54 @@ def test_a_mask_of_image_tokens_cannot_be_combined_with_merging():
         tiny.call(model, attention_mask=torch.ones(2, 35))
 
 
+def _given(tiny, h: int = 5, w: int = 7) -> dict:
+    draw = torch.Generator().manual_seed(0)
+    return tiny.inputs(2, h, w, lambda *shape: torch.randn(shape, generator=draw))
+
+
+def test_texts_of_several_lengths_before_the_image_are_refused():
+    """Their images begin at different tokens."""
+    tiny = TINY["Lumina2Transformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    with pytest.raises(ValueError, match="attention_mask on self-attention"):
+        tiny.call(model, encoder_attention_mask=mask)
+
+
+def test_pictures_of_several_sizes_or_in_lists_are_refused():
+    tiny = TINY["ZImageTransformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    (one, other), smaller = _given(tiny)["x"], _given(tiny, 4, 6)["x"][0]
+    with pytest.raises(ValueError, match="x must list latents of one size while tokens merge"):
+        tiny.call(model, x=[one, smaller])
+    with pytest.raises(ValueError, match="x must list latents while tokens merge, got lists"):
+        tiny.call(model, x=[[one], [other]])
+
+
+def test_a_video_that_goes_on_from_replaced_tokens_is_refused():
+    model = TINY["HunyuanVideoTransformer3DModel"].model(image_condition_type="token_replace")
+    with pytest.raises(ValueError, match="nothing would be merged in HunyuanVideoTransformer3D"):
+        tomesd.apply_patch(model)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("prop_attn", [False, True])
+def test_frames_that_see_earlier_frames_alone_are_refused(prop_attn):
+    tiny = TINY["SkyReelsV2Transformer3DModel"]
+    model = tomesd.apply_patch(tiny.model(num_frame_per_block=3), prop_attn=prop_attn)
+    with pytest.raises(ValueError, match="attention_mask on self-attention"):
+        tiny.call(model)
+
+
+def test_blocks_that_are_left_alone_are_reported_with_the_reason():
+    tiny = TINY["WanVACETransformer3DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    tiny.call(model)
+    assert "vace_blocks" in str(tomesd.report(model))
+    assert "they hand on what they make of every token" in str(tomesd.report(model))
+
+
 def test_keys_that_are_kept_from_step_to_step_are_refused():
     tiny = TINY["Flux2Transformer2DModel"]
     model = tomesd.apply_patch(tiny.model())
@@ -115,8 +163,7 @@ def test_a_cache_that_keeps_outputs_from_step_to_step_is_refused():
 def test_image_ids_that_are_no_grid_are_refused(change):
     tiny = TINY["FluxTransformer2DModel"]
     model = tomesd.apply_patch(tiny.model())
-    given = tiny.inputs(1, 5, 7, torch.randn)
-    ids = change(given["img_ids"])
+    ids = change(_given(tiny)["img_ids"])
     with pytest.raises(ValueError, match="img_ids must list the tokens of each picture row by row"):
         tiny.call(model, img_ids=ids)
 

@@ -122,6 +122,8 @@ class BlockHooks:
         place = self._place(given)
         n = sum(f * h * w for f, h, w in place.grids)
         token_map = self._match(x, n, place)
+        if kind.together and not kind.mask and given.get("attention_mask") is not None:
+            raise ValueError(_MASKED)
         text = given[kind.text].shape[1] if kind.text else 0
         before, after = text + token_map.n, text + token_map.m
         pairs = after * (before if self.gives_keys_back else after)
@@ -209,10 +211,7 @@ class BlockHooks:
         given = dict(zip(self.attention_names, args, strict=False)) | kwargs
         mask, bias = given.get("attention_mask"), self.model.run.bias
         if mask is not None and not self.kind.mask:
-            raise ValueError(
-                "attention_mask on self-attention cannot be combined with merged tokens; "
-                "remove_patch first, or leave attention_mask=None"
-            )
+            raise ValueError(_MASKED)
         if mask is not None and bias is not None:
             mask = mask.view(len(mask), *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
@@ -347,6 +346,10 @@ class TransformerPatch(Patch):
         return ()
 
 
+_MASKED = (
+    "attention_mask on self-attention cannot be combined with merged tokens; remove_patch first, or "
+    "leave attention_mask=None: one prompt at a time where it is made from prompts of several lengths"
+)
 _NO_BIAS = "without proportional attention: its processors take no bias"
 
 

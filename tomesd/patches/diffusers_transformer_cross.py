@@ -1,8 +1,9 @@
 """Self-attention and then, but for DiT, cross-attention to the text: PixArt-α and Σ, many videos.
 
-The text is outside of the stream of tokens, and videos merge within their frames. Latte's temporal
-blocks, of one token for each frame, are left alone, and so are those of Hunyuan-DiT's second half:
-they begin with a projection of the stream and its long skip connection.
+The text is outside of the stream of tokens. Latte's blocks are given one frame at a time, so that
+across_frames changes nothing there; its temporal blocks, of one token for each frame, are left
+alone. So are those of Hunyuan-DiT's second half, which begin with a projection of the stream and
+its long skip connection, and those of Wan's VACE that make hints for the others.
 """
 
 from typing import Any
@@ -96,9 +97,21 @@ FAMILIES = (
     ),
 )
 
+_LINEAR = (
+    "its attention is linear in the tokens, and its feed-forward is a convolution over their whole "
+    "grid, which merged tokens do not have"
+)
+_SOUND = "its tokens are moments of sound, not of a grid"
 REFUSED = {
-    "SanaTransformer2DModel": (
-        "its attention is linear in the tokens, and its feed-forward is a convolution over their "
-        "whole grid, which merged tokens do not have"
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "LTX2VideoTransformer3DModel": (
+        "in its blocks, sound and video attend to each other at positions of their own, which "
+        "merged tokens do not follow yet"
     ),
+    "AceStepTransformer1DModel": _SOUND,
+    "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxMusic3Transformer1DModel": _SOUND,
+    "StableAudioDiTModel": _SOUND,
+    "PriorTransformer": "its tokens are of a text and of one embedding, not of a grid",
 }

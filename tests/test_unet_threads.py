@@ -106,15 +106,17 @@ def test_a_copy_of_a_patched_unet_merges_for_itself(tiny, copied):
 
 
 def test_a_forward_that_was_interrupted_leaves_nothing_that_the_next_one_sees(tiny):
-    model = tomesd.apply_patch(tiny.model(), max_downsample=8)
-    expected = _predict(tiny, model, **SIZES[0])
+    model = tiny.model()
+    small = _predict(tiny, model, **SIZES[1])
+    tomesd.apply_patch(model, min_tokens=40)
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    last = list(model._tomesd_patch.blocks)[-1]
-    handle = last.ff.register_forward_pre_hook(interrupt)
+    first = next(iter(model._tomesd_patch.blocks))
+    handle = first.ff.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _predict(tiny, model, **SIZES[1])
+        _predict(tiny, model, **SIZES[0])
     handle.remove()
-    assert torch.equal(_predict(tiny, model, **SIZES[0]), expected)
+    with pytest.warns(UserWarning, match="fewer than min_tokens=40"):
+        assert torch.equal(_predict(tiny, model, **SIZES[1]), small)

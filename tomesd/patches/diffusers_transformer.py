@@ -347,8 +347,9 @@ class TransformerPatch(Patch):
 
 
 _MASKED = (
-    "attention_mask on self-attention cannot be combined with merged tokens; remove_patch first, or "
-    "leave attention_mask=None: one prompt at a time where it is made from prompts of several lengths"
+    "attention_mask on self-attention cannot be combined with merged tokens; remove_patch first, "
+    "or leave attention_mask=None: one prompt at a time where it comes from prompts of several "
+    "lengths"
 )
 _NO_BIAS = "without proportional attention: its processors take no bias"
 

@@ -5,6 +5,7 @@
 """
 
 from tomesd.patch import apply_patch, patched, remove_patch, report, supported
+from tomesd.ratio_schedule import RatioSchedule
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
 from tomesd.tracing import TokenGroups, trace
@@ -12,6 +13,7 @@ from tomesd.vit_settings import ViTSettings
 
 __all__ = [
     "DiffusionSettings",
+    "RatioSchedule",
     "TokenGroups",
     "TokenMap",
     "ViTSettings",

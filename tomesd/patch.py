@@ -24,6 +24,7 @@ from tomesd.patches import (
 )
 from tomesd.patches.common import Patch, Row
 from tomesd.patches.diffusers_transformer import TransformerPatch
+from tomesd.ratio_schedule import Ratio, RatioPlan
 from tomesd.settings import diffusion_settings
 from tomesd.vit_settings import vit_settings
 
@@ -85,7 +86,7 @@ _VITS = (
 
 
 def apply_patch(
-    model: Model, ratio: float | None = None, *, preset: str | None = None, **settings: Any
+    model: Model, ratio: Ratio | None = None, *, preset: str | None = None, **settings: Any
 ) -> Model:
     """Merge tokens in every supported model of a pipeline or module, from its next call on.
 
@@ -98,7 +99,10 @@ def apply_patch(
         hooks and returned; a model that is patched already gets the new settings instead of the
         old ones.
     ratio: for denoisers, the share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by
-        default, where the papers find the picture hardly changed at twice the speed.
+        default, where the papers find the picture hardly changed at twice the speed. Or a
+        `tomesd.RatioSchedule` or a function of progress, for a ratio that changes over the steps of
+        a pipeline; or, for a UNet, a dict of any of these by level, {1: 0.5, 2: 0.25}: by how much
+        coarser a level is than the finest one with attention. It merges at those and no others.
     preset: for denoisers, "paper" is exactly ToMe's Appendix F. What is given beside it wins.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup must be
@@ -109,7 +113,7 @@ def apply_patch(
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
     targets, chosen = _choose(model, ratio, preset, settings)
-    patches = [family.make_patch(target, chosen) for target, family in targets]
+    patches = [family.make_patch(target, *chosen) for target, family in targets]
     for (target, _), patch in zip(targets, patches, strict=True):
         _remove(target)
         patch.install()
@@ -134,7 +138,7 @@ def remove_patch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, ratio: float | None = None, **settings: Any) -> Iterator[Model]:
+def patched(model: Model, ratio: Ratio | None = None, **settings: Any) -> Iterator[Model]:
     """Merge tokens inside a `with` block only; undone on leaving it, also after an exception.
 
     >>> with tomesd.patched(pipe, ratio=0.5):
@@ -236,14 +240,15 @@ def _targets(model: Any, families: tuple[_Family, ...]) -> list[tuple[nn.Module,
     ]
 
 
-def _choose(model: Any, ratio: float | None, preset: str | None, settings: dict) -> tuple:
+def _choose(model: Any, ratio: Ratio | None, preset: str | None, settings: dict) -> tuple:
     """Which models to patch, and how: denoisers by ratio, Vision Transformers by r."""
     denoisers, vits = _targets(model, _DENOISERS), _targets(model, _VITS)
     if not denoisers and not vits:
         raise TypeError(_why_unsupported(model))
     by_r = "r" in settings or "speedup" in settings
     if not by_r and denoisers:
-        return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
+        plan = RatioPlan(0.5 if ratio is None else ratio, model)
+        return denoisers, (diffusion_settings(max(plan.ratios), preset, settings), plan)
     found = type((vits or denoisers)[0][0]).__name__
     if not vits:
         raise TypeError(
@@ -255,7 +260,7 @@ def _choose(model: Any, ratio: float | None, preset: str | None, settings: dict)
             f"{found} must be given r, the number of tokens to merge in each layer (for example "
             "r=8); ratio and preset are for diffusion models"
         )
-    return vits, vit_settings(settings)
+    return vits, (vit_settings(settings),)
 
 
 def _why_unsupported(model: Any) -> str:

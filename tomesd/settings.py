@@ -149,16 +149,25 @@ class DiffusionSettings:
             return (h * w + 1) // 2 if h * w > 1 else 0
         return h * w - -(-h // self.sy) * -(-w // self.sx)
 
-    def why_not(self, device_kind: str, batch: int, h: int, w: int, channels: int) -> str:
-        """Why blocks on h·w tokens are left alone, or nothing if they merge. From shapes alone."""
+    def why_not(
+        self, device_kind: str, batch: int, h: int, w: int, channels: int, *, joint: bool = False
+    ) -> str:
+        """Why blocks on h·w tokens are left alone, or nothing if they merge. From shapes alone.
+
+        joint: whether they are of SD3's or Flux's kind, which attend to the text with the picture.
+        """
         tokens = h * w
+        if self.ratio == 0:
+            return "ratio is 0"
         if tokens < self.min_tokens:
             return f"fewer than min_tokens={self.min_tokens}"
-        if not self.only_where_it_pays or self._pays(device_kind, batch, h, w, channels):
+        if not self.only_where_it_pays or self._pays(device_kind, batch, h, w, channels, joint):
             return ""
         return "would cost more time than it saves"
 
-    def _pays(self, device_kind: str, batch: int, h: int, w: int, channels: int) -> bool:
+    def _pays(
+        self, device_kind: str, batch: int, h: int, w: int, channels: int, joint: bool
+    ) -> bool:
         r = self.merged(h, w)
         return balance(
             device_kind,
@@ -175,6 +184,7 @@ class DiffusionSettings:
             ),
             destinations=h * w - self._allowed(h, w),
             window=self.window or None,
+            joint=joint,
         ).pays
 
     def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> TokenMap:

@@ -1,7 +1,7 @@
 """What the patches of all families share."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -43,3 +43,14 @@ class Patch:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+
+def is_cached(*modules: Any) -> bool:
+    """Whether one of diffusers' caches keeps something of a module from step to step.
+
+    Its hooks are in the module itself, whoever applied them; offloading and casting keep nothing.
+    """
+    registries = (getattr(module, "_diffusers_hook", None) for module in modules)
+    return any(
+        hook._is_stateful for registry in registries if registry for hook in registry.hooks.values()
+    )

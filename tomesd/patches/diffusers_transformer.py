@@ -14,17 +14,19 @@ What a family of models has to say for itself are the records of `diffusers_tran
 import inspect
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tomesd.map_joining import nothing_merged, side_by_side
 from tomesd.partition import make_key
-from tomesd.patches.common import Patch, Row
+from tomesd.patches.common import Patch, Row, is_cached
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 from tomesd.patches.diffusers_transformer_video import VideoMatching
+from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
 
@@ -34,28 +36,42 @@ class _Place(NamedTuple):
 
     grids: tuple[Grid, ...]
     timestep: Any
+    stage: int
 
 
 # Under which a block finds its place in a dict.
 _PLACE = "tomesd_place"
 
 
-class _Run(threading.local):
-    """What one thread is doing: threads that share a model do not mix their maps.
+@dataclass(eq=False)
+class _Run:
+    """What one thread is doing in one model.
 
-    place: of the forward pass. The rest, of the block that is running: its token map or None where
-    nothing merges, its image tokens, unmerged and merged, and the bias of its keys.
+    stage, place: of the forward pass. The rest, of the block that is running: its token map or None
+    where nothing merges, its image tokens, unmerged and merged, and the bias of its keys.
     """
 
+    stage: int = 0
     place: Any = None
     map: Any = None
     x: Any = None
     merged: Any = None
     bias: Any = None
 
+
+class _Threads(threading.local):
+    """A _Run for each thread, so that threads that share a model do not mix their maps.
+
+    The _Run is an object of its own, since a compiler loses what is written to a threading.local
+    itself (torch 2.15).
+    """
+
+    def __init__(self) -> None:
+        self.run = _Run()
+
     def __reduce__(self) -> tuple:
         # A copied model starts anew: what threads are doing cannot be copied.
-        return _Run, ()
+        return _Threads, ()
 
 
 @dataclass(eq=False)
@@ -67,18 +83,26 @@ class _Model:
     """
 
     family: Family
-    run: _Run
+    threads: _Threads
     names: tuple[str, ...]
+    plan: RatioPlan
     last: _Place | None = None
+
+    @property
+    def run(self) -> _Run:
+        return self.threads.run
+
+    @torch.compiler.disable  # A model's own hooks are no part of its graph.
+    def note_stage(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        self.run.stage = self.plan.stage(given[self.family.timestep])
 
     def note_place(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple:
         if getattr(model, "is_cache_enabled", False):
-            raise ValueError(
-                "a cache must not be enabled while tokens merge, got is_cache_enabled=True: what "
-                "it keeps from step to step would be of other tokens; disable_cache() on the model"
-            )
+            raise ValueError(_CACHED)
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        place = _Place(self.family.grids(model, given), given[self.family.timestep])
+        timestep = given[self.family.timestep]
+        place = _Place(self.family.grids(model, given), timestep, self.run.stage)
         self.run.place = self.last = place
         if self.family.kwargs:
             given[self.family.kwargs] = (given.get(self.family.kwargs) or {}) | {_PLACE: place}
@@ -89,8 +113,7 @@ class _Model:
 
     @property
     def place(self) -> _Place | None:
-        # A compiler sees what one thread does, but not what another hook has kept for the thread.
-        return self.last if torch.compiler.is_compiling() else self.run.place or self.last
+        return self.run.place or self.last
 
 
 @dataclass(eq=False)
@@ -98,16 +121,16 @@ class BlockHooks:
     """The hooks of one block.
 
     counts: of image tokens and of pairs of queries and keys, each unmerged and merged, in the last
-    forward pass. why_not: why nothing merged.
+    forward pass. why_not: why nothing merged. stages: of the denoising, how each matches.
     """
 
     index: int
     kind: Blocks
     settings: DiffusionSettings
+    stages: tuple[VideoMatching, ...]
     model: _Model
     names: tuple[str, ...]
     attention_names: tuple[str, ...]
-    matching: VideoMatching
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     why_not: str = ""
 
@@ -119,6 +142,8 @@ class BlockHooks:
         kind, run = self.kind, self.model.run
         given = dict(zip(self.names, args, strict=False)) | kwargs
         x = given[kind.tokens]
+        if is_cached(block, *block.children()):
+            raise ValueError(_CACHED)
         place = self._place(given)
         n = sum(f * h * w for f, h, w in place.grids)
         token_map = self._match(x, n, place)
@@ -160,7 +185,8 @@ class BlockHooks:
         return place
 
     def _match(self, x: Tensor, n: int, place: _Place) -> TokenMap:
-        settings, batch, channels = self.settings, len(x), x.shape[2]
+        matching, batch, channels = self.stages[place.stage], len(x), x.shape[2]
+        settings, joint = matching.settings, bool(self.kind.text or self.kind.together)
         text = x.shape[1] - n
         if text < 0 or (text and not self.kind.together):
             raise ValueError(
@@ -181,11 +207,13 @@ class BlockHooks:
         for frames, h, w in place.grids:
             part = x[:, start : start + frames * h * w]
             start += frames * h * w
-            self.why_not = settings.why_not(x.device.type, batch * frames, h, w, channels)
+            self.why_not = settings.why_not(
+                x.device.type, batch * frames, h, w, channels, joint=joint
+            )
             if self.why_not:
                 maps.append(nothing_merged(part))
             else:
-                maps.append(self.matching.token_map(part, (frames, h, w), key))
+                maps.append(matching.token_map(part, (frames, h, w), key))
         if image_first and text:
             maps.append(nothing_merged(x[:, start:]))
         joined = maps[0] if len(maps) == 1 else side_by_side(maps)
@@ -234,17 +262,54 @@ class BlockHooks:
         return y if at is None else (*output[:at], y, *output[at + 1 :])
 
 
+@dataclass(eq=False)
+class _Projections:
+    """Keeps the hook that gives keys back on the projections that an attention has now.
+
+    A LoRA adapter that is loaded or unloaded puts other modules in their place.
+    """
+
+    patch: Patch
+    block: BlockHooks
+    hooked: dict[str, tuple[nn.Module, RemovableHandle]] = field(default_factory=dict)
+
+    def follow(self, attention: Any, args: tuple, kwargs: dict) -> None:
+        if getattr(attention, "fused_projections", False):
+            raise ValueError(_FUSED)
+        for name in self.block.kind.keys:
+            projection = getattr(attention, name)
+            before, handle = self.hooked.get(name, (None, None))
+            if projection is not before:
+                if handle is not None:
+                    handle.remove()
+                self.patch.after(projection, self.block.give_back)
+                self.hooked[name] = projection, self.patch.handles[-1]
+
+
 class TransformerPatch(Patch):
     """Token merging on one transformer. Nothing of it is touched before `install`."""
 
-    def __init__(self, family: Family, model: Any, settings: DiffusionSettings):
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        settings: DiffusionSettings,
+        plan: RatioPlan | None = None,
+    ):
         super().__init__()
         self.settings = settings
+        self.plan = plan or RatioPlan(settings.ratio, None)
         self.model = model
-        self.hooks = _Model(family, _Run(), _argument_names(model))
-        self.matching = VideoMatching(settings)
+        self.hooks = _Model(family, _Threads(), _argument_names(model), self.plan)
+        self.stages = tuple(
+            VideoMatching(replace(settings, ratio=ratio)) for ratio in self.plan.of_level(1)
+        )
         self.blocks: dict[nn.Module, BlockHooks] = {}
         self.warned = False
+        if self.plan.names_levels:
+            raise TypeError(
+                f"ratio must not be given by level for {type(model).__name__}, which has one level"
+            )
         if not settings.merge_block:
             raise ValueError(
                 f"merge_block must be True for {type(model).__name__}, whose blocks merge as a "
@@ -257,14 +322,13 @@ class TransformerPatch(Patch):
             )
         fused = any(getattr(module, "fused_projections", False) for module in model.modules())
         if fused and settings.weighs_keys and any(kind.keys for kind in family.blocks):
-            raise ValueError(
-                "prop_attn must be False with fused projections, which know no separate keys, "
-                "got True: unfuse_qkv_projections() on the model"
-            )
+            raise ValueError(_FUSED)
 
     def install(self) -> None:
         if self.settings.ratio == 0:
             return
+        if self.plan.changes:
+            self.before(self.model, self.hooks.note_stage)
         self.before(self.model, self.hooks.note_place)
         if self.hooks.family.rope:
             self.after(self.model.get_submodule(self.hooks.family.rope), self.hooks.append_place)
@@ -291,18 +355,20 @@ class TransformerPatch(Patch):
             len(self.blocks),
             kind,
             self.settings,
+            self.stages,
             self.hooks,
             _argument_names(block),
             _argument_names(attentions[0]),
-            self.matching,
         )
         self.blocks[block] = hooks
         self.before(block, hooks.merge)
         for attention in filter(None, attentions):
             if kind.bias:
                 self.before(attention, hooks.weigh_keys)
-            for name in kind.keys if hooks.gives_keys_back else ():
-                self.after(getattr(attention, name), hooks.give_back)
+            if hooks.gives_keys_back:
+                projections = _Projections(self, hooks)
+                projections.follow(attention, (), {})
+                self.before(attention, projections.follow)
         self.after(block, hooks.unmerge)
 
     def remove(self) -> None:
@@ -327,12 +393,16 @@ class TransformerPatch(Patch):
         if self.settings.ratio == 0:
             return Row(kind.where, len(blocks), n, n, 1.0, "ratio is 0")
         hooks = self.blocks[blocks[0]]
-        m = n - sum(map(self.matching.merged, self._grids()))
+        most = max(self.stages, key=lambda matching: matching.settings.ratio)
+        m = n - sum(map(most.merged, self._grids()))
         # Before the first picture the text is not known.
         estimate = n, m, n**2, m * (n if hooks.gives_keys_back else m)
         n, m, before, after = hooks.counts if any(hooks.counts) else estimate
         weighed = kind.bias or kind.keys or not self.settings.weighs_keys
-        note = hooks.why_not or ("" if weighed else _NO_BIAS)
+        notes = [hooks.why_not or ("" if weighed else _NO_BIAS)]
+        if self.plan.changes:
+            notes.append("ratio " + ", ".join(f"{ratio:.2g}" for ratio in self.plan.of_level(1)))
+        note = "; ".join(filter(None, notes))
         return Row(kind.where, len(blocks), n, m, after / max(before, 1), note)
 
     def _grids(self) -> tuple[Grid, ...]:
@@ -350,6 +420,14 @@ _MASKED = (
     "attention_mask on self-attention cannot be combined with merged tokens; remove_patch first, "
     "or leave attention_mask=None: one prompt at a time where it comes from prompts of several "
     "lengths"
+)
+_FUSED = (
+    "prop_attn must be False with fused projections, which know no separate keys, got True: "
+    "unfuse_qkv_projections() on the model"
+)
+_CACHED = (
+    "a cache must not be enabled while tokens merge, got one: what it keeps from step to step "
+    "would be of other tokens; disable_cache() on the model"
 )
 _NO_BIAS = "without proportional attention: its processors take no bias"
 

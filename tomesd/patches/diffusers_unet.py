@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from tomesd.partition import make_key
 from tomesd.patches.common import Patch, Row
-from tomesd.patches.diffusers_unet_places import Threads, Transformer, find_transformers
+from tomesd.patches.diffusers_unet_places import FUSED, Threads, Transformer, find_transformers
+from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
 
@@ -59,18 +60,19 @@ class _Block:
 
     def match(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         given = dict(zip(_BLOCK_ARGUMENTS, args, strict=False)) | kwargs
-        h, w, timestep = self.transformer.place(given)
+        place = self.transformer.place(given)
         features = given.pop("hidden_states")
         if (given.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:
             self._check_masks()
         _check_caches(block, self.settings)
-        settings, run, key = self.settings, self.transformer.threads.run, None
+        settings = self.transformer.settings[place.stage]
+        run, key = self.transformer.threads.run, None
         batch, _, channels = features.shape
         run.forget_block()  # A forward that was interrupted may have left something.
-        if not settings.why_not(features.device.type, batch, h, w, channels):
+        if not settings.why_not(features.device.type, batch, place.h, place.w, channels):
             if settings.is_random:
-                key = make_key(settings.seed, timestep, self.index).to(features.device)
-            run.map = settings.token_map(features, h, w, key)
+                key = make_key(settings.seed, place.timestep, self.index).to(features.device)
+            run.map = settings.token_map(features, place.h, place.w, key)
             if settings.merge_block:
                 run.whole, run.merged = features, run.map.merge(features)
                 features = run.merged
@@ -108,6 +110,8 @@ class _Block:
                 "know no separate keys, got False: apply_patch(..., merge_attn=True) or the "
                 "defaults merge queries too"
             )
+        if not self.settings.merge_queries and attn.fused_projections:
+            raise ValueError(FUSED)
         if self.settings.weighs_keys:
             kwargs = kwargs | {"attention_mask": _log_size(token_map, attn, args[0].dtype)}
         if self.settings.merge_block:
@@ -143,14 +147,20 @@ class UNetPatch(Patch):
     when the patch is made.
     """
 
-    def __init__(self, model: Any, settings: DiffusionSettings):
+    def __init__(self, model: Any, settings: DiffusionSettings, plan: RatioPlan | None = None):
         super().__init__()
+        if settings.across_frames:
+            raise ValueError(
+                f"across_frames must be False for {type(model).__name__}, whose attention sees one "
+                "frame at a time, got True"
+            )
         self.settings = settings
+        self.plan = plan or RatioPlan(settings.ratio, None)
         self.model = model
         self.blocks: dict[nn.Module, _Block] = {}
         self.warned = False
         self.threads = Threads()
-        self.transformers = find_transformers(model, settings, self.threads)
+        self.transformers = find_transformers(model, settings, self.plan, self.threads)
         if settings.ratio > 0 and all(found.skipped for found in self.transformers):
             reasons = {found.skipped for found in self.transformers} or {"it has no attention"}
             raise ValueError(
@@ -164,7 +174,9 @@ class UNetPatch(Patch):
         if self.settings.ratio == 0:
             return
         if self.settings.is_random:
-            self.before(self.model, self.threads.read_timestep)
+            self.before(self.model, self._note_timestep)
+        if self.plan.changes:
+            self.before(self.model, self._note_stage)
         index = 0
         for found in self.transformers:
             self.before(found.module, found.announce)
@@ -174,10 +186,17 @@ class UNetPatch(Patch):
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self._warn_if_idle)
 
+    def _note_timestep(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.threads.run.timestep = _timestep(args, kwargs)
+
+    @torch.compiler.disable  # A model's own hooks are no part of its graph.
+    def _note_stage(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.threads.run.stage = self.plan.stage(_timestep(args, kwargs))
+
     def _warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
         if self.warned or torch.compiler.is_compiling():
             return
-        reasons = {found.why_not(self.settings) for found in self.transformers}
+        reasons = {found.why_not() for found in self.transformers}
         if "" not in reasons:
             self.warned = True
             warnings.warn(
@@ -221,13 +240,19 @@ class UNetPatch(Patch):
         blocks = getattr(found.module, "transformer_blocks", [])
         tokens = merged = h * w
         work = 1.0
-        note = "ratio is 0" if self.settings.ratio == 0 else found.why_not(self.settings)
+        note = found.why_not()
         if tokens and not note:
-            merged = tokens - self.settings.merged(h, w)
+            merged = tokens - found.most.merged(h, w)
             if self.settings.merge_attn and not any(block.only_cross_attention for block in blocks):
                 work = (merged / tokens) ** (2 if self.settings.merge_queries else 1)
+        if not note and self.plan.changes:
+            note = "ratio " + ", ".join(f"{each.ratio:.2g}" for each in found.settings)
         where = f"1/{found.downsample} {found.where}"
         return Row(where, len(blocks), tokens, merged, work, note)
+
+
+def _timestep(args: tuple, kwargs: dict) -> Tensor | float:
+    return args[1] if len(args) > 1 else kwargs["timestep"]
 
 
 def _check_caches(block: Any, settings: DiffusionSettings) -> None:

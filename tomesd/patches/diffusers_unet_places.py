@@ -5,11 +5,12 @@ tokens. So it hands them their place among the arguments that it passes on to th
 """
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
 
@@ -20,6 +21,7 @@ MODELS = (
     "UNet3DConditionModel",
     "I2VGenXLUNet",
     "ControlNetModel",
+    "ControlNetUnionModel",
 )
 
 _NO_TRANSFORMERS = "it has no spatial transformers, whose blocks could merge"
@@ -41,19 +43,27 @@ class Place(NamedTuple):
     h: int
     w: int
     timestep: Tensor | float
+    stage: int
+
+
+FUSED = (
+    "merge_queries must be True with fused projections, which know no separate keys, got False: "
+    "unfuse_qkv_projections() on the model"
+)
 
 
 @dataclass(eq=False)
 class Run:
     """What one thread is doing in one model, or in one of its transformers.
 
-    timestep: of the model's forward pass, where the partition is random. place: of the
-    transformer's, where it has no argument for it. Of its block that is running, map: the token
-    map, None where nothing merges; whole, merged: the input before and after merging, where all of
-    it runs on merged tokens.
+    timestep, stage: of the model's forward pass, where the partition is random or the ratio changes
+    over the steps. place: of the transformer's, where it has no argument for it. Of its block that
+    is running, map: the token map, None where nothing merges; whole, merged: the input before and
+    after merging, where all of it runs on merged tokens.
     """
 
     timestep: Tensor | float = 0
+    stage: int = 0
     place: Place | None = None
     map: TokenMap | None = None
     whole: Tensor | None = None
@@ -73,9 +83,6 @@ class Threads(threading.local):
     def __init__(self) -> None:
         self.run = Run()
 
-    def read_timestep(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.run.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-
     def __reduce__(self) -> tuple:
         # A copied model starts anew: what threads are doing cannot be copied.
         return Threads, ()
@@ -89,16 +96,17 @@ class Transformer:
     may have come in between: what is not in the arguments would then be another pass's. Only a
     TransformerSpatioTemporalModel has no argument for it; there, the last pass counts.
 
-    of_model: what threads are doing in all of it. skipped: why nothing merges here. last: batch,
-    height and width of its tokens and the kind of device in the last forward pass of any thread,
-    zeros before the first. last_place: of that pass, for a block that is called again in a thread
-    of autograd's own. threads: what they are doing here.
+    of_model: what threads are doing in all of it. settings: of each stage. skipped: why nothing
+    merges here. last: batch, height and width of its tokens and the kind of device in the last
+    forward pass of any thread, zeros before the first. last_place: of that pass, for a block that
+    is called again in a thread of autograd's own. threads: what they are doing here.
     """
 
     of_model: Threads
     where: str
     downsample: int
     module: Any
+    settings: tuple[DiffusionSettings, ...]
     skipped: str = ""
     last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
     last_place: Place | None = None
@@ -112,12 +120,17 @@ class Transformer:
     def w(self) -> int:
         return self.last[2]
 
-    def why_not(self, settings: DiffusionSettings) -> str:
+    @property
+    def most(self) -> DiffusionSettings:
+        """The settings of the stage in which most merges."""
+        return max(self.settings, key=lambda settings: settings.ratio)
+
+    def why_not(self) -> str:
         """Why nothing merges here in a picture like the last one; empty if it does."""
         batch, h, w, device = self.last
         if self.skipped or not h:
             return self.skipped
-        return settings.why_not(device, batch, h, w, self.module.inner_dim)
+        return self.most.why_not(device, batch, h, w, self.module.inner_dim)
 
     def announce(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Hand the place to the blocks."""
@@ -126,7 +139,7 @@ class Transformer:
         self.last = len(x), h, w, x.device.type
         if self.skipped:
             return None
-        place = Place(h, w, self.of_model.run.timestep)
+        place = Place(h, w, self.of_model.run.timestep, self.of_model.run.stage)
         name = _SPATIAL[type(transformer).__name__]
         if not name:
             self.threads.run.place = self.last_place = place
@@ -151,9 +164,12 @@ class Transformer:
 
 
 def find_transformers(
-    model: Any, settings: DiffusionSettings, threads: Threads
+    model: Any, settings: DiffusionSettings, plan: RatioPlan, threads: Threads
 ) -> list[Transformer]:
-    """All of a UNet's or ControlNet's, also those where nothing merges."""
+    """All of a UNet's or ControlNet's, also those where nothing merges.
+
+    Raises ValueError for settings that they cannot follow, and levels that they do not have.
+    """
     factors = []
     factor = 1
     for block in model.down_blocks:
@@ -163,17 +179,28 @@ def find_transformers(
     parts.append(("mid_block", factor, model.mid_block))
     for i, block in enumerate(getattr(model, "up_blocks", [])):
         parts.append((f"up_blocks.{i}", factors[-1 - i], block))
-    found = [
-        Transformer(threads, where, factor, module, _why_impossible(module, settings))
+    modules = [
+        (where, factor, module, _why_impossible(module, settings))
         for where, factor, block in parts
         for module in getattr(block, "attentions", [])
     ]
-    able = [transformer for transformer in found if not transformer.skipped]
-    coarsest = min((each.downsample for each in able), default=1) * settings.max_downsample
-    for transformer in able:
-        if transformer.downsample > coarsest:
-            transformer.skipped = f"coarser than max_downsample={settings.max_downsample}"
+    able = sorted({factor for _, factor, _, why_not in modules if not why_not})
+    plan.check_levels([factor // able[0] for factor in able])
+    found = []
+    for where, factor, module, why_not in modules:
+        level = factor // able[0] if able else 1
+        ratios = plan.of_level(level)
+        of_stages = tuple(replace(settings, ratio=ratio) for ratio in ratios)
+        if not why_not and not plan.names_levels and level > settings.max_downsample:
+            why_not = f"coarser than max_downsample={settings.max_downsample}"
+        found.append(
+            Transformer(threads, where, factor, module, of_stages, why_not or _why_zero(ratios))
+        )
     return found
+
+
+def _why_zero(ratios: tuple[float, ...]) -> str:
+    return "" if any(ratios) else "ratio is 0"
 
 
 def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
@@ -187,10 +214,7 @@ def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
                 "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
             )
         if settings.merge_attn and not settings.merge_queries and block.attn1.fused_projections:
-            raise ValueError(
-                "merge_queries must be True with fused projections, which know no separate keys, "
-                "got False: unfuse_qkv_projections() on the model"
-            )
+            raise ValueError(FUSED)
         others = settings.merge_crossattn or settings.merge_mlp or settings.merge_block
         if block.only_cross_attention and not others:
             return "its blocks have no self-attention"

@@ -1,0 +1,209 @@
+"""How much merges in which part of the denoising, and where a pipeline is in it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+# A compiled model is compiled anew for each ratio, and torch.compile gives up after eight times.
+MOST_PIECES = 6
+
+
+@dataclass(frozen=True)
+class RatioSchedule:
+    """A ratio for each part of the denoising, constant within each of a few pieces.
+
+    >>> tomesd.apply_patch(pipe, ratio=tomesd.RatioSchedule.first(0.5, until=0.4))
+    >>> tomesd.RatioSchedule.ramp(0.6, 0.2, pieces=3).pieces
+    ((0.3333333333333333, 0.6), (0.6666666666666666, 0.4), (1.0, 0.2))
+
+    pieces: (until, ratio) in order: the ratio up to which progress, from 0 before the first step
+        to 1, where the last piece must end. Progress is the share of the scheduler's steps that are
+        done: the first k of n steps end at k/n, and image-to-image with strength 0.6 begins at 0.4.
+        At most six pieces, so that a compiled model is compiled a few times and no more.
+
+    Raises TypeError or ValueError, naming what is wrong and what is allowed.
+    """
+
+    pieces: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.pieces) <= MOST_PIECES:
+            raise ValueError(f"pieces must be 1 to {MOST_PIECES}, got {len(self.pieces)}")
+        for value in (value for piece in self.pieces for value in piece):
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"pieces must be pairs of numbers, got {self.pieces!r}")
+        ends = [float(until) for until, _ in self.pieces]
+        if ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1:
+            raise ValueError(
+                f"pieces must end at rising shares of the steps, the last at 1, got {ends}"
+            )
+        plain = tuple((float(until), float(ratio)) for until, ratio in self.pieces)
+        object.__setattr__(self, "pieces", plain)
+
+    @classmethod
+    def first(cls, ratio: float, until: float) -> "RatioSchedule":
+        """Merge in the first part of the steps only, where the picture is laid out.
+
+        >>> RatioSchedule.first(0.5, until=10 / 25).pieces  # the first 10 of 25 steps
+        ((0.4, 0.5), (1.0, 0.0))
+        """
+        return cls(((until, ratio), (1.0, 0.0)))
+
+    @classmethod
+    def ramp(cls, start: float, end: float, pieces: int = 4) -> "RatioSchedule":
+        """From one ratio in the first steps to another in the last, in equal stairs.
+
+        >>> RatioSchedule.ramp(0.5, 0.0, pieces=2).pieces
+        ((0.5, 0.5), (1.0, 0.0))
+        """
+        steps = max(1, pieces - 1)
+        return cls._even([start + (end - start) * i / steps for i in range(pieces)])
+
+    @classmethod
+    def of(cls, function: Callable[[float], float], pieces: int = 4) -> "RatioSchedule":
+        """Any function of progress, taken in the middle of each of a few equal pieces.
+
+        >>> RatioSchedule.of(lambda progress: 0.5 * progress, pieces=2).pieces
+        ((0.5, 0.125), (1.0, 0.375))
+        """
+        return cls._even([function((i + 0.5) / pieces) for i in range(pieces)])
+
+    @classmethod
+    def _even(cls, ratios: list[float]) -> "RatioSchedule":
+        return cls(tuple(((i + 1) / len(ratios), ratio) for i, ratio in enumerate(ratios)))
+
+    def at(self, until: float) -> float:
+        """The ratio of the piece in which a part of the denoising ends.
+
+        >>> RatioSchedule.first(0.5, until=0.4).at(0.2)
+        0.5
+        """
+        return next(ratio for end, ratio in self.pieces if until <= end)
+
+
+OneRatio = float | RatioSchedule | Callable[[float], float]
+Ratio = OneRatio | Mapping[int, OneRatio]
+
+
+class RatioPlan:
+    """The ratio of each level of a model in each stage of the denoising.
+
+    >>> RatioPlan({1: RatioSchedule.first(0.5, until=0.4), 2: 0.25}, pipe).of_level(1)
+    (0.5, 0.0)
+
+    ratio: a number, a `RatioSchedule` or a function of progress; or a dict of these by level, that
+        is, by how much coarser its grid is than the finest one with attention.
+    pipe: the diffusers pipeline whose scheduler tells the steps, where the ratio changes over them.
+    ends: of the stages, in which the ratio changes at no level.
+
+    Raises TypeError or ValueError, naming what is wrong and what is allowed.
+    """
+
+    def __init__(self, ratio: Any, pipe: Any):
+        levels = ratio if isinstance(ratio, Mapping) else {0: ratio}
+        if not levels or (levels is ratio and not all(map(_is_level, ratio))):
+            raise ValueError(
+                "ratio by level must name how much coarser than the finest each level is, for "
+                f"example {{1: 0.5, 2: 0.25}}, got {ratio!r}"
+            )
+        self.schedules = {level: _schedule(each) for level, each in levels.items()}
+        ends = {end for each in self.schedules.values() for end, _ in each.pieces}
+        self.ends = tuple(sorted(ends))
+        if len(ends) > MOST_PIECES:
+            raise ValueError(f"ratio must change at most {MOST_PIECES - 1} times, got {self.ends}")
+        self.steps = None
+        if len(ends) > 1:
+            if not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
+                raise TypeError(
+                    "ratio must be a number where no pipeline with a scheduler tells the steps: "
+                    f"a schedule needs apply_patch(pipe, ...), got a {type(pipe).__name__}"
+                )
+            self.steps = Steps(pipe)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        return tuple(ratio for each in self.schedules.values() for _, ratio in each.pieces)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it depends on the step."""
+        return self.steps is not None
+
+    @property
+    def names_levels(self) -> bool:
+        return 0 not in self.schedules
+
+    def check_levels(self, levels: list[int]) -> None:
+        """Raises ValueError for a level that is named but not there."""
+        missing = set(self.schedules) - {0, *levels}
+        if missing:
+            there = ", ".join(map(str, levels)) or "none"
+            raise ValueError(f"ratio by level must name levels among {there}, got {min(missing)}")
+
+    def of_level(self, level: int) -> tuple[float, ...]:
+        """Its ratio in each stage; 0 for a level that is not named."""
+        schedule = self.schedules.get(0) or self.schedules.get(level)
+        return tuple(schedule.at(end) if schedule else 0.0 for end in self.ends)
+
+    def stage(self, timestep: Any) -> int:
+        """The number of the stage in which the model is called with this timestep."""
+        if self.steps is None:
+            return 0
+        progress = self.steps.progress(timestep)
+        # Ten of 25 steps are 0.4, however that rounds.
+        return sum(progress >= end - 1e-6 for end in self.ends[:-1])
+
+
+def _is_level(level: Any) -> bool:
+    return type(level) is int and level > 0
+
+
+def _schedule(ratio: Any) -> RatioSchedule:
+    if isinstance(ratio, RatioSchedule):
+        return ratio
+    if callable(ratio):
+        return RatioSchedule.of(ratio)
+    if isinstance(ratio, Real) and not isinstance(ratio, bool):
+        return RatioSchedule(((1.0, float(ratio)),))
+    raise TypeError(
+        "ratio must be a number, a RatioSchedule, a function of progress, or a dict of these by "
+        f"level, got {ratio!r}"
+    )
+
+
+class Steps:
+    """Where a pipeline is in its denoising, as its scheduler counts it.
+
+    >>> Steps(pipe).progress(timestep)
+
+    pipe: a diffusers pipeline with a scheduler. Most schedulers count their steps in a Python
+        number, so that nothing waits for the device. DDIM, DDPM and PNDM do not: they read each
+        step's timestep from the device themselves, and so does this.
+    """
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+
+    def __deepcopy__(self, memo: dict) -> "Steps":
+        # A copied pipeline's model follows the copy, a model copied alone its old pipeline.
+        return Steps(memo.get(id(self.pipe), self.pipe))
+
+    def progress(self, timestep: Any) -> float:
+        """The share of the steps that are done, when the model is called with this timestep."""
+        scheduler = self.pipe.scheduler
+        steps = len(scheduler.timesteps)
+        if hasattr(scheduler, "_step_index"):
+            done = scheduler._step_index
+            if done is None:  # Until the first step, begin_index says where to start.
+                done = scheduler._begin_index or 0
+            return done / steps
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "scheduler must count its steps (as DPMSolverMultistepScheduler and most do) where "
+                "a model with a ratio schedule is compiled, got " + type(scheduler).__name__
+            )
+        now = float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
+        return int((scheduler.timesteps.cpu() > now).sum()) / steps

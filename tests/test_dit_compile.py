@@ -67,3 +67,13 @@ def test_the_patch_may_come_and_go_after_compiling():
     assert not torch.equal(tiny.call(compiled), plain)
     tomesd.remove_patch(compiled)
     assert torch.equal(tiny.call(compiled), plain)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+@torch.no_grad()
+def test_blocks_may_be_compiled_one_by_one(name):
+    tiny = TINY[name]
+    model = tomesd.apply_patch(tiny.model())
+    expected = tiny.call(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(tiny.call(model), expected)

@@ -153,10 +153,7 @@ def test_half_precision_stays_half(tiny):
     assert output.isfinite().all()
 
 
-def test_a_trace_shows_what_merged_in_each_block(tiny, request):
-    if tiny.name == "ZImageTransformer2DModel":
-        reason = "a trace takes all that is beside the image tokens to come before them"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_a_trace_shows_what_merged_in_each_block(tiny):
     model = tomesd.apply_patch(tiny.model(), ratio=0.5)
     expected = _predict(tiny, model)
     with tomesd.trace(model) as traced:

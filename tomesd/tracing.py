@@ -166,8 +166,9 @@ def _watch_transformer(
         grid: tuple[int, ...] = (h, w) if frames == 1 else (frames, h, w)
         if others:  # Reference pictures beside its own.
             grid = (tokens,)
-        prefix = merged.n - tokens
-        traced.append(TokenGroups(name, step, names[block], merged.group.cpu(), prefix, grid))
+        prefix = 0 if patch.blocks[block].kind.image_first else merged.n - tokens
+        group = merged.group[:, : prefix + tokens].cpu()
+        traced.append(TokenGroups(name, step, names[block], group, prefix, grid))
 
     yield model.register_forward_pre_hook(begin)
     for block in getattr(model, _PATCH).blocks:

@@ -2,13 +2,12 @@
 
 from typing import Any
 
+import DeepCache
 import pytest
 import torch
 
 import tomesd
 from tests.tiny_models import sd_pipeline
-
-deepcache = pytest.importorskip("DeepCache")
 
 
 def _sample(pipe) -> torch.Tensor:
@@ -17,7 +16,7 @@ def _sample(pipe) -> torch.Tensor:
 
 
 def _enable(pipe) -> Any:
-    helper = deepcache.DeepCacheSDHelper(pipe=pipe)
+    helper = DeepCache.DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=2, cache_branch_id=0)
     helper.enable()
     return helper

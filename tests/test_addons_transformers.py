@@ -12,6 +12,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from peft import LoraConfig, get_peft_model
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tomesd
 from tests.tiny_transformers import TINY, Tiny
@@ -125,9 +126,7 @@ def _add_lora(model) -> None:
     model.add_adapter(_lora())
 
 
-LORA = [(name, when) for name in (FLUX, WAN) for when in ("before", "after")]
-LORA.append((SD3, "before"))
-UNLOADED = [*LORA[:-1], (SD3, "after")]
+LORA = [(name, when) for name in (SD3, FLUX, WAN) for when in ("before", "after")]
 
 
 @pytest.mark.parametrize(("name", "when"), LORA)
@@ -153,7 +152,7 @@ def test_lora_adapters_may_be_added_before_or_after_and_taken_off_again(name, wh
     assert torch.equal(_predict(tiny, model), bare)
 
 
-@pytest.mark.parametrize(("name", "when"), UNLOADED)
+@pytest.mark.parametrize(("name", "when"), LORA)
 def test_unloading_lora_leaves_merging_as_it_was(name, when):
     tiny = TINY[name]
     merged = _predict(tiny, tomesd.apply_patch(tiny.model()))
@@ -179,10 +178,8 @@ def test_a_model_inside_a_peft_model_merges():
 
 @ORDERS
 def test_weights_quantized_by_torchao_merge(tiny, when):
-    quantization = pytest.importorskip("torchao.quantization")
-
     def change(model) -> None:
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        quantize_(model, Int8WeightOnlyConfig())
 
     plain = tiny.model()
     exact = _predict(tiny, plain)

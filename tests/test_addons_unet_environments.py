@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tomesd
 from tests.tiny_models import hooks, predict, sd_pipeline, sd_unet, unet_inputs
@@ -141,10 +142,8 @@ def test_an_attention_backend_of_the_users_choice_gives_the_same_output(when):
 @ORDERS
 @SETTINGS
 def test_weights_quantized_by_torchao_merge(settings, when):
-    quantization = pytest.importorskip("torchao.quantization")
-
     def change(unet) -> None:
-        quantization.quantize_(unet, quantization.Int8WeightOnlyConfig())
+        quantize_(unet, Int8WeightOnlyConfig())
 
     plain = sd_unet()
     exact = predict(plain)

@@ -6,7 +6,6 @@ kind and color of the background), as the embedded classifier sees it. Pictures 
 --out; the same command goes on where it was stopped.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from tomesd.evaluation.sampling import EMBEDDED, Sampling, check_model, load_pip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.script_parser(__doc__)
+    parser.epilog = f"Cases: {'; '.join(CASES)}."
     number = arguments.number
     parser.add_argument("--num-images", type=number(int, 1, 10_000), default=64)
     parser.add_argument("--steps", type=number(int, 1, 1000), default=EMBEDDED.steps)
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--ratios", type=number(float, 0, 0.75), nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5]
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--batch", type=number(int, 1, 1024), default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     args = parser.parse_args()
@@ -42,11 +43,10 @@ def main() -> None:
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
 
-    def make(name: str, ratio: float, settings: dict) -> list:
-        place = folder / (f"{name} {ratio:g}" if ratio else name)
-        return pictures(pipe, prompts, sampling, place, ratio, settings, args.batch)
+    def make(place: str, settings: dict) -> list:
+        return pictures(pipe, prompts, sampling, folder / place, settings, args.batch)
 
-    unpatched = make("unpatched", 0, {})
+    unpatched = make("unpatched", {"ratio": 0.0})
     results = {
         "sampling": vars(sampling),
         "images": args.num_images,
@@ -55,9 +55,9 @@ def main() -> None:
         "rows": [],
     }
     print(f"unpatched: {results['unpatched right']} of {args.num_images} pictures are right")
-    for name, settings in CASES.items():
+    for name in args.cases:
         for ratio in args.ratios:
-            images = make(name, ratio, settings)
+            images = make(f"{name} {ratio:g}", CASES[name](ratio))
             row = {
                 "case": name,
                 "ratio": ratio,
@@ -67,17 +67,17 @@ def main() -> None:
             results["rows"].append(row)
     with whole(folder / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2) + "\n")
-    print(table(results["rows"], args.ratios))
+    print(table(results["rows"], args.cases, args.ratios))
     print(f"\npictures and results.json: {folder}")
 
 
-def table(rows: list[dict], ratios: list[float]) -> str:
+def table(rows: list[dict], cases: list[str], ratios: list[float]) -> str:
     """Markdown: a line for each way to merge, a column for each ratio."""
     lines = [
         "| PSNR to unpatched, dB (pictures right) | " + " | ".join(f"{r:g}" for r in ratios) + " |",
         "|---|" + "---|" * len(ratios),
     ]
-    for name in CASES:
+    for name in cases:
         cells = [f"{r['psnr']:.1f} ({r['right']})" for r in rows if r["case"] == name]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny_shapes import untrained_pipeline
-from tomesd.evaluation.quality import held_out, pictures, psnr
+from tomesd.evaluation.quality import CASES, held_out, pictures, psnr
 from tomesd.evaluation.sampling import Sampling
 from tomesd.shapes.world import HELD_OUT
 
@@ -16,13 +16,22 @@ HOW = Sampling(steps=2, guidance=3.0, width=64, height=64)
 def test_an_interrupted_run_ends_with_the_same_files(tmp_path):
     pipe = untrained_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    pictures(pipe, PROMPTS, HOW, tmp_path, 0.5, {}, batch=2)
+    pictures(pipe, PROMPTS, HOW, tmp_path, {"ratio": 0.5}, batch=2)
     files = sorted(tmp_path.iterdir())
     whole = [file.read_bytes() for file in files]
     assert len(files) == len(PROMPTS)
     files[1].unlink()
-    pictures(pipe, PROMPTS, HOW, tmp_path, 0.5, {}, batch=2)
+    pictures(pipe, PROMPTS, HOW, tmp_path, {"ratio": 0.5}, batch=2)
     assert [file.read_bytes() for file in files] == whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_changes_the_picture(tmp_path, case):
+    pipe = untrained_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    (unpatched,) = pictures(pipe, PROMPTS[:1], HOW, tmp_path / "unpatched", {"ratio": 0.0})
+    (merged,) = pictures(pipe, PROMPTS[:1], HOW, tmp_path / "merged", CASES[case](0.5))
+    assert psnr(merged, unpatched) < 60
 
 
 def test_psnr_is_that_of_its_definition():

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,28 @@ from PIL import Image
 from tqdm import tqdm
 
 import tomesd
+from tomesd import RatioSchedule
 from tomesd.evaluation.image_file import save_image, whole
 from tomesd.evaluation.sampling import Sampling, sample
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, Scene, scene
 
-# What is compared: the name in the table, and what is given to apply_patch. Whole blocks are the
-# default; self-attention is the recipe of ToMeSD; "+ log size" is proportional attention.
-CASES: dict[str, dict[str, Any]] = {
-    "whole blocks": {"prop_attn": False},
-    "whole blocks + log size": {"prop_attn": True},
-    "self-attention": {"merge_attn": True, "prop_attn": False},
-    "self-attention + log size": {"merge_attn": True, "prop_attn": True},
-    "keys and values": {"merge_queries": False, "prop_attn": False},
-    "keys and values + log size": {"merge_queries": False, "prop_attn": True},
-    "random pruning": {"method": "prune"},
+# What is compared: the name in the table, and what is given to apply_patch, from the table's ratio.
+# Whole blocks are the default; self-attention is the recipe of ToMeSD; "+ log size" is proportional
+# attention. The schedules merge half as much on average as the ratio says, in different steps.
+CASES: dict[str, Callable[[float], dict[str, Any]]] = {
+    "whole blocks": lambda ratio: {"ratio": ratio, "prop_attn": False},
+    "whole blocks + log size": lambda ratio: {"ratio": ratio},
+    "self-attention": lambda ratio: {"ratio": ratio, "merge_attn": True, "prop_attn": False},
+    "self-attention + log size": lambda ratio: {"ratio": ratio, "merge_attn": True},
+    "keys and values": lambda ratio: {"ratio": ratio, "merge_queries": False, "prop_attn": False},
+    "keys and values + log size": lambda ratio: {"ratio": ratio, "merge_queries": False},
+    "half the ratio in all steps": lambda ratio: {"ratio": ratio / 2},
+    "in the first half of the steps": lambda ratio: {"ratio": RatioSchedule.first(ratio, 0.5)},
+    "in the second half": lambda ratio: {"ratio": RatioSchedule(((0.5, 0), (1, ratio)))},
+    "less and less, down to 0": lambda ratio: {"ratio": RatioSchedule.ramp(ratio, 0)},
+    "more and more, up from 0": lambda ratio: {"ratio": RatioSchedule.ramp(0, ratio)},
+    "random pruning": lambda ratio: {"ratio": ratio, "method": "prune"},
 }
 
 
@@ -42,19 +49,20 @@ def pictures(
     prompts: Sequence[str],
     sampling: Sampling,
     folder: Path,
-    ratio: float,
     settings: Mapping[str, Any],
     batch: int = 8,
 ) -> list[Image.Image]:
     """One picture for each prompt, seeded with its index; those already in the folder are kept.
 
-    >>> images = pictures(pipe, ["a red heart"], Sampling(25, 4.0), Path("out"), 0.5, {})
+    >>> images = pictures(pipe, ["a red heart"], Sampling(25, 4.0), Path("out"), {"ratio": 0.5})
+
+    settings: what `apply_patch` is given.
 
     Each is written whole as <index>.png with its settings, so an interrupted run goes on. A batch
     that lacks one is sampled again as a whole: in other company, rounding would differ.
     """
     starts = range(0, len(prompts), batch)
-    with tomesd.patched(pipe, ratio, **settings):
+    with tomesd.patched(pipe, **settings):
         for start in tqdm(starts, desc=folder.name, unit="batch"):
             indices = range(start, min(start + batch, len(prompts)))
             if all(_path(folder, index).exists() for index in indices):
@@ -62,8 +70,9 @@ def pictures(
             asked = [prompts[index] for index in indices]
             images = sample(pipe, asked, indices, sampling, batch)
             for index, image in zip(indices, images, strict=True):
-                told = {"prompt": prompts[index], "seed": index, "ratio": ratio, **settings}
-                save_image(image, _path(folder, index), told | vars(sampling))
+                told = {"prompt": prompts[index], "seed": index, **settings, **vars(sampling)}
+                told["ratio"] = str(settings["ratio"])
+                save_image(image, _path(folder, index), told)
     return [Image.open(_path(folder, i)).convert("RGB") for i in range(len(prompts))]
 
 

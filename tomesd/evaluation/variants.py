@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from tomesd.evaluation import full_size
 from tomesd.evaluation.ideal import install_ideal
-from tomesd.evaluation.memory import Peak, peak_memory
 from tomesd.patch import apply_patch
 from tomesd.settings import DiffusionSettings
 
@@ -67,16 +65,3 @@ def forward(unet: Any, inputs: tuple[tuple, dict], compiled: bool) -> Callable[[
             return call()
 
     return run
-
-
-def forward_peak(
-    config: dict, variant: Variant, batch: int, size: int, dtype: torch.dtype, compiled: bool
-) -> Peak:
-    """Resident memory of one forward on the CPU; call it in a fresh process (`memory.in_child`).
-
-    >>> in_child(forward_peak, SD15, Variant("unpatched", "unpatched"), 2, 64, torch.float32, False)
-    """
-    cpu = torch.device("cpu")
-    unet = prepare(full_size.build_unet(config, cpu, dtype), variant)
-    inputs = full_size.unet_inputs(config, batch, size, cpu, dtype)
-    return peak_memory(forward(unet, inputs, compiled), cpu)

@@ -1,10 +1,30 @@
 """What the patches of all families share."""
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+Run = TypeVar("Run")
+
+
+class Threads(threading.local, Generic[Run]):
+    """What each thread is doing: threads that share a model do not mix their sizes and maps.
+
+    make: makes what is kept for a thread, run. It is an object of its own, since a compiler loses
+        what is written to a threading.local itself (torch 2.15).
+    """
+
+    def __init__(self, make: Callable[[], Run]):
+        self.make = make
+        self.run = make()
+
+    def __reduce__(self) -> tuple:
+        # A copied model starts anew: what threads are doing cannot be copied.
+        return Threads, (self.make,)
 
 
 class Row(NamedTuple):

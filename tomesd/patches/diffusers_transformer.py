@@ -12,7 +12,6 @@ What a family of models has to say for itself are the records of `diffusers_tran
 """
 
 import inspect
-import threading
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tomesd.map_joining import nothing_merged, side_by_side
 from tomesd.partition import make_key
-from tomesd.patches.common import Patch, Row, is_cached
+from tomesd.patches.common import Patch, Row, Threads, is_cached
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 from tomesd.patches.diffusers_transformer_video import VideoMatching
 from tomesd.ratio_schedule import RatioPlan
@@ -59,21 +58,6 @@ class _Run:
     bias: Any = None
 
 
-class _Threads(threading.local):
-    """A _Run for each thread, so that threads that share a model do not mix their maps.
-
-    The _Run is an object of its own, since a compiler loses what is written to a threading.local
-    itself (torch 2.15).
-    """
-
-    def __init__(self) -> None:
-        self.run = _Run()
-
-    def __reduce__(self) -> tuple:
-        # A copied model starts anew: what threads are doing cannot be copied.
-        return _Threads, ()
-
-
 @dataclass(eq=False)
 class _Model:
     """The hooks on the model itself.
@@ -83,7 +67,7 @@ class _Model:
     """
 
     family: Family
-    threads: _Threads
+    threads: Threads[_Run]
     names: tuple[str, ...]
     plan: RatioPlan
     last: _Place | None = None
@@ -300,7 +284,7 @@ class TransformerPatch(Patch):
         self.settings = settings
         self.plan = plan or RatioPlan(settings.ratio, None)
         self.model = model
-        self.hooks = _Model(family, _Threads(), _argument_names(model), self.plan)
+        self.hooks = _Model(family, Threads(_Run), _argument_names(model), self.plan)
         self.stages = tuple(
             VideoMatching(replace(settings, ratio=ratio)) for ratio in self.plan.of_level(1)
         )

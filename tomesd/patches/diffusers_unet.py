@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tomesd.partition import make_key
-from tomesd.patches.common import Patch, Row
-from tomesd.patches.diffusers_unet_places import FUSED, Threads, Transformer, find_transformers
+from tomesd.patches.common import Patch, Row, Threads
+from tomesd.patches.diffusers_unet_places import FUSED, Run, Transformer, find_transformers
 from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
@@ -159,7 +159,7 @@ class UNetPatch(Patch):
         self.model = model
         self.blocks: dict[nn.Module, _Block] = {}
         self.warned = False
-        self.threads = Threads()
+        self.threads = Threads(Run)
         self.transformers = find_transformers(model, settings, self.plan, self.threads)
         if settings.ratio > 0 and all(found.skipped for found in self.transformers):
             reasons = {found.skipped for found in self.transformers} or {"it has no attention"}

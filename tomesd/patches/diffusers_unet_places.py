@@ -4,12 +4,12 @@ A transformer inside a UNet knows its picture's height and width; its blocks see
 tokens. So it hands them their place among the arguments that it passes on to them anyway.
 """
 
-import threading
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tomesd.patches.common import Threads
 from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
@@ -73,21 +73,6 @@ class Run:
         self.map = self.whole = self.merged = None
 
 
-class Threads(threading.local):
-    """A Run for each thread: threads that share a model do not mix their sizes and maps.
-
-    The Run is an object of its own, since a compiler loses what is written to a threading.local
-    itself (torch 2.15).
-    """
-
-    def __init__(self) -> None:
-        self.run = Run()
-
-    def __reduce__(self) -> tuple:
-        # A copied model starts anew: what threads are doing cannot be copied.
-        return Threads, ()
-
-
 @dataclass(eq=False)
 class Transformer:
     """One transformer of a UNet, or another module in its place: what merges there.
@@ -102,7 +87,7 @@ class Transformer:
     is called again in a thread of autograd's own. threads: what they are doing here.
     """
 
-    of_model: Threads
+    of_model: Threads[Run]
     where: str
     downsample: int
     module: Any
@@ -110,7 +95,7 @@ class Transformer:
     skipped: str = ""
     last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
     last_place: Place | None = None
-    threads: Threads = field(default_factory=Threads)
+    threads: Threads[Run] = field(default_factory=lambda: Threads(Run))
 
     @property
     def h(self) -> int:
@@ -164,7 +149,7 @@ class Transformer:
 
 
 def find_transformers(
-    model: Any, settings: DiffusionSettings, plan: RatioPlan, threads: Threads
+    model: Any, settings: DiffusionSettings, plan: RatioPlan, threads: Threads[Run]
 ) -> list[Transformer]:
     """All of a UNet's or ControlNet's, also those where nothing merges.
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -242,6 +243,25 @@ def test_bisection_finds_the_largest_that_fits_in_few_tries(true):
     assert len(tries) == len(set(tries)) <= 14
     if true < 100:
         assert found == Largest(true, f"{true + 1} is too large")
+
+
+class _Forgetful(Prober):
+    """A process whose memory is used up after two tries."""
+
+    processes = 0
+
+    def _try(self, *asked):
+        if self._pool is None:
+            self.processes, self._tries, self._pool = self.processes + 1, 0, Mock()
+        self._tries += 1
+        return "too large" if asked[1] > 8 or self._tries > 2 else ""
+
+
+def test_what_earlier_tries_left_behind_is_not_taken_for_the_limit():
+    prober = _Forgetful(Model(None, "cpu", torch.float32, None))
+    batch = largest(lambda n: prober.fits(None, n, 128, 4.0), 64)
+    assert batch == Largest(8, "too large")
+    assert prober.processes > 1
 
 
 def test_a_picture_that_memory_does_not_allow_does_not_fit_and_the_next_is_tried(models):

@@ -76,6 +76,7 @@ class Prober:
         self.model = model
         self.limit = limit
         self._pool: ProcessPoolExecutor | None = None
+        self._tries = 0
 
     def __enter__(self) -> Self:
         return self
@@ -86,28 +87,42 @@ class Prober:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._end()
 
     def fits(
         self, settings: DiffusionSettings | None, batch: int, side: int, guidance: float
     ) -> str:
         """Whether two steps and decoding go through: "", or in a line why they do not.
 
-        More steps need no more memory.
+        More steps need no more memory. What a process keeps of earlier tries (oneDNN, for one, its
+        kernels for every shape) is memory too: only what fails in a new one does not fit.
         """
+        reason = self._try(settings, batch, side, guidance)
+        if reason and self._tries > 1:
+            self._end()
+            reason = self._try(settings, batch, side, guidance)
+        return reason
+
+    def _try(self, *asked: Any) -> str:
         if self._pool is None:
+            self._tries = 0
             self._pool = ProcessPoolExecutor(
                 1,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_load,
                 initargs=(self.model, self.limit),
             )
+        self._tries += 1
         try:
-            return self._pool.submit(_try, settings, batch, side, guidance).result()
+            return self._pool.submit(_try, *asked).result()
         except BrokenProcessPool:
-            self._pool = None
+            self._end()
             return "the process was killed"
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
 
     def find(
         self, settings: DiffusionSettings | None, side: int, guidance: float

@@ -85,11 +85,11 @@ def test_a_picture_that_starts_halfway_starts_halfway_in_the_schedule():
 @pytest.mark.parametrize(
     ("ratio", "error", "words"),
     [
-        ("0.5", TypeError, "ratio must be a number"),
+        ("0.5", TypeError, "ratio must be a float"),
         ({}, ValueError, "ratio by level"),
         ({0: 0.5}, ValueError, "ratio by level"),
         ({"1": 0.5}, ValueError, "ratio by level"),
-        ({1: None}, TypeError, "ratio must be a number"),
+        ({1: None}, TypeError, "ratio must be a float"),
         (RatioSchedule.first(0.5, until=0.4), TypeError, "a schedule needs apply_patch"),
         (
             {

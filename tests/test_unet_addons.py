@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import (
 import tomesd
 from tests.tiny_models import TEXT_WIDTH, build, predict, sd_components, sd_unet, unet_inputs
 from tests.tiny_unets import TINY, attention_lengths, is_spatial
+from tomesd.patches.diffusers_unet_places import Place
 
 SIZE = {"height": 80, "width": 112}
 WAYS = [{}, {"prop_attn": False}, {"merge_attn": True}, {"preset": "paper"}]
@@ -135,7 +136,7 @@ def test_in_gligen_merging_tokens_that_are_equal_changes_nothing_but_rounding():
     with torch.no_grad():
         expected = block(x, encoder_hidden_states=text, cross_attention_kwargs=own)
         tomesd.apply_patch(unet, ratio=0.75)
-        own = own | {"tomesd_place": (8, 8, 500)}
+        own = own | {"tomesd_place": Place(8, 8, 500)}
         got = block(x, encoder_hidden_states=text, cross_attention_kwargs=own)
     torch.testing.assert_close(got, expected)
 

@@ -166,12 +166,13 @@ def test_removing_a_schedule_leaves_nothing():
     assert (_draw(pipe) == before).all()
 
 
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("in_place", "scheduler"), [(False, EulerDiscreteScheduler), (True, DDIMScheduler)]
+)
 def test_a_compiled_unet_is_compiled_once_for_each_ratio(in_place, scheduler):
     torch.compiler.reset()
     pipe = _pipe(scheduler, sd_unet(**ONE_LEVEL))
-    tomesd.apply_patch(pipe, ratio=RatioSchedule.ramp(0.6, 0.1, pieces=6))
+    tomesd.apply_patch(pipe, ratio=RatioSchedule.ramp(0.6, 0.2, pieces=3))
     expected = _draw(pipe, guidance_scale=1.0)
     counter = CompileCounterWithBackend("eager")
     if in_place:
@@ -181,7 +182,7 @@ def test_a_compiled_unet_is_compiled_once_for_each_ratio(in_place, scheduler):
     for _ in range(2):
         got = _draw(pipe, guidance_scale=1.0)
         assert abs(got - expected).max() < 1e-4
-        assert counter.frame_count == 6
+        assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize(

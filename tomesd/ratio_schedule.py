@@ -118,7 +118,7 @@ class RatioPlan:
         if len(ends) > 1:
             if not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
                 raise TypeError(
-                    "ratio must be a number where no pipeline with a scheduler tells the steps: "
+                    "ratio must be a float where no pipeline with a scheduler tells the steps: "
                     f"a schedule needs apply_patch(pipe, ...), got a {type(pipe).__name__}"
                 )
             self.steps = Steps(pipe)
@@ -169,7 +169,7 @@ def _schedule(ratio: Any) -> RatioSchedule:
     if isinstance(ratio, Real) and not isinstance(ratio, bool):
         return RatioSchedule(((1.0, float(ratio)),))
     raise TypeError(
-        "ratio must be a number, a RatioSchedule, a function of progress, or a dict of these by "
+        "ratio must be a float, a RatioSchedule, a function of progress, or a dict of these by "
         f"level, got {ratio!r}"
     )
 
@@ -200,10 +200,5 @@ class Steps:
             if done is None:  # Until the first step, begin_index says where to start.
                 done = scheduler._begin_index or 0
             return done / steps
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "scheduler must count its steps (as DPMSolverMultistepScheduler and most do) where "
-                "a model with a ratio schedule is compiled, got " + type(scheduler).__name__
-            )
         now = float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
         return int((scheduler.timesteps.cpu() > now).sum()) / steps

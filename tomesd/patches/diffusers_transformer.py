@@ -69,17 +69,11 @@ class _Model:
     family: Family
     threads: Threads[_Run]
     names: tuple[str, ...]
-    plan: RatioPlan
     last: _Place | None = None
 
     @property
     def run(self) -> _Run:
         return self.threads.run
-
-    @torch.compiler.disable  # A model's own hooks are no part of its graph.
-    def note_stage(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        self.run.stage = self.plan.stage(given[self.family.timestep])
 
     def note_place(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple:
         if getattr(model, "is_cache_enabled", False):
@@ -284,7 +278,7 @@ class TransformerPatch(Patch):
         self.settings = settings
         self.plan = plan or RatioPlan(settings.ratio, None)
         self.model = model
-        self.hooks = _Model(family, Threads(_Run), _argument_names(model), self.plan)
+        self.hooks = _Model(family, Threads(_Run), _argument_names(model))
         self.stages = tuple(
             VideoMatching(replace(settings, ratio=ratio)) for ratio in self.plan.of_level(1)
         )
@@ -312,7 +306,11 @@ class TransformerPatch(Patch):
         if self.settings.ratio == 0:
             return
         if self.plan.changes:
-            self.before(self.model, self.hooks.note_stage)
+            from tomesd.patches.stage_hook import StageHook
+
+            hooks = self.hooks
+            stage = StageHook(hooks.threads, self.plan, hooks.names, hooks.family.timestep)
+            self.before(self.model, stage.note)
         self.before(self.model, self.hooks.note_place)
         if self.hooks.family.rope:
             self.after(self.model.get_submodule(self.hooks.family.rope), self.hooks.append_place)

@@ -176,7 +176,10 @@ class UNetPatch(Patch):
         if self.settings.is_random:
             self.before(self.model, self._note_timestep)
         if self.plan.changes:
-            self.before(self.model, self._note_stage)
+            from tomesd.patches.stage_hook import StageHook
+
+            hook = StageHook(self.threads, self.plan, ("sample", "timestep"), "timestep")
+            self.before(self.model, hook.note)
         index = 0
         for found in self.transformers:
             self.before(found.module, found.announce)
@@ -187,11 +190,7 @@ class UNetPatch(Patch):
             self.after(self.model, self._warn_if_idle)
 
     def _note_timestep(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.threads.run.timestep = _timestep(args, kwargs)
-
-    @torch.compiler.disable  # A model's own hooks are no part of its graph.
-    def _note_stage(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.threads.run.stage = self.plan.stage(_timestep(args, kwargs))
+        self.threads.run.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
 
     def _warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
         if self.warned or torch.compiler.is_compiling():
@@ -249,10 +248,6 @@ class UNetPatch(Patch):
             note = "ratio " + ", ".join(f"{each.ratio:.2g}" for each in found.settings)
         where = f"1/{found.downsample} {found.where}"
         return Row(where, len(blocks), tokens, merged, work, note)
-
-
-def _timestep(args: tuple, kwargs: dict) -> Tensor | float:
-    return args[1] if len(args) > 1 else kwargs["timestep"]
 
 
 def _check_caches(block: Any, settings: DiffusionSettings) -> None:

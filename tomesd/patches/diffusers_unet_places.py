@@ -43,7 +43,7 @@ class Place(NamedTuple):
     h: int
     w: int
     timestep: Tensor | float
-    stage: int
+    stage: int = 0
 
 
 FUSED = (
@@ -175,7 +175,10 @@ def find_transformers(
     for where, factor, module, why_not in modules:
         level = factor // able[0] if able else 1
         ratios = plan.of_level(level)
-        of_stages = tuple(replace(settings, ratio=ratio) for ratio in ratios)
+        of_stages = tuple(
+            settings if ratio == settings.ratio else replace(settings, ratio=ratio)
+            for ratio in ratios
+        )
         if not why_not and not plan.names_levels and level > settings.max_downsample:
             why_not = f"coarser than max_downsample={settings.max_downsample}"
         found.append(

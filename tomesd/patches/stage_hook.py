@@ -1,0 +1,32 @@
+"""How a model learns in which stage of the denoising it is called, where the ratio changes.
+
+Imported only then: `torch.compiler.disable` imports the compiler.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tomesd.patches.common import Threads
+from tomesd.ratio_schedule import RatioPlan
+
+
+@dataclass(eq=False)
+class StageHook:
+    """Notes the stage for the thread that calls the model, before it runs.
+
+    names: the model's arguments in order. timestep: which of them tells the step.
+    """
+
+    threads: Threads[Any]
+    plan: RatioPlan
+    names: tuple[str, ...]
+    timestep: str
+
+    # A model's own hooks are no part of its graph, so that this may look at the scheduler.
+    @torch.compiler.disable
+    def note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        self.threads.run.stage = self.plan.stage(given[self.timestep])

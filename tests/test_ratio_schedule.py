@@ -51,6 +51,12 @@ def test_stages_of_several_levels_keep_each_level_at_its_own_ratio(schedule, oth
     assert set(plan.of_level(8)) == {0.0}
 
 
+def test_first_and_last_meet_and_leave_no_step_out():
+    first, last = RatioSchedule.first(0.5, until=0.4), RatioSchedule.last(0.5, since=0.4)
+    assert [a + b for (_, a), (_, b) in zip(first.pieces, last.pieces, strict=True)] == [0.5, 0.5]
+    assert last.pieces[0] == (0.4, 0)
+
+
 @pytest.mark.parametrize("steps", [5, 10, 25])
 @pytest.mark.parametrize(
     "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]

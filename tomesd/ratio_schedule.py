@@ -15,7 +15,7 @@ MOST_PIECES = 6
 class RatioSchedule:
     """A ratio for each part of the denoising, constant within each of a few pieces.
 
-    >>> tomesd.apply_patch(pipe, ratio=tomesd.RatioSchedule.first(0.5, until=0.4))
+    >>> tomesd.apply_patch(pipe, ratio=tomesd.RatioSchedule.last(0.5, since=0.5))
     >>> tomesd.RatioSchedule.ramp(0.6, 0.2, pieces=3).pieces
     ((0.3333333333333333, 0.6), (0.6666666666666666, 0.4), (1.0, 0.2))
 
@@ -44,8 +44,18 @@ class RatioSchedule:
         object.__setattr__(self, "pieces", plain)
 
     @classmethod
+    def last(cls, ratio: float, since: float) -> "RatioSchedule":
+        """Merge in the last part of the steps only: the picture is laid out by then, and changes
+        least (`scripts/quality.py`).
+
+        >>> RatioSchedule.last(0.5, since=10 / 25).pieces  # all but the first 10 of 25 steps
+        ((0.4, 0.0), (1.0, 0.5))
+        """
+        return cls(((since, 0.0), (1.0, ratio)))
+
+    @classmethod
     def first(cls, ratio: float, until: float) -> "RatioSchedule":
-        """Merge in the first part of the steps only, where the picture is laid out.
+        """Merge in the first part of the steps only, and leave the details to whole tokens.
 
         >>> RatioSchedule.first(0.5, until=10 / 25).pieces  # the first 10 of 25 steps
         ((0.4, 0.5), (1.0, 0.0))

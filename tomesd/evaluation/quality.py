@@ -30,7 +30,7 @@ CASES: dict[str, Callable[[float], dict[str, Any]]] = {
     "keys and values + log size": lambda ratio: {"ratio": ratio, "merge_queries": False},
     "half the ratio in all steps": lambda ratio: {"ratio": ratio / 2},
     "in the first half of the steps": lambda ratio: {"ratio": RatioSchedule.first(ratio, 0.5)},
-    "in the second half": lambda ratio: {"ratio": RatioSchedule(((0.5, 0), (1, ratio)))},
+    "in the second half": lambda ratio: {"ratio": RatioSchedule.last(ratio, 0.5)},
     "less and less, down to 0": lambda ratio: {"ratio": RatioSchedule.ramp(ratio, 0)},
     "more and more, up from 0": lambda ratio: {"ratio": RatioSchedule.ramp(0, ratio)},
     "random pruning": lambda ratio: {"ratio": ratio, "method": "prune"},

@@ -20,7 +20,7 @@ from tomesd.shapes.world import HELD_OUT, Scene, scene
 
 # What is compared: the name in the table, and what is given to apply_patch, from the table's ratio.
 # Whole blocks are the default; self-attention is the recipe of ToMeSD; "+ log size" is proportional
-# attention. The schedules merge half as much on average as the ratio says, in different steps.
+# attention. The schedules merge in some of the steps only, or not equally much in all.
 CASES: dict[str, Callable[[float], dict[str, Any]]] = {
     "whole blocks": lambda ratio: {"ratio": ratio, "prop_attn": False},
     "whole blocks + log size": lambda ratio: {"ratio": ratio},
@@ -31,6 +31,8 @@ CASES: dict[str, Callable[[float], dict[str, Any]]] = {
     "half the ratio in all steps": lambda ratio: {"ratio": ratio / 2},
     "in the first half of the steps": lambda ratio: {"ratio": RatioSchedule.first(ratio, 0.5)},
     "in the second half": lambda ratio: {"ratio": RatioSchedule.last(ratio, 0.5)},
+    "in all but the first fifth": lambda ratio: {"ratio": RatioSchedule.last(ratio, 0.2)},
+    "in all but the first tenth": lambda ratio: {"ratio": RatioSchedule.last(ratio, 0.1)},
     "less and less, down to 0": lambda ratio: {"ratio": RatioSchedule.ramp(ratio, 0)},
     "more and more, up from 0": lambda ratio: {"ratio": RatioSchedule.ramp(0, ratio)},
     "random pruning": lambda ratio: {"ratio": ratio, "method": "prune"},

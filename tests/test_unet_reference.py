@@ -261,7 +261,8 @@ def _seen(unet, **settings) -> dict[str, list[tuple[int, int]]]:
         ({"merge_mlp": True}, {"to_q", "to_k", "to_v", "mlp"}),
         ({"preset": "paper", "max_downsample": 1}, {"to_q", "to_k", "to_v", "cross", "mlp"}),
     ],
-    ids=str,
+    # In order: tests that run side by side must have the same names everywhere.
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 @pytest.mark.parametrize(("ratio", "left"), [(0.5, 70), (0.25, 105)])
 def test_the_merged_branches_compute_on_fewer_tokens_and_no_others_do(

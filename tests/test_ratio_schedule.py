@@ -128,3 +128,15 @@ def test_a_ratio_that_cannot_be_is_named(ratio, error, words):
 def test_pieces_that_cannot_be_are_named(pieces, error, words):
     with pytest.raises(error, match=words):
         RatioSchedule(pieces)
+
+
+@pytest.mark.parametrize("pieces", [0, 7, 1.5, "4"])
+def test_a_number_of_stairs_that_cannot_be_is_named(pieces):
+    for make in (
+        lambda: RatioSchedule.ramp(0.5, 0.1, pieces=pieces),
+        lambda: RatioSchedule.of(lambda progress: 0.5, pieces=pieces),
+    ):
+        with pytest.raises(
+            ValueError, match=f"pieces must be a whole number from 1 to 6, got {pieces!r}"
+        ):
+            make()

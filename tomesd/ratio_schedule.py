@@ -69,6 +69,7 @@ class RatioSchedule:
         >>> RatioSchedule.ramp(0.5, 0.0, pieces=2).pieces
         ((0.5, 0.5), (1.0, 0.0))
         """
+        _check_count(pieces)
         steps = max(1, pieces - 1)
         return cls._even([start + (end - start) * i / steps for i in range(pieces)])
 
@@ -79,6 +80,7 @@ class RatioSchedule:
         >>> RatioSchedule.of(lambda progress: 0.5 * progress, pieces=2).pieces
         ((0.5, 0.125), (1.0, 0.375))
         """
+        _check_count(pieces)
         return cls._even([function((i + 0.5) / pieces) for i in range(pieces)])
 
     @classmethod
@@ -165,6 +167,11 @@ class RatioPlan:
         progress = self.steps.progress(timestep)
         # Ten of 25 steps are 0.4, however that rounds.
         return sum(progress >= end - 1e-6 for end in self.ends[:-1])
+
+
+def _check_count(pieces: Any) -> None:
+    if type(pieces) is not int or not 1 <= pieces <= MOST_PIECES:
+        raise ValueError(f"pieces must be a whole number from 1 to {MOST_PIECES}, got {pieces!r}")
 
 
 def _is_level(level: Any) -> bool:

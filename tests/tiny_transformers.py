@@ -557,6 +557,48 @@ DIT = Tiny(
 )
 
 
+def _controlled(inputs: Callable[..., dict]) -> Callable[..., dict]:
+    def given(batch, h, w, normal) -> dict:
+        own = inputs(batch, h, w, normal)
+        return own | {"controlnet_cond": normal(*own["hidden_states"].shape)}
+
+    return given
+
+
+def _sd3_tokens(batch, h, w, normal) -> dict:
+    """As of Stable Diffusion 3.5: latents that are tokens already, and no text."""
+    own = {"hidden_states": normal(batch, h * w, WIDTH), "encoder_hidden_states": None}
+    return _controlled(_sd3)(batch, h, w, normal) | own
+
+
+def _flux_mode(batch, h, w, normal) -> dict:
+    mode = {"controlnet_mode": torch.ones(batch, 1, dtype=torch.long)}
+    return _controlled(_flux)(batch, h, w, normal) | mode
+
+
+_SD3_CONTROLNET = _SQUARE | _HEADS | _JOINT | _POOLED | {"num_layers": 2, "pos_embed_max_size": 24}
+CONTROLNETS = {
+    "SD3ControlNetModel": Tiny("SD3ControlNetModel", _SD3_CONTROLNET, _controlled(_sd3)),
+    "SD3ControlNetModel of tokens": Tiny(
+        "SD3ControlNetModel",
+        _SD3_CONTROLNET | {"joint_attention_dim": None, "use_pos_embed": False},
+        _sd3_tokens,
+    ),
+    "FluxControlNetModel": Tiny(
+        "FluxControlNetModel",
+        TINY["FluxTransformer2DModel"].config,
+        _controlled(_flux),
+        one_map=True,
+    ),
+    "FluxControlNetModel with modes": Tiny(
+        "FluxControlNetModel",
+        TINY["FluxTransformer2DModel"].config | {"num_mode": 2},
+        _flux_mode,
+        one_map=True,
+    ),
+}
+
+
 class Attention(TorchFunctionMode):
     """Notes (queries, keys) of every call of fused attention inside a `with`."""
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,10 @@ from PIL import Image
 from tests.tiny_models import hooks
 from tests.tiny_shapes import save_untrained, untrained_pipeline
 from tomesd.evaluation import full_size
-from tomesd.evaluation.candidates import (
-    CANDIDATES,
-    FAMILIES,
-    Candidate,
-    GridSettings,
-    KeptSettings,
-    install,
-)
+from tomesd.evaluation.candidates import CANDIDATES, FAMILIES, chosen
 from tomesd.evaluation.frontier import frontier, mark
-from tomesd.evaluation.sampling import Sampling, sample
-from tomesd.settings import DiffusionSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-HOW = Sampling(steps=5, guidance=3.0, width=32, height=32)
 OURS = [each for each in CANDIDATES if each.settings is not None and not each.is_peer]
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -70,7 +61,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def pipe():
     pipe = untrained_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.set_timesteps(5)  # Of which the call at 500 is in the middle.
     return pipe
 
 
@@ -133,51 +124,6 @@ def predict(unet, size: int = 16) -> torch.Tensor:
     return unet(latents, torch.tensor(500), text).sample
 
 
-@pytest.mark.parametrize(("pools", "h", "w"), [(False, 4, 6), (True, 4, 6), (True, 5, 7)])
-def test_a_grid_keeps_one_token_of_each_cell(pools, h, w):
-    settings = GridSettings(ratio=0.75, merge_block=False, merge_queries=False, pools=pools)
-    x = torch.randn(2, h * w, 3, dtype=torch.float64)
-    got = settings.token_map(x, h, w, None).merge(x)
-    cells = [
-        [y * w + x for y in range(top, min(top + 2, h)) for x in range(left, min(left + 2, w))]
-        for top in range(0, h, 2)
-        for left in range(0, w, 2)
-    ]
-    wanted = [x[:, cell].mean(1) if pools else x[:, cell[0]] for cell in cells]
-    torch.testing.assert_close(got, torch.stack(wanted, 1))
-    assert settings.merged(h, w) == h * w - len(cells)
-
-
-def test_a_map_kept_for_one_step_is_no_other_than_the_usual_one(pipe):
-    settings = DiffusionSettings(ratio=0.5)
-    outputs = []
-    for chosen in (settings, KeptSettings(ratio=0.5, steps=1)):
-        patch = install(pipe.unet, chosen)
-        outputs.append(predict(pipe.unet))
-        patch.remove()
-    assert torch.equal(*outputs)
-
-
-def test_kept_maps_are_made_every_few_steps_and_anew_for_each_picture(pipe, monkeypatch):
-    made = []
-    usual = DiffusionSettings.token_map
-
-    def counting(self, features, h, w, key):
-        made.append(h * w)
-        return usual(self, features, h, w, key)
-
-    monkeypatch.setattr(DiffusionSettings, "token_map", counting)
-    kept = Candidate("kept", KeptSettings(ratio=0.5, steps=2), FAMILIES[1])
-    prompts = ["a red heart", "a blue star"]
-    with kept.patched(pipe):
-        both = list(sample(pipe, prompts, [0, 1], HOW))
-    # Five steps make maps three times in each of the finest level's three blocks.
-    assert len(made) == 2 * 3 * 3
-    with kept.patched(pipe):
-        (alone,) = sample(pipe, prompts[1:], [1], HOW)
-    assert alone.tobytes() == both[1].tobytes()
-
-
 @pytest.mark.parametrize("candidate", OURS, ids=lambda each: each.name)
 def test_every_candidate_merges_and_leaves_nothing_behind(pipe, candidate):
     before = predict(pipe.unet)
@@ -187,6 +133,25 @@ def test_every_candidate_merges_and_leaves_nothing_behind(pipe, candidate):
     assert not torch.allclose(merged, before, atol=1e-5)
     assert hooks(pipe.unet) == 0
     assert torch.equal(predict(pipe.unet), before)
+
+
+def test_a_schedule_takes_the_time_of_its_steps_with_and_without_merging(run, tmp_path):
+    rows = run(tmp_path, "--speed-only", only=("blocks 0.5, late",))["rows"]
+    seconds = {row["name"]: row["seconds"]["median"] for row in rows}
+    assert set(seconds) == {"unpatched", "blocks 0.5", "blocks 0.5, late"}
+    (*taken,) = json.loads((tmp_path / "speed.json").read_text())["rounds"]
+    assert all(each.keys() == {"unpatched", "blocks 0.5"} for each in taken)
+    wanted = [0.2 * each["unpatched"] + 0.8 * each["blocks 0.5"] for each in taken]
+    assert seconds["blocks 0.5, late"] == pytest.approx(statistics.median(wanted))
+    left = {row["name"]: row["attention_left"]["large"] for row in rows}
+    assert left["blocks 0.5, late"] == pytest.approx(0.2 + 0.8 * left["blocks 0.5"])
+
+
+def test_every_schedule_names_the_settings_that_are_timed_for_it():
+    for each in CANDIDATES:
+        assert chosen([each.name], with_peer=True)[-1].timed in [
+            there.name for there in chosen([each.name], with_peer=True)
+        ]
 
 
 def test_candidates_have_names_of_their_own_that_can_be_folders():

@@ -1,130 +1,23 @@
-"""What the frontier compares: settings of this project, and ways to merge that are only measured.
+"""What the frontier compares: settings of this project, and what is only measured."""
 
-The latter are settings with a token map of their own. Nothing of the product knows them.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
+from tomesd.evaluation.experiments import (
+    MATCHED_ON,
+    GridSettings,
+    KeptSettings,
+    LateSettings,
+    MatchedSettings,
+    RunSettings,
+    install,
+)
 from tomesd.evaluation.run import UNPATCHED, Row
-from tomesd.patches.diffusers_unet import UNetPatch
 from tomesd.settings import DiffusionSettings, diffusion_settings
-from tomesd.token_map import TokenMap
 
 PEER = "tomesd==0.1.3"
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """In a token map's place: one token for each cell of sy×sx, for keys and values alone."""
-
-    h: int
-    w: int
-    sy: int
-    sx: int
-    pools: bool
-
-    def merge(self, x: Tensor) -> Tensor:
-        if not self.pools:
-            return x.unflatten(1, (self.h, self.w))[:, :: self.sy, :: self.sx].flatten(1, 2)
-        picture = x.transpose(1, 2).unflatten(2, (self.h, self.w))
-        # The last cells are smaller where the stride does not divide the grid.
-        means = F.avg_pool2d(picture, (self.sy, self.sx), ceil_mode=True, count_include_pad=False)
-        return means.flatten(2).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class GridSettings(DiffusionSettings):
-    """Keys and values from a grid, whatever they look like: one token for each cell of sy×sx.
-
-    >>> GridSettings(ratio=0.75, merge_block=False, merge_queries=False).merged(32, 32)
-    768
-
-    pools: False takes the top left token of each cell, as nearest-neighbour downsampling does; True
-        the mean of its tokens.
-    Source: Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution
-    Images" (2024).
-    """
-
-    pools: bool = False
-
-    @property
-    def weighs_keys(self) -> bool:
-        return False  # Cells are all of one size.
-
-    def merged(self, h: int, w: int) -> int:
-        return h * w - -(-h // self.sy) * -(-w // self.sx)
-
-    def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> Any:
-        return _Cells(h, w, self.sy, self.sx, self.pools)
-
-
-@dataclass(eq=False)
-class _Kept:
-    """The maps of all blocks, in the order in which they run, and for how long they are good."""
-
-    steps: int
-    maps: list[TokenMap] = field(default_factory=list)
-    step: int = 0
-    block: int = 0
-    timestep: float = -1.0
-
-    def begin(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before each denoising step. A timestep that rises begins another picture."""
-        timestep = float(args[1] if len(args) > 1 else kwargs["timestep"])
-        self.step = 0 if timestep > self.timestep else self.step + 1
-        self.timestep, self.block = timestep, 0
-        if self.step % self.steps == 0:
-            self.maps.clear()
-
-    def next(self, make: Callable[[], TokenMap]) -> TokenMap:
-        if len(self.maps) == self.block:
-            self.maps.append(make())
-        self.block += 1
-        return self.maps[self.block - 1]
-
-
-@dataclass(frozen=True)
-class KeptSettings(DiffusionSettings):
-    """Each block keeps its token map over so many denoising steps of a picture.
-
-    >>> KeptSettings(ratio=0.5, steps=4)
-
-    To measure what that would bring: it has a memory, so one model alone may run with it, eagerly,
-    and it wants `install`.
-    """
-
-    steps: int = 2
-
-    @cached_property
-    def kept(self) -> _Kept:
-        return _Kept(self.steps)
-
-    def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> TokenMap:
-        make = super().token_map
-        return self.kept.next(lambda: make(features, h, w, key))
-
-
-def install(unet: Any, settings: DiffusionSettings) -> UNetPatch:
-    """Let a UNet merge by these settings, of the product or of this file.
-
-    >>> patch = install(pipe.unet, GridSettings(ratio=0.75, merge_block=False, merge_queries=False))
-    >>> patch.remove()
-
-    Raises what `apply_patch` raises.
-    """
-    settings = replace(settings)  # Another picture's maps stay with the other patch.
-    patch = UNetPatch(unet, settings)
-    if isinstance(settings, KeptSettings):
-        patch.before(unet, settings.kept.begin)
-    patch.install()
-    return patch
 
 
 @dataclass(frozen=True)
@@ -157,13 +50,27 @@ class Candidate(Row):
         """After how many forwards all that they do has been done once."""
         return self.settings.steps if isinstance(self.settings, KeptSettings) else 1
 
+    @property
+    def timed(self) -> str:
+        """The name of the candidate that is timed: the steps of a schedule that merge are its."""
+        if not isinstance(self.settings, LateSettings):
+            return self.name
+        steady = self.settings.steady
+        return next(each.name for each in CANDIDATES if each.settings == steady)
+
+    def over_steps(self, unpatched: float, merged: float) -> float:
+        """The mean over all steps of what is so much in a step without and with merging."""
+        if isinstance(self.settings, LateSettings):
+            return self.settings.over_steps(unpatched, merged)
+        return merged
+
     @contextmanager
     def patched(self, pipe: Any) -> Iterator[Any]:
         """The pipeline with this candidate's merging; a peer's pipeline is patched already."""
         if self.settings is None or self.is_peer:
             yield pipe
             return
-        patch = install(pipe.unet, self.settings)
+        patch = install(pipe.unet, self.settings, pipe)
         try:
             yield pipe
         finally:
@@ -177,9 +84,11 @@ FAMILIES = (
     "no log size",
     "keys and values",
     "whole blocks",
+    "not in the first fifth of the steps",
     "every branch (the paper)",
     "keys and values of a grid",
     "a map kept over steps",
+    "cheaper matching",
     "random pruning",
     PEER,
 )
@@ -198,7 +107,7 @@ _BY_4X4: dict[str, Any] = {"ratio": 0.9375, "sx": 4, "sy": 4}
 # Levels are counted from the finest one (max_downsample), so that they are the same in models of
 # different sizes: 1 is 1,024 tokens in the embedded pipeline and 4,096 in Stable Diffusion 1.5 at
 # 512 px; 2 adds 256 and 1,024 tokens (min_tokens=256 and 1024); 8 is everywhere.
-# Drawn: destinations at random (use_rand).
+# Drawn: destinations at random (use_rand). Late: the first fifth of the steps stays unpatched.
 # Windows are in tokens: 32 is the whole grid of the embedded pipeline and a quarter of the other's,
 # so that 16 does to its pictures what 32 does to the other's.
 CANDIDATES: list[Candidate] = [
@@ -258,8 +167,21 @@ CANDIDATES: list[Candidate] = [
             for window in (16, 8)
         },
         **{
+            "blocks 0.75": DiffusionSettings(ratio=0.75, **_BLOCKS),
+        },
+        **{
             f"blocks {ratio:g}, drawn": DiffusionSettings(ratio=ratio, use_rand=True, **_BLOCKS)
             for ratio in (0.25, 0.5)
+        },
+    ),
+    *_of(
+        "not in the first fifth of the steps",
+        **{
+            "keys 0.9375, late": LateSettings(**_BY_4X4, **_KEYS),
+            "blocks 0.5, late": LateSettings(ratio=0.5, **_BLOCKS),
+            "blocks 0.5, two levels, late": LateSettings(ratio=0.5, max_downsample=2, **_BLOCKS),
+            "blocks 0.5, all levels, late": LateSettings(ratio=0.5, max_downsample=8, **_BLOCKS),
+            "blocks 0.75, late": LateSettings(ratio=0.75, **_BLOCKS),
         },
     ),
     *_of("every branch (the paper)", **{"paper 0.5": diffusion_settings(0.5, "paper", {})}),
@@ -281,6 +203,14 @@ CANDIDATES: list[Candidate] = [
         },
     ),
     *_of(
+        "cheaper matching",
+        **{
+            f"blocks 0.5, matched on {what}": MatchedSettings(ratio=0.5, on=what, **_BLOCKS)
+            for what in MATCHED_ON
+        },
+        **{"blocks 0.5, a map for a run": RunSettings(ratio=0.5, **_BLOCKS)},
+    ),
+    *_of(
         "random pruning",
         **{
             "pruning 0.1": DiffusionSettings(ratio=0.1, method="prune", **_ATTENTION),
@@ -300,7 +230,8 @@ CANDIDATES: list[Candidate] = [
 
 
 def chosen(names: list[str] | None, with_peer: bool) -> list[Candidate]:
-    """The candidates with these names, or all; the unpatched model is always the first.
+    """The candidates with these names, or all; the unpatched model is always the first, and a
+    schedule brings the candidate that is timed for it.
 
     >>> [candidate.name for candidate in chosen(["keys 0.5"], with_peer=False)]
     ['unpatched', 'keys 0.5']
@@ -312,4 +243,7 @@ def chosen(names: list[str] | None, with_peer: bool) -> list[Candidate]:
         if name not in [each.name for each in known]:
             allowed = "; ".join(each.name for each in known)
             raise ValueError(f"only must be among: {allowed}; got {name!r}")
-    return [each for each in known if not names or each.name in names or each.family == UNPATCHED]
+    if not names:
+        return known
+    wanted = {UNPATCHED, *names, *(each.timed for each in known if each.name in names)}
+    return [each for each in known if each.name in wanted]

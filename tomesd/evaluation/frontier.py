@@ -1,7 +1,8 @@
 """What `scripts/frontier.py` does: how good each candidate's pictures are, and how fast it is.
 
 The halves are measured apart, each keeps what it found in a file of its own, and `results` joins
-them. Quality is that of a small pipeline's pictures; speed is that of a full-size denoiser.
+them. Quality is that of a small pipeline's pictures; speed is that of a full-size denoiser. What
+merges in some of the steps is not timed by itself: its time is the mean of steps with and without.
 """
 
 import json
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from tomesd.evaluation import full_size
 from tomesd.evaluation.benchmark import Setup, environment, our_run, peer_run, start_peer
-from tomesd.evaluation.candidates import CANDIDATES, Candidate, install
+from tomesd.evaluation.candidates import CANDIDATES, Candidate
 from tomesd.evaluation.changes import changes
+from tomesd.evaluation.experiments import install
 from tomesd.evaluation.fid import device_name, digest
 from tomesd.evaluation.frechet import Features, distances
 from tomesd.evaluation.image_file import versions, whole
@@ -147,7 +149,8 @@ def measure_speed(plan: Plan) -> None:
     def missing(candidate: Candidate) -> int:
         return setup.rounds - sum(candidate.name in taken for taken in rounds)
 
-    todo = [each for each in plan.candidates if each.settings and missing(each) > 0]
+    timed = [each for each in plan.candidates if each.settings and each.timed == each.name]
+    todo = [each for each in timed if missing(each) > 0]
     if not todo:
         return
     with ExitStack() as stack:
@@ -224,7 +227,8 @@ def results(plan: Plan) -> dict[str, Any]:
         }
         found = _of(quality, candidate)["rows"].get(name, {}) if quality else {}
         if speed:
-            found = found | _speed(_of(speed, candidate), name)
+            timed = next(each for each in CANDIDATES if each.name == candidate.timed)
+            found = found | _speed(_of(speed, timed), candidate)
         if found:
             rows.append(row | found)
     return {
@@ -241,11 +245,13 @@ def _of(half: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
     return half | {"rows": {}, "rounds": [], "errors": {}}
 
 
-def _speed(speed: dict[str, Any], name: str) -> dict[str, Any]:
+def _speed(speed: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
+    name = candidate.timed
     rounds = [taken for taken in speed["rounds"] if name in taken]
     if not rounds:
         return {"error": speed["errors"][name]} if name in speed["errors"] else {}
-    own, base = ([taken[key] for taken in rounds] for key in (name, UNPATCHED))
+    base = [taken[UNPATCHED] for taken in rounds]
+    own = [candidate.over_steps(taken[UNPATCHED], taken[name]) for taken in rounds]
     return {"seconds": asdict(Spread.of(own)), "speedup": asdict(round_ratio(base, own))}
 
 
@@ -261,7 +267,7 @@ def work_left(setup: Setup, candidates: Sequence[Candidate]) -> dict[str, float]
         rows = UNetPatch(unet, candidate.settings or DiffusionSettings(ratio=0)).rows()
         work = sum(row.blocks * row.tokens**2 for row in rows)
         left = sum(row.blocks * row.tokens**2 * row.work for row in rows)
-        shares[candidate.name] = left / work
+        shares[candidate.name] = candidate.over_steps(1.0, left / work)
     return shares
 
 

@@ -20,9 +20,11 @@ _LOOKS = {
     "no log size": ("tab:cyan", "o"),
     "keys and values": ("tab:green", "o"),
     "whole blocks": ("tab:red", "o"),
+    "not in the first fifth of the steps": ("darkred", "P"),
     "every branch (the paper)": ("tab:purple", "o"),
     "keys and values of a grid": ("olive", "^"),
     "a map kept over steps": ("tab:pink", "D"),
+    "cheaper matching": ("tab:brown", "D"),
     "random pruning": ("tab:gray", "X"),
     PEER: ("tab:orange", "*"),
 }

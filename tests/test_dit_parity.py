@@ -6,9 +6,13 @@ block is called on these, and what it adds to a group is added to each of its to
 attention is off, or the host has no use for it: `test_dit_reference` is about that.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from diffusers import LayerSkipConfig
+from diffusers.hooks import apply_layer_skip
+from torch import Tensor, nn
 
 import tomesd
 from tests.dit_blocks import (
@@ -64,11 +68,13 @@ def _each_its_groups(tiny: Tiny, y: Tensor, groups: Groups, before: Tensor, x: T
     return torch.cat([y[:, :start], rows, y[:, start + m :]], dim=1)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_a_patched_block_adds_to_each_token_what_the_hosts_own_adds_to_its_group(name):
+def _check(name: str, change: Callable[[nn.Module], None] | None = None) -> list[Tensor]:
+    """Every block, with something done to the model before. Returns what they gave."""
     tiny = FAMILIES[name]
     off = {} if name in WITHOUT_PROPORTIONAL else {"prop_attn": False}
     model, found = calls(tiny, ratio=RATIO, window=0, **off)
+    if change is not None:
+        change(model)
     outputs = [call() for call in found]
     tomesd.remove_patch(model)
     for call, got in zip(found, outputs, strict=True):
@@ -88,6 +94,47 @@ def test_a_patched_block_adds_to_each_token_what_the_hosts_own_adds_to_its_group
             if reference.shape[1] >= m:
                 reference = _each_its_groups(tiny, reference, groups, merged.tokens, x)
             torch.testing.assert_close(y, reference, rtol=0, atol=1e-9)
+    return [y for output in outputs for y in output if y is not None]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_patched_block_adds_to_each_token_what_the_hosts_own_adds_to_its_group(name):
+    _check(name)
+
+
+# Those of whose attention the host knows how to skip it, or its scores.
+SKIPPED = {
+    "attention": ("PixArt", "Latte", "CogView4"),
+    "scores": ("PixArt", "Latte", "CogView4", "QwenImage", "HunyuanImage"),
+    "feed-forward": ("SD3", "Flux", "PixArt", "Wan", "LTXVideo", "CogVideoX", "Mochi"),
+}
+WHAT = {
+    "attention": {"skip_ff": False},
+    "scores": {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
+    "feed-forward": {"skip_attention": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        (what, name)
+        for what, kinds in SKIPPED.items()
+        for name in sorted(FAMILIES)
+        if name.partition("Transformer")[0] in kinds
+    ],
+)
+def test_what_guidance_skips_in_a_block_is_skipped_of_merged_tokens(what, name):
+    """As guiders do: skip-layer, perturbed-attention and auto-guidance."""
+
+    def change(model) -> None:
+        for where, blocks in model.named_children():
+            if where in ("blocks", "transformer_blocks"):
+                layers = LayerSkipConfig(list(range(len(blocks))), fqn=where, **WHAT[what])
+                apply_layer_skip(model, layers)
+
+    outputs = zip(_check(name), _check(name, change), strict=True)
+    assert any(not torch.equal(whole, skipped) for whole, skipped in outputs)
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_PROPORTIONAL))

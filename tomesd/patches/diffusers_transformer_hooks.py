@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tomesd.map_joining import nothing_merged, side_by_side
 from tomesd.partition import make_key
 from tomesd.patches.common import Threads, is_cached
+from tomesd.patches.diffusers_guidance import check_guidance, is_skipped
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 from tomesd.patches.diffusers_transformer_video import VideoMatching
 from tomesd.settings import DiffusionSettings
@@ -108,6 +109,9 @@ class BlockHooks:
         if is_cached(block, *block.children()):
             raise ValueError(_CACHED)
         place = self._place(given)
+        run.map = run.bias = None
+        if is_skipped(block):
+            return _as_called(self.names, args, given)
         n = sum(f * h * w for f, h, w in place.grids)
         token_map = self._match(x, n, place)
         if kind.together and not kind.mask and given.get("attention_mask") is not None:
@@ -116,9 +120,10 @@ class BlockHooks:
         before, after = text + token_map.n, text + token_map.m
         pairs = after * (before if self.gives_keys_back else after)
         self.counts = n, n - before + after, before**2, pairs
-        run.map = run.bias = None
         if token_map.m == token_map.n:
             return _as_called(self.names, args, given)
+        for name in kind.attention:
+            check_guidance(getattr(block, name), merges_queries=True, merges_keys=True)
         run.x, run.map, run.merged = x, token_map, token_map.merge(x)
         given[kind.tokens] = run.merged
         if given.get(kind.rotary) is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tomesd.patches.common import Threads
+from tomesd.patches.diffusers_guidance import check_guidance
 from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
 from tomesd.token_map import TokenMap
@@ -124,6 +125,9 @@ class Transformer:
         self.last = len(x), h, w, x.device.type
         if self.skipped:
             return None
+        if self.most.merge_attn and not self.why_not():
+            for block in self.module.transformer_blocks:
+                check_guidance(block.attn1, self.most.merge_queries, merges_keys=True)
         place = Place(h, w, self.of_model.run.timestep, self.of_model.run.stage)
         name = _SPATIAL[type(transformer).__name__]
         if not name:

@@ -68,6 +68,26 @@ def test_each_step_merges_as_the_schedule_says_in_every_picture(scheduler, ratio
     assert seen == expected
 
 
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_a_picture_of_so_few_steps_that_none_merges_warns_once(scheduler, recwarn):
+    pipe = tomesd.apply_patch(_pipe(scheduler), ratio=RatioSchedule.last(0.5, since=0.2))
+    _draw(pipe)
+    assert not [each for each in recwarn if "nothing merges" in str(each.message)]
+    with pytest.warns(UserWarning, match="nothing merges in UNet2D.*ratio is 0 in each .* 1 in"):
+        _draw(pipe, num_inference_steps=1)
+    recwarn.clear()
+    _draw(pipe, num_inference_steps=1)
+    assert not [each for each in recwarn if "nothing merges" in str(each.message)]
+
+
+def test_image_to_image_that_begins_after_all_that_merges_warns():
+    pipe = tomesd.apply_patch(_pipe(), ratio=FIRST)
+    again = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="nothing merges"):
+        _draw(again, image=torch.rand(1, 3, 64, 64), strength=0.4)
+
+
 def test_a_constant_schedule_is_a_ratio():
     pipe = tomesd.apply_patch(_pipe(), ratio=0.5)
     expected = _draw(pipe)

@@ -162,11 +162,24 @@ class RatioPlan:
 
     def stage(self, timestep: Any) -> int:
         """The number of the stage in which the model is called with this timestep."""
-        if self.steps is None:
-            return 0
-        progress = self.steps.progress(timestep)
+        return self._stage_at(self.steps.progress(timestep)) if self.steps else 0
+
+    def _stage_at(self, progress: float) -> int:
         # Ten of 25 steps are 0.4, however that rounds.
         return sum(progress >= end - 1e-6 for end in self.ends[:-1])
+
+    def why_idle(self) -> str:
+        """Why nothing merges in any step of the picture that is being made, or nothing if some do.
+
+        A turbo model's only step is both the first and the last.
+        """
+        if self.steps is None:
+            return ""
+        first, last = map(self._stage_at, self.steps.span())
+        ends = self.ends[first : last + 1]
+        if any(each.at(end) for each in self.schedules.values() for end in ends):
+            return ""
+        return f"the ratio is 0 in each of the steps that it takes, {self.steps.count} in all"
 
 
 def _check_count(pieces: Any) -> None:
@@ -208,10 +221,20 @@ class Steps:
         # A copied pipeline's model follows the copy, a model copied alone its old pipeline.
         return Steps(memo.get(id(self.pipe), self.pipe))
 
+    @property
+    def count(self) -> int:
+        return len(self.pipe.scheduler.timesteps)
+
+    def span(self) -> tuple[float, float]:
+        """The progress at which a picture's first and last step are called, as far as the scheduler
+        knows: where image-to-image begins, DDIM, DDPM and PNDM are not told."""
+        begin = getattr(self.pipe.scheduler, "_begin_index", None) or 0
+        return begin / self.count, (self.count - 1) / self.count
+
     def progress(self, timestep: Any) -> float:
         """The share of the steps that are done, when the model is called with this timestep."""
         scheduler = self.pipe.scheduler
-        steps = len(scheduler.timesteps)
+        steps = self.count
         if hasattr(scheduler, "_step_index"):
             done = scheduler._step_index
             if done is None:  # Until the first step, begin_index says where to start.

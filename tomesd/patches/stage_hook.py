@@ -3,6 +3,7 @@
 Imported only then: `torch.compiler.disable` imports the compiler.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,14 @@ class StageHook:
     plan: RatioPlan
     names: tuple[str, ...]
     timestep: str
+    warned: bool = False
 
     # A model's own hooks are no part of its graph, so that this may look at the scheduler.
     @torch.compiler.disable
     def note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         self.threads.run.stage = self.plan.stage(given[self.timestep])
+        why_idle = "" if self.warned else self.plan.why_idle()
+        if why_idle:
+            self.warned = True
+            warnings.warn(f"nothing merges in {type(model).__name__}: {why_idle}", stacklevel=2)

@@ -1,5 +1,7 @@
 """A patched diffusion transformer compiles to one graph, and gives what it gives uncompiled."""
 
+import copy
+
 import pytest
 import torch
 
@@ -51,6 +53,45 @@ def test_sizes_that_are_known_from_values_alone():
     tiny = TINY["FluxTransformer2DModel"]
     model = tomesd.apply_patch(tiny.model())
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for h, w in ((4, 9), (5, 7)):
+        assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
+
+
+def _by_itself(model, **how):
+    return torch.compile(model, **how)
+
+
+def _in_place(model, **how):
+    model = copy.deepcopy(model)
+    model.compile(**how)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [_by_itself, _in_place])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+@torch.no_grad()
+def test_another_grid_of_as_many_tokens_is_noticed(name, compiled):
+    tiny = TINY[name]
+    model = tomesd.apply_patch(tiny.model())
+    own = compiled(model, fullgraph=True, backend="eager")
+    for h, w in ((4, 9), (6, 6), (9, 4), (4, 9)):
+        assert torch.equal(tiny.call(own, h=h, w=w), tiny.call(model, h=h, w=w))
+
+
+class _Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.dtype = model, model.dtype
+
+    def forward(self, **given):
+        return self.model(**given)
+
+
+@torch.no_grad()
+def test_a_model_inside_of_what_is_compiled_is_in_the_one_graph():
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tomesd.apply_patch(tiny.model())
+    compiled = torch.compile(_Around(model), fullgraph=True, backend="eager", dynamic=False)
     for h, w in ((4, 9), (5, 7)):
         assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
 

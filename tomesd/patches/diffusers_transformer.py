@@ -99,6 +99,10 @@ class TransformerPatch(Patch):
             hooks = self.hooks
             stage = StageHook(hooks.threads, self.plan, hooks.names, hooks.family.timestep)
             self.before(self.model, stage.note)
+        if self.hooks.family.in_data:
+            from tomesd.patches.grid_hook import note_grids
+
+            self.before(self.model, note_grids)
         self.before(self.model, self.hooks.note_place)
         if self.hooks.family.rope:
             self.after(self.model.get_submodule(self.hooks.family.rope), self.hooks.append_place)

@@ -73,6 +73,7 @@ class Family(NamedTuple):
     rope: its child that computes a tuple of rotary tables for them. In either travels the grid,
         because gradient checkpointing calls a block again, with the same arguments, when other
         forward passes may have come in between. Without both, the last forward's grid counts.
+    in_data: whether `grids` looks at the data, which a graph cannot.
     timestep: the model's argument with the timestep.
     alone: other lists of blocks of its tokens, which are left alone, and why: for reports.
     """
@@ -82,6 +83,7 @@ class Family(NamedTuple):
     grids: Callable[[Any, dict], tuple[Grid, ...]]
     kwargs: str = ""
     rope: str = ""
+    in_data: bool = False
     timestep: str = "timestep"
     alone: tuple[tuple[str, str], ...] = ()
 

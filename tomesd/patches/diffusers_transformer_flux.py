@@ -30,8 +30,9 @@ def _grids_of_ids(model: Any, given: dict) -> tuple[Grid, ...]:
 def _read(ids: Tensor) -> tuple[Grid, ...]:
     """The pictures one after another; each has a first coordinate of its own, then row and column.
 
-    While a model is compiled, this runs on the example inputs, and the code is for their grid. A
-    later one of just as many tokens is not noticed then: its cells are those of the first.
+    Where a model is compiled as a part of something, this runs on the example inputs, and the code
+    is for their grid. A later one of just as many tokens is not noticed then: its cells are those
+    of the first. A model that is compiled by itself notices: see `grid_hook`.
     """
     ids = (ids[0] if ids.dim() == 3 else ids).cpu()
     starts = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1
@@ -88,6 +89,7 @@ FAMILIES = (
         (_TWO_STREAMS, _ONE_STREAM),
         _grids_of_ids,
         rope="pos_embed",
+        in_data=True,
     ),
     Family(
         ("ChromaTransformer2DModel",),
@@ -95,6 +97,7 @@ FAMILIES = (
         (_TWO_STREAMS._replace(mask="attention_mask"), _TOGETHER._replace(mask="attention_mask")),
         _grids_of_ids,
         rope="pos_embed",
+        in_data=True,
     ),
     Family(
         ("Flux2Transformer2DModel",),
@@ -105,6 +108,7 @@ FAMILIES = (
         ),
         _grids_without_cache,
         kwargs="joint_attention_kwargs",
+        in_data=True,
     ),
 )
 

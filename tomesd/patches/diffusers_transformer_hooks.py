@@ -32,11 +32,13 @@ _PLACE = "tomesd_place"
 class Run:
     """What one thread is doing in one model.
 
-    stage, place: of the forward pass. The rest, of the block that is running: its token map or None
-    where nothing merges, its image tokens, unmerged and merged, and the bias of its keys.
+    stage, grids, place: of the forward pass; grids where they are in its data, until it begins. The
+    rest, of the block that is running: its token map or None where nothing merges, its image
+    tokens, unmerged and merged, and the bias of its keys.
     """
 
     stage: int = 0
+    grids: tuple[Grid, ...] | None = None
     place: Any = None
     map: Any = None
     x: Any = None
@@ -62,11 +64,13 @@ class ModelHooks:
         return self.threads.run
 
     def note_place(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        noted, self.run.grids = self.run.grids, None
         if getattr(model, "is_cache_enabled", False):
             raise ValueError(_CACHED)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         timestep = given[self.family.timestep]
-        place = _Place(self.family.grids(model, given), timestep, self.run.stage)
+        grids = noted or self.family.grids(model, given)
+        place = _Place(grids, timestep, self.run.stage)
         self.run.place = self.last = place
         if self.family.kwargs:
             given[self.family.kwargs] = (given.get(self.family.kwargs) or {}) | {_PLACE: place}

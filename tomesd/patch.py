@@ -268,6 +268,11 @@ def _why_unsupported(model: Any) -> str:
         for family in (*_DENOISERS, *_VITS):
             for name in _classes(module, family.host) & set(family.refused):
                 return f"model must not be a {name}: {family.refused[name]}"
+    if hasattr(model, "load_components") and not _modules(model):
+        return (
+            f"model must have its parts, got a {type(model).__name__} without any: call its "
+            "load_components() first"
+        )
     names = [f"{name} ({host})" for host, models in supported().items() for name in models]
     return f"model must be or contain one of {', '.join(names)}, got {type(model).__name__}"
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tomesd.patches.common import Patch, Row, Threads
+from tomesd.patches.diffusers_bias import check_takes_bias
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 from tomesd.patches.diffusers_transformer_hooks import BlockHooks, ModelHooks, Run
 from tomesd.patches.diffusers_transformer_video import VideoMatching
@@ -89,6 +90,20 @@ class TransformerPatch(Patch):
         fused = any(getattr(module, "fused_projections", False) for module in model.modules())
         if fused and settings.weighs_keys and any(kind.keys for kind in family.blocks):
             raise ValueError(_FUSED)
+        if settings.ratio > 0 and settings.weighs_keys:
+            for attention in self._weighed():
+                check_takes_bias(attention)
+
+    def _weighed(self) -> list[Any]:
+        """The attention modules that get log(size) on their keys."""
+        found = [
+            getattr(block, name)
+            for kind in self.hooks.family.blocks
+            if kind.bias
+            for block in kind.split(self.model)[0]
+            for name in kind.attention
+        ]
+        return [attention for attention in found if attention is not None]
 
     def install(self) -> None:
         if self.settings.ratio == 0:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tomesd.map_joining import nothing_merged, side_by_side
 from tomesd.partition import make_key
 from tomesd.patches.common import Threads, is_cached
+from tomesd.patches.diffusers_bias import fit_bias
 from tomesd.patches.diffusers_guidance import check_guidance, is_skipped
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
 from tomesd.patches.diffusers_transformer_video import VideoMatching
@@ -215,7 +216,9 @@ class BlockHooks:
         if mask is not None and bias is not None:
             mask = mask.view(len(mask), *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-        given["attention_mask"] = mask if bias is None else bias
+        if bias is not None:
+            mask = fit_bias(bias, attention, given[self.attention_names[0]].shape[1])
+        given["attention_mask"] = mask
         return _as_called(self.attention_names, args, given)
 
     def give_back(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tomesd.partition import make_key
 from tomesd.patches.common import Patch, Row, Threads
+from tomesd.patches.diffusers_bias import check_takes_bias, fit_bias
 from tomesd.patches.diffusers_unet_places import FUSED, Run, Transformer, find_transformers
 from tomesd.ratio_schedule import RatioPlan
 from tomesd.settings import DiffusionSettings
@@ -112,15 +113,17 @@ class _Block:
             )
         if not self.settings.merge_queries and attn.fused_projections:
             raise ValueError(FUSED)
-        if self.settings.weighs_keys:
-            kwargs = kwargs | {"attention_mask": _log_size(token_map, attn, args[0].dtype)}
-        if self.settings.merge_block:
+        if not self.settings.merge_block:
+            x, *rest = args
+            merged = token_map.merge(x)
+            if self.settings.merge_queries:
+                args = merged, *rest
+            else:
+                kwargs = kwargs | {"encoder_hidden_states": merged}
+        if not self.settings.weighs_keys:
             return args, kwargs
-        x, *rest = args
-        merged = token_map.merge(x)
-        if self.settings.merge_queries:
-            return (merged, *rest), kwargs
-        return args, kwargs | {"encoder_hidden_states": merged}
+        bias = _log_size(token_map, attn, args[0].dtype)
+        return args, kwargs | {"attention_mask": fit_bias(bias, attn, args[0].shape[1])}
 
     def weigh_keys_beside_objects(self, attn: Any, args: tuple, kwargs: dict) -> tuple:
         """GLIGEN's own attention has objects among its keys, after the picture's tokens."""
@@ -129,7 +132,7 @@ class _Block:
             return args, kwargs
         bias = _log_size(token_map, attn, args[0].dtype)
         bias = nn.functional.pad(bias, (0, args[0].shape[1] - bias.shape[2]))
-        return args, kwargs | {"attention_mask": bias}
+        return args, kwargs | {"attention_mask": fit_bias(bias, attn, args[0].shape[1])}
 
     def merge(self, branch: nn.Module, args: tuple, kwargs: dict) -> tuple:
         (x, *rest), token_map = args, self.map
@@ -169,6 +172,8 @@ class UNetPatch(Patch):
         for found in self.transformers:
             for block in [] if found.skipped else found.module.transformer_blocks:
                 _check_caches(block, settings)
+                if settings.merge_attn and settings.weighs_keys and not block.only_cross_attention:
+                    check_takes_bias(block.attn1)
 
     def install(self) -> None:
         if self.settings.ratio == 0:

@@ -19,6 +19,7 @@ FAMILIES = TINY | {DIT.name: DIT} | CONTROLNETS
 # Their processors take no bias, and turn queries and keys by one table.
 WITHOUT_PROPORTIONAL = {
     "QwenImageTransformer2DModel",
+    "QwenImageControlNetModel",
     "CogView4Transformer2DModel",
     "MochiTransformer3DModel",
     "HunyuanVideo15Transformer3DModel",

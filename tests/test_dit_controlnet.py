@@ -12,7 +12,12 @@ import tomesd
 from tests.tiny_models import hooks
 from tests.tiny_transformers import CONTROLNETS, TEXT, TINY, Attention, Tiny
 
-SD3, FLUX = TINY["SD3Transformer2DModel"], TINY["FluxTransformer2DModel"]
+DENOISERS = (
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "HunyuanDiT2DModel",
+)
 GRIDS = [(6, 6), (4, 9), (5, 7)]
 
 
@@ -21,10 +26,12 @@ def _samples(tiny: Tiny, controlnet, batch: int, h: int, w: int) -> tuple[list[T
     draw = torch.Generator().manual_seed(0)
     given = tiny.inputs(batch, h, w, lambda *shape: torch.randn(shape, generator=draw))
     output = controlnet(**given, return_dict=False)
-    if len(output) == 1:
-        return output[0], {"block_controlnet_hidden_states": output[0]}
-    names = ("controlnet_block_samples", "controlnet_single_block_samples")
-    return output[0] + output[1], dict(zip(names, output, strict=True))
+    if tiny.name.startswith("Flux"):
+        names = ("controlnet_block_samples", "controlnet_single_block_samples")
+        return output[0] + output[1], dict(zip(names, output, strict=True))
+    samples = list(output if tiny.name.startswith("Qwen") else output[0])
+    name = "block_controlnet_hidden_states"
+    return samples, {name if tiny.name.startswith("SD3") else "controlnet_block_samples": samples}
 
 
 @pytest.fixture(params=CONTROLNETS)
@@ -59,7 +66,7 @@ def test_a_controlnet_merges_and_hands_over_every_token(tiny, grid):
 def test_a_denoiser_and_its_controlnet_merge_together(tiny):
     """As in a pipeline, where one call patches both."""
     size = (2, 5, 7)
-    denoiser = SD3 if tiny.name.startswith("SD3") else FLUX
+    denoiser = next(TINY[name] for name in DENOISERS if name[:3] == tiny.name[:3])
     model, controlnet = denoiser.model(), tiny.model()
     plain = denoiser.call(model)
     controlled = denoiser.call(model, **_samples(tiny, controlnet, *size)[1])

@@ -590,6 +590,23 @@ CONTROLNETS = {
         _controlled(_flux),
         one_map=True,
     ),
+    "QwenImageControlNetModel": Tiny(
+        "QwenImageControlNetModel",
+        TINY["QwenImageTransformer2DModel"].config,
+        _controlled(_qwen),
+        one_map=True,
+    ),
+    "HunyuanDiT2DControlNetModel": Tiny(
+        "HunyuanDiT2DControlNetModel",
+        {
+            name: value
+            for name, value in TINY["HunyuanDiT2DModel"].config.items()
+            if name not in ("num_layers", "learn_sigma")
+        }
+        | {"transformer_num_layers": 4},
+        _controlled(_hunyuan),
+        one_map=True,
+    ),
     "FluxControlNetModel with modes": Tiny(
         "FluxControlNetModel",
         TINY["FluxTransformer2DModel"].config | {"num_mode": 2},

@@ -40,7 +40,7 @@ class Tiny:
             "up_block_types": (f"UpBlock{self.kind}", f"CrossAttnUpBlock{self.kind}"),
             "cross_attention_dim": WIDTH,
         }
-        if self.name == "ControlNetModel":
+        if "ControlNet" in self.name:
             del defaults["sample_size"], defaults["up_block_types"]
         model = getattr(diffusers, self.name)(**defaults | self.config | config).eval()
         for parameter in model.parameters():
@@ -72,6 +72,15 @@ def _video(batch, h, w, normal) -> dict:
     return {
         "sample": normal(batch, 4, FRAMES, h, w),
         "encoder_hidden_states": normal(batch, TEXT, WIDTH),
+    }
+
+
+def _sparse(batch, h, w, normal) -> dict:
+    """Its pictures are latents here, and there is one for each frame."""
+    inputs = _animatediff(batch, h, w, normal)
+    return inputs | {
+        "controlnet_cond": normal(*inputs["sample"].shape),
+        "conditioning_mask": torch.ones(batch, 1, FRAMES, h, w),
     }
 
 
@@ -110,6 +119,13 @@ TINY = {
             "Motion",
             _animatediff,
             {"num_attention_heads": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8},
+        ),
+        Tiny(
+            "SparseControlNetModel",
+            "Motion",
+            _sparse,
+            {"attention_head_dim": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8}
+            | {"conditioning_embedding_out_channels": (8, 8)},
         ),
         Tiny("UNet3DConditionModel", "3D", _video, {"attention_head_dim": 8, "norm_num_groups": 8}),
         Tiny("I2VGenXLUNet", "3D", _i2vgen, {"attention_head_dim": 8, "norm_num_groups": 8}),

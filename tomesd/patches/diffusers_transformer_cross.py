@@ -51,7 +51,7 @@ FAMILIES = (
         kwargs="cross_attention_kwargs",
     ),
     Family(
-        ("HunyuanDiT2DModel",),
+        ("HunyuanDiT2DModel", "HunyuanDiT2DControlNetModel"),
         (_IMAGE._replace(where="blocks", rotary="image_rotary_emb", unless="skip_linear"),),
         image_grid,
     ),

@@ -52,6 +52,14 @@ _SD3 = Blocks(
     attention=("attn", "attn2"),
     keys=("to_k", "to_v"),
 )
+_QWEN = Blocks(
+    text="encoder_hidden_states",
+    output=1,
+    rotary="image_rotary_emb",
+    rotary_at=0,
+    per_token=(("modulate_index", 1),),
+    carrier="joint_attention_kwargs",
+)
 _COGVIDEOX = Blocks(
     text="encoder_hidden_states",
     output=0,
@@ -90,18 +98,15 @@ FAMILIES = (
     ),
     Family(
         ("QwenImageTransformer2DModel",),
-        (
-            Blocks(
-                text="encoder_hidden_states",
-                output=1,
-                rotary="image_rotary_emb",
-                rotary_at=0,
-                per_token=(("modulate_index", 1),),
-                carrier="joint_attention_kwargs",
-            ),
-        ),
+        (_QWEN,),
         _listed_shapes,
         kwargs="attention_kwargs",
+    ),
+    Family(
+        ("QwenImageControlNetModel",),
+        (_QWEN,),
+        _listed_shapes,
+        kwargs="joint_attention_kwargs",
     ),
     Family(
         ("CogVideoXTransformer3DModel",),

@@ -23,6 +23,7 @@ MODELS = (
     "I2VGenXLUNet",
     "ControlNetModel",
     "ControlNetUnionModel",
+    "SparseControlNetModel",
 )
 
 _NO_TRANSFORMERS = "it has no spatial transformers, whose blocks could merge"

@@ -1,12 +1,18 @@
 """What cannot merge in a diffusion transformer is said in time, and nothing is changed by it."""
 
+import importlib
+import pkgutil
+
 import diffusers
 import pytest
 import torch
+from diffusers.models import controlnets, transformers, unets
 
 import tomesd
+from tests import tiny_unets
+from tests.dit_blocks import FAMILIES
 from tests.tiny_models import hooks
-from tests.tiny_transformers import DIT, TINY
+from tests.tiny_transformers import CONTROLNETS, TINY
 
 SD3 = TINY["SD3Transformer2DModel"]
 
@@ -40,24 +46,55 @@ def test_a_linear_transformer_is_refused_with_the_reason():
         tomesd.apply_patch(model)
 
 
-MODELS = [
-    name
-    for name in dir(diffusers)
-    if "Transformer" in name and issubclass(getattr(diffusers, name), diffusers.ModelMixin)
-]
+def _models() -> dict[str, type]:
+    """All transformers, UNets and ControlNets of diffusers."""
+    found = {}
+    for package in (controlnets, transformers, unets):
+        for part in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{part.name}")
+            for name, kind in vars(module).items():
+                own = isinstance(kind, type) and kind.__module__ == module.__name__
+                if own and issubclass(kind, diffusers.ModelMixin):
+                    found[name] = kind
+    # A UNet2DConditionModel by its class, if not by what is in it: see below.
+    del found["DreamLiteUNetModel"]
+    return found
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_transformer_of_diffusers_merges_or_is_refused_by_name(name):
+MODELS = _models()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_denoiser_of_diffusers_merges_or_is_refused_by_name_with_a_reason(name):
     if name in tomesd.supported()["diffusers"]:
-        assert name in TINY or name == DIT.name
+        tested = {tiny.name for tiny in FAMILIES.values()} | set(tiny_unets.TINY)
+        # The same blocks in the same places as a ControlNetModel; test_addons_after_patching.
+        assert name in tested | {"ControlNetUnionModel"}
         return
     # Without its layers: what it is called is all that counts.
-    empty = getattr(diffusers, name).__new__(getattr(diffusers, name))
+    empty = MODELS[name].__new__(MODELS[name])
     torch.nn.Module.__init__(empty)
-    with pytest.raises(TypeError, match=rf"must not be a {name}: |got {name}$"):
+    if "Multi" in name:
+        # A list of ControlNets, each of which merges if it can.
+        empty.nets = torch.nn.ModuleList([CONTROLNETS["SD3ControlNetModel"].model()])
+        tomesd.apply_patch(empty)
+        assert set(tomesd.report(empty).rows) == {"nets.0"}
+        return
+    with pytest.raises(TypeError, match=rf"must not be a {name}: \w+ "):
         tomesd.apply_patch(empty)
     assert not any("_tomesd" in key for key in vars(empty))
+
+
+def test_a_unet_with_transformers_of_its_own_is_refused_by_their_name():
+    model = diffusers.DreamLiteUNetModel(
+        sample_size=8, block_out_channels=(16, 32, 32), attention_head_dim=8, num_kv_heads=1,
+        cross_attention_dim=16, norm_num_groups=8, layers_per_block=1,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="in DreamLiteUNetModel: DreamLiteTransformer2DModel is not"
+    ):
+        tomesd.apply_patch(model)
+    assert hooks(model) == 0
 
 
 def test_supported_lists_what_can_be_patched():

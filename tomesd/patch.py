@@ -14,6 +14,7 @@ from tomesd.patches import (
     diffusers_transformer_flux,
     diffusers_transformer_hunyuan,
     diffusers_transformer_joint,
+    diffusers_transformer_other,
     diffusers_transformer_single,
     diffusers_unet,
     diffusers_unet_places,
@@ -52,6 +53,7 @@ _TRANSFORMERS = (
     diffusers_transformer_hunyuan,
     diffusers_transformer_single,
     diffusers_transformer_cross,
+    diffusers_transformer_other,
 )
 _DENOISERS = (
     _Family(

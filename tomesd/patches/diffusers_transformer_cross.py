@@ -101,17 +101,13 @@ _LINEAR = (
     "its attention is linear in the tokens, and its feed-forward is a convolution over their whole "
     "grid, which merged tokens do not have"
 )
-_SOUND = "its tokens are moments of sound, not of a grid"
 REFUSED = {
+    "SanaControlNetModel": _LINEAR,
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
     "LTX2VideoTransformer3DModel": (
         "in its blocks, sound and video attend to each other at positions of their own, which "
         "merged tokens do not follow yet"
     ),
-    "AceStepTransformer1DModel": _SOUND,
-    "LongCatAudioDiTTransformer": _SOUND,
-    "MiniMaxMusic3Transformer1DModel": _SOUND,
-    "StableAudioDiTModel": _SOUND,
-    "PriorTransformer": "its tokens are of a text and of one embedding, not of a grid",
 }

@@ -27,7 +27,16 @@ MODELS = (
 )
 
 _NO_TRANSFORMERS = "it has no spatial transformers, whose blocks could merge"
-REFUSED = dict.fromkeys(("Kandinsky3UNet", "StableCascadeUNet", "UNet2DModel"), _NO_TRANSFORMERS)
+REFUSED = {
+    "Kandinsky3UNet": _NO_TRANSFORMERS,
+    "StableCascadeUNet": _NO_TRANSFORMERS,
+    "UNet2DModel": _NO_TRANSFORMERS,
+    "UNet1DModel": "its tokens are moments of a signal, not of a grid",
+    "UVit2DModel": "its transformers are in blocks that are not described yet",
+    "UNetControlNetXSModel": "its transformers are in pairs, which are not described yet",
+    "ControlNetXSAdapter": "it is a part of a UNetControlNetXSModel, which does not merge",
+    "MotionAdapter": "it is a part of a UNetMotionModel: apply_patch that or its pipeline",
+}
 
 # The modules whose blocks merge, and their argument, a dict, that they hand on to them.
 _SPATIAL = {

@@ -1,8 +1,6 @@
 """What people add to a transformer goes on working while its tokens merge, or is refused.
 
-In one of each kind: joint attention whose keys are given back (SD3) or weighed (Flux), and
-cross-attention with positions that were added (PixArt) or rotate (Wan). "before": it was added
-before patching.
+"before": it was added before patching.
 """
 
 from typing import Any
@@ -15,32 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tomesd
-from tests.tiny_transformers import TINY, Tiny
+from tests.tiny_transformers import FLUX, KINDS, PIXART, SD3, TINY, WAN, Tiny
 
-SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
-PIXART, WAN = "PixArtTransformer2DModel", "WanTransformer3DModel"
 ORDERS = pytest.mark.parametrize("when", ["before", "after"])
 
 
-@pytest.fixture(params=[SD3, FLUX, PIXART, WAN])
+@pytest.fixture(params=KINDS)
 def tiny(request) -> Tiny:
     return TINY[request.param]
-
-
-@torch.no_grad()
-def _predict(tiny: Tiny, model) -> torch.Tensor:
-    return tiny.call(model)
-
-
-def _both_orders(tiny: Tiny, when: str, change) -> Any:
-    """A model that merges and to which something was done, before or after patching."""
-    model = tiny.model()
-    if when == "before":
-        change(model)
-    tomesd.apply_patch(model)
-    if when == "after":
-        change(model)
-    return model
 
 
 @pytest.fixture
@@ -54,9 +34,9 @@ def _native_backend_afterwards():
 @pytest.mark.usefixtures("_native_backend_afterwards")
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 def test_an_attention_backend_gives_the_same_output(tiny, backend, when):
-    expected = _predict(tiny, tomesd.apply_patch(tiny.model()))
-    model = _both_orders(tiny, when, lambda model: model.set_attention_backend(backend))
-    torch.testing.assert_close(_predict(tiny, model), expected, rtol=0, atol=1e-5)
+    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
+    model = tiny.patched(when, lambda model: model.set_attention_backend(backend))
+    torch.testing.assert_close(tiny.predict(model), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_native_backend_afterwards")
@@ -66,11 +46,11 @@ def test_a_backend_that_takes_no_bias_needs_merging_without_proportional_attenti
     model: Any = tomesd.apply_patch(tiny.model())
     model.set_attention_backend("_native_flash")
     with pytest.raises(ValueError, match="attn_mask"):
-        _predict(tiny, model)
+        tiny.predict(model)
     tomesd.apply_patch(model, prop_attn=False)
-    flash = _predict(tiny, model)
+    flash = tiny.predict(model)
     model.set_attention_backend("native")
-    torch.testing.assert_close(flash, _predict(tiny, model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(flash, tiny.predict(model), rtol=0, atol=1e-5)
 
 
 class _Noting:
@@ -87,7 +67,7 @@ class _Noting:
 
 @ORDERS
 def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
-    expected = _predict(tiny, tomesd.apply_patch(tiny.model()))
+    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
     own: list[_Noting] = []
 
     def change(model) -> None:
@@ -97,8 +77,8 @@ def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
                 module.processor = own[-1]
 
     # Replaced as an attribute: diffusers' setters look at a processor's signature.
-    model = _both_orders(tiny, when, change)
-    assert torch.equal(_predict(tiny, model), expected)
+    model = tiny.patched(when, change)
+    assert torch.equal(tiny.predict(model), expected)
     assert own
     lengths = {length for processor in own for length in processor.lengths}
     assert lengths <= {tiny.frames * 18, tiny.frames * 18 + 5}
@@ -111,9 +91,9 @@ def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
 @pytest.mark.parametrize("name", [FLUX, PIXART, WAN])
 def test_fused_projections_give_the_same_output(name, when):
     tiny = TINY[name]
-    expected = _predict(tiny, tomesd.apply_patch(tiny.model()))
-    model = _both_orders(tiny, when, lambda model: model.fuse_qkv_projections())
-    torch.testing.assert_close(_predict(tiny, model), expected, rtol=0, atol=1e-5)
+    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
+    model = tiny.patched(when, lambda model: model.fuse_qkv_projections())
+    torch.testing.assert_close(tiny.predict(model), expected, rtol=0, atol=1e-5)
 
 
 def _lora() -> LoraConfig:
@@ -132,82 +112,73 @@ LORA = [(name, when) for name in (SD3, FLUX, WAN) for when in ("before", "after"
 @pytest.mark.parametrize(("name", "when"), LORA)
 def test_lora_adapters_may_be_added_before_or_after_and_taken_off_again(name, when):
     tiny = TINY[name]
-    bare = _predict(tiny, tiny.model())
-    merged = _predict(tiny, tomesd.apply_patch(tiny.model()))
+    bare = tiny.predict(tiny.model())
+    merged = tiny.predict(tomesd.apply_patch(tiny.model()))
     adapted = tiny.model()
     _add_lora(adapted)
-    unpatched = _predict(tiny, adapted)
-    expected = _predict(tiny, tomesd.apply_patch(adapted))
+    unpatched = tiny.predict(adapted)
+    expected = tiny.predict(tomesd.apply_patch(adapted))
 
-    model = _both_orders(tiny, when, _add_lora)
-    both = _predict(tiny, model)
+    model = tiny.patched(when, _add_lora)
+    both = tiny.predict(model)
     assert torch.equal(both, expected)
     assert not torch.equal(both, merged)
     assert not torch.equal(both, unpatched)
     model.disable_adapters()
-    torch.testing.assert_close(_predict(tiny, model), merged, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiny.predict(model), merged, rtol=0, atol=1e-5)
     model.enable_adapters()
-    assert torch.equal(_predict(tiny, tomesd.remove_patch(model)), unpatched)
+    assert torch.equal(tiny.predict(tomesd.remove_patch(model)), unpatched)
     model.delete_adapters("default")
-    assert torch.equal(_predict(tiny, model), bare)
+    assert torch.equal(tiny.predict(model), bare)
 
 
 @pytest.mark.parametrize(("name", "when"), LORA)
 def test_unloading_lora_leaves_merging_as_it_was(name, when):
     tiny = TINY[name]
-    merged = _predict(tiny, tomesd.apply_patch(tiny.model()))
-    model = _both_orders(tiny, when, _add_lora)
+    merged = tiny.predict(tomesd.apply_patch(tiny.model()))
+    model = tiny.patched(when, _add_lora)
     model.unload_lora()
-    assert torch.equal(_predict(tiny, model), merged)
+    assert torch.equal(tiny.predict(model), merged)
 
 
 def test_a_model_inside_a_peft_model_merges():
     """How LoRA is loaded where diffusers has no loader for it."""
     tiny = TINY[PIXART]
     wrapped: Any = get_peft_model(tiny.model(), _lora())
-    unpatched = _predict(tiny, wrapped)
-    merged = _predict(tiny, tomesd.apply_patch(wrapped))
+    unpatched = tiny.predict(wrapped)
+    merged = tiny.predict(tomesd.apply_patch(wrapped))
     assert not torch.equal(merged, unpatched)
     inside: Any = get_peft_model(tomesd.apply_patch(tiny.model()), _lora())
-    assert torch.equal(_predict(tiny, inside), merged)
+    assert torch.equal(tiny.predict(inside), merged)
     with inside.disable_adapter():
-        expected = _predict(tiny, tomesd.apply_patch(tiny.model()))
-        assert torch.equal(_predict(tiny, inside), expected)
-    assert torch.equal(_predict(tiny, tomesd.remove_patch(inside)), unpatched)
+        expected = tiny.predict(tomesd.apply_patch(tiny.model()))
+        assert torch.equal(tiny.predict(inside), expected)
+    assert torch.equal(tiny.predict(tomesd.remove_patch(inside)), unpatched)
+
+
+def _quantized(model) -> None:
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def _cast(model) -> None:
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
 
 
 @ORDERS
-def test_weights_quantized_by_torchao_merge(tiny, when):
-    def change(model) -> None:
-        quantize_(model, Int8WeightOnlyConfig())
-
+@pytest.mark.parametrize("change", [_quantized, _cast])
+def test_weights_of_eight_bits_merge(tiny, change, when):
+    """Quantized by torchao, or stored in eight bits and cast layer by layer."""
     plain = tiny.model()
-    exact = _predict(tiny, plain)
+    exact = tiny.predict(plain)
     change(plain)
-    unpatched = _predict(tiny, plain)
+    unpatched = tiny.predict(plain)
     assert not torch.equal(unpatched, exact)
-    expected = _predict(tiny, tomesd.apply_patch(plain))
-    model = _both_orders(tiny, when, change)
-    merged = _predict(tiny, model)
+    expected = tiny.predict(tomesd.apply_patch(plain))
+    model = tiny.patched(when, change)
+    merged = tiny.predict(model)
     assert torch.equal(merged, expected)
     assert not torch.equal(merged, unpatched)
-    assert torch.equal(_predict(tiny, tomesd.remove_patch(model)), unpatched)
-
-
-@ORDERS
-def test_weights_stored_in_eight_bits_and_cast_layer_by_layer_merge(tiny, when):
-    def change(model) -> None:
-        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-
-    plain = tiny.model()
-    change(plain)
-    unpatched = _predict(tiny, plain)
-    expected = _predict(tiny, tomesd.apply_patch(plain))
-    model = _both_orders(tiny, when, change)
-    merged = _predict(tiny, model)
-    assert torch.equal(merged, expected)
-    assert not torch.equal(merged, unpatched)
-    assert torch.equal(_predict(tiny, tomesd.remove_patch(model)), unpatched)
+    assert torch.equal(tiny.predict(tomesd.remove_patch(model)), unpatched)
 
 
 CACHES = [
@@ -226,7 +197,7 @@ CACHES = [
 def test_a_cache_is_refused_while_tokens_merge(name, config, when):
     tiny = TINY[name]
     with pytest.raises(ValueError, match="a cache must not be enabled while tokens merge"):
-        _predict(tiny, _both_orders(tiny, when, lambda model: model.enable_cache(config)))
+        tiny.predict(tiny.patched(when, lambda model: model.enable_cache(config)))
 
 
 def test_a_cache_works_again_without_the_patch():
@@ -235,4 +206,4 @@ def test_a_cache_works_again_without_the_patch():
     model.enable_cache(CACHES[0])
     tomesd.remove_patch(model)
     with model.cache_context("cond"):
-        assert _predict(tiny, model).isfinite().all()
+        assert tiny.predict(model).isfinite().all()

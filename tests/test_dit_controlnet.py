@@ -23,9 +23,7 @@ GRIDS = [(6, 6), (4, 9), (5, 7)]
 
 def _samples(tiny: Tiny, controlnet, batch: int, h: int, w: int) -> tuple[list[Tensor], dict]:
     """What the ControlNet hands over, as arguments of the denoiser too."""
-    draw = torch.Generator().manual_seed(0)
-    given = tiny.inputs(batch, h, w, lambda *shape: torch.randn(shape, generator=draw))
-    output = controlnet(**given, return_dict=False)
+    output = controlnet(**tiny.given(batch, h, w), return_dict=False)
     if tiny.name.startswith("Flux"):
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
         return output[0] + output[1], dict(zip(names, output, strict=True))

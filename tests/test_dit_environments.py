@@ -1,10 +1,6 @@
-"""Merging in a transformer goes together with where and how people run it.
+"""Merging in a transformer of each kind goes together with where and how people run it."""
 
-In one of each kind: joint attention whose keys are given back (SD3) or weighed (Flux), and
-cross-attention with positions that were added (PixArt) or rotate (Wan).
-"""
-
-import threading
+from functools import partial
 
 import accelerate
 import pytest
@@ -14,39 +10,14 @@ from torch import nn
 
 import tomesd
 from tests.tiny_models import hooks
-from tests.tiny_transformers import TINY, Attention, Tiny
+from tests.tiny_transformers import KINDS, TINY, Tiny, side_by_side
 
-SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
-PIXART, WAN = "PixArtTransformer2DModel", "WanTransformer3DModel"
 ORDERS = pytest.mark.parametrize("when", ["before", "after"])
 
 
-@pytest.fixture(params=[SD3, FLUX, PIXART, WAN])
+@pytest.fixture(params=KINDS)
 def tiny(request) -> Tiny:
     return TINY[request.param]
-
-
-@torch.no_grad()
-def _predict(tiny: Tiny, model, **size) -> torch.Tensor:
-    return tiny.call(model, **size)
-
-
-def _seen(tiny: Tiny, model) -> list[tuple[int, int]]:
-    """Queries and keys of every call of attention."""
-    with Attention() as attention:
-        _predict(tiny, model)
-    return attention.seen
-
-
-def _both_orders(tiny: Tiny, when: str, change) -> nn.Module:
-    """A model that merges and to which something was done, before or after patching."""
-    model = tiny.model()
-    if when == "before":
-        change(model)
-    tomesd.apply_patch(model)
-    if when == "after":
-        change(model)
-    return model
 
 
 def _offload_whole(model) -> None:
@@ -76,17 +47,17 @@ def _offload_blocks(model) -> None:
 )
 def test_offloading_gives_the_same_output_bit_for_bit(tiny, offload, when):
     # From the CPU to the CPU, but through the same hooks of accelerate and of diffusers.
-    unpatched = _predict(tiny, tiny.model())
+    unpatched = tiny.predict(tiny.model())
     plain = tomesd.apply_patch(tiny.model())
-    model = _both_orders(tiny, when, offload)
-    assert torch.equal(_predict(tiny, model), _predict(tiny, plain))
-    assert _seen(tiny, model) == _seen(tiny, plain)
-    assert torch.equal(_predict(tiny, tomesd.remove_patch(model)), unpatched)
+    model = tiny.patched(when, offload)
+    assert torch.equal(tiny.predict(model), tiny.predict(plain))
+    assert tiny.attention(model) == tiny.attention(plain)
+    assert torch.equal(tiny.predict(tomesd.remove_patch(model)), unpatched)
 
 
 def test_sequential_offloading_still_offloads(tiny):
-    model = _both_orders(tiny, "after", _offload_one_by_one)
-    _predict(tiny, model)
+    model = tiny.patched("after", _offload_one_by_one)
+    tiny.predict(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
@@ -102,16 +73,16 @@ def test_a_model_loaded_with_a_device_map_merges(tiny, rest, tmp_path):
         offload_folder=tmp_path / "weights",
     )
     assert any(each.device.type == "meta" for each in loaded.parameters()) == (rest == "disk")
-    expected = _predict(tiny, tomesd.apply_patch(model))
-    assert torch.equal(_predict(tiny, tomesd.apply_patch(loaded)), expected)
+    expected = tiny.predict(tomesd.apply_patch(model))
+    assert torch.equal(tiny.predict(tomesd.apply_patch(loaded)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_changes_less_than_half_of_what_merging_does(tiny, dtype):
     model = tiny.model()
-    unpatched = _predict(tiny, model)
-    full = _predict(tiny, tomesd.apply_patch(model))
-    half = _predict(tiny, model.to(dtype))
+    unpatched = tiny.predict(model)
+    full = tiny.predict(tomesd.apply_patch(model))
+    half = tiny.predict(model.to(dtype))
     assert half.dtype == dtype
     # More than rounding: of pairs that are about as similar, other ones may merge.
     assert (half.float() - full).abs().mean() < 0.5 * (full - unpatched).abs().mean()
@@ -119,67 +90,49 @@ def test_half_precision_changes_less_than_half_of_what_merging_does(tiny, dtype)
 
 def test_it_works_under_autocast(tiny):
     model = tiny.model()
-    unpatched = _predict(tiny, model)
-    full = _predict(tiny, tomesd.apply_patch(model))
+    unpatched = tiny.predict(model)
+    full = tiny.predict(tomesd.apply_patch(model))
     with torch.autocast("cpu", torch.bfloat16):
-        half = _predict(tiny, model).float()
+        half = tiny.predict(model).float()
     assert (half - full).abs().mean() < 0.5 * (full - unpatched).abs().mean()
 
 
 def test_saving_a_patched_model_saves_a_clean_one(tiny, tmp_path):
     model = tiny.model()
-    before = _predict(tiny, model)
+    before = tiny.predict(model)
     model.save_pretrained(tmp_path / "clean")
     patched = tomesd.apply_patch(model)
-    _predict(tiny, patched)
+    tiny.predict(patched)
     patched.save_pretrained(tmp_path / "patched")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         saved, clean = (tmp_path / folder / name for folder in ("patched", "clean"))
         assert saved.read_bytes() == clean.read_bytes()
     loaded = type(model).from_pretrained(tmp_path / "patched")
-    assert torch.equal(_predict(tiny, loaded), before)
+    assert torch.equal(tiny.predict(loaded), before)
     assert hooks(loaded) == hooks(tiny.model())
 
 
 def test_threads_may_run_different_sizes_and_batches_of_one_model(tiny):
     model = tomesd.apply_patch(tiny.model(), use_rand=True)
     sizes = [{"batch": 1, "h": 9, "w": 4}, {"batch": 3, "h": 5, "w": 7}]
-    expected = [_predict(tiny, model, **size) for size in sizes]
-    start = threading.Barrier(len(sizes))
-    outputs: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-
-    def run(index: int) -> None:
-        start.wait()
-        outputs[index] += [_predict(tiny, model, **sizes[index]) for _ in range(5)]
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in outputs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, want in enumerate(expected):
-        assert len(outputs[index]) == 5
-        assert all(torch.equal(output, want) for output in outputs[index])
+    expected = [tiny.predict(model, **size) for size in sizes]
+    outputs = side_by_side([partial(tiny.predict, model, **size) for size in sizes], times=5)
+    for output, want in zip(outputs, expected, strict=True):
+        assert all(torch.equal(each, want) for each in output)
 
 
 @ORDERS
 def test_a_data_parallel_model_merges(tiny, when):
-    expected = _predict(tiny, tomesd.apply_patch(tiny.model()))
+    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
     model = tiny.model()
     if when == "before":
         wrapped = tomesd.apply_patch(nn.DataParallel(model))
     else:
         wrapped = nn.DataParallel(tomesd.apply_patch(model))
-    inputs = tiny.inputs(2, 5, 7, _drawn())
     with torch.no_grad():
-        assert torch.equal(wrapped(**inputs, return_dict=False)[0], expected)
+        assert torch.equal(wrapped(**tiny.given(), return_dict=False)[0], expected)
     tomesd.remove_patch(wrapped)
     assert hooks(model) == hooks(tiny.model())
-
-
-def _drawn():
-    draw = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=draw)
 
 
 def test_replicas_of_data_parallel_in_their_threads_do_not_mix(tiny):
@@ -187,20 +140,13 @@ def test_replicas_of_data_parallel_in_their_threads_do_not_mix(tiny):
     model = tomesd.apply_patch(tiny.model())
     replicas = [_replica(model) for _ in range(2)]
     sizes = [{"h": 4, "w": 9}, {"h": 5, "w": 7}]
-    expected = [_predict(tiny, model, **size) for size in sizes]
-    outputs: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-
-    def run(index: int) -> None:
-        outputs[index] += [_predict(tiny, replicas[index], **sizes[index]) for _ in range(5)]
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in outputs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, want in enumerate(expected):
-        assert len(outputs[index]) == 5
-        assert all(torch.equal(output, want) for output in outputs[index])
+    expected = [tiny.predict(model, **size) for size in sizes]
+    calls = [
+        partial(tiny.predict, replica, **size)
+        for replica, size in zip(replicas, sizes, strict=True)
+    ]
+    for output, want in zip(side_by_side(calls, times=5), expected, strict=True):
+        assert all(torch.equal(each, want) for each in output)
 
 
 def _replica(module: nn.Module) -> nn.Module:

@@ -131,11 +131,6 @@ def test_a_mask_of_image_tokens_cannot_be_combined_with_merging():
         tiny.call(model, attention_mask=torch.ones(2, 35))
 
 
-def _given(tiny, h: int = 5, w: int = 7) -> dict:
-    draw = torch.Generator().manual_seed(0)
-    return tiny.inputs(2, h, w, lambda *shape: torch.randn(shape, generator=draw))
-
-
 def test_texts_of_several_lengths_before_the_image_are_refused():
     """Their images begin at different tokens."""
     tiny = TINY["Lumina2Transformer2DModel"]
@@ -149,7 +144,7 @@ def test_texts_of_several_lengths_before_the_image_are_refused():
 def test_pictures_of_several_sizes_or_in_lists_are_refused():
     tiny = TINY["ZImageTransformer2DModel"]
     model = tomesd.apply_patch(tiny.model())
-    (one, other), smaller = _given(tiny)["x"], _given(tiny, 4, 6)["x"][0]
+    (one, other), smaller = tiny.given()["x"], tiny.given(h=4, w=6)["x"][0]
     with pytest.raises(ValueError, match="x must list latents of one size while tokens merge"):
         tiny.call(model, x=[one, smaller])
     with pytest.raises(ValueError, match="x must list latents while tokens merge, got lists"):
@@ -200,7 +195,7 @@ def test_a_cache_that_keeps_outputs_from_step_to_step_is_refused():
 def test_image_ids_that_are_no_grid_are_refused(change):
     tiny = TINY["FluxTransformer2DModel"]
     model = tomesd.apply_patch(tiny.model())
-    ids = change(_given(tiny)["img_ids"])
+    ids = change(tiny.given()["img_ids"])
     with pytest.raises(ValueError, match="img_ids must list the tokens of each picture row by row"):
         tiny.call(model, img_ids=ids)
 

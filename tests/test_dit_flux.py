@@ -92,13 +92,8 @@ def test_a_single_sample_merges_as_it_would_without_a_shared_map(name):
     one = tiny.call(model, batch=1)
     twins = {
         key: value.expand(2, *value.shape[1:])
-        for key, value in tiny.inputs(1, 5, 7, _drawn()).items()
+        for key, value in tiny.given(batch=1).items()
         if isinstance(value, Tensor) and key not in ("img_ids", "txt_ids")
     }
     both = tiny.call(model, batch=2, **twins)
     torch.testing.assert_close(both[1:], one, rtol=0, atol=1e-5)
-
-
-def _drawn():
-    draw = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=draw)

@@ -3,13 +3,17 @@
 Sizes are token grids (h, w), also where a model takes latents or packed tokens.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+import tomesd
 
 TEXT = 5
 WIDTH = 16
@@ -42,14 +46,42 @@ class Tiny:
                 nn.init.normal_(parameter, std=0.2)
         return model
 
-    def call(self, model, batch: int = 2, h: int = 5, w: int = 7, seed: int = 0, **given) -> Tensor:
+    def given(
+        self, batch: int = 2, h: int = 5, w: int = 7, seed: int = 0, dtype=torch.float32
+    ) -> dict:
+        """What a pipeline would call the model with."""
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw).to(model.dtype)
+            # The same numbers in every precision.
+            return torch.randn(shape, generator=draw).to(dtype)
 
-        output = model(**self.inputs(batch, h, w, normal) | given, return_dict=False)[0]
+        return self.inputs(batch, h, w, normal)
+
+    def call(self, model, batch: int = 2, h: int = 5, w: int = 7, seed: int = 0, **given) -> Tensor:
+        inputs = self.given(batch, h, w, seed, model.dtype)
+        output = model(**inputs | given, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output
+
+    @torch.no_grad()
+    def predict(self, model, **size) -> Tensor:
+        return self.call(model, **size)
+
+    def attention(self, model, **size) -> list[tuple[int, int]]:
+        """Queries and keys of every call of attention."""
+        with Attention() as attention:
+            self.predict(model, **size)
+        return attention.seen
+
+    def patched(self, when: str, change: Callable[[Any], object]) -> Any:
+        """A model that merges and to which something was done, before or after patching."""
+        model = self.model()
+        if when == "before":
+            change(model)
+        tomesd.apply_patch(model)
+        if when == "after":
+            change(model)
+        return model
 
 
 def _latents(batch, h, w, normal) -> dict:
@@ -547,6 +579,12 @@ TINY = {
     )
 }
 
+# One of each kind: joint attention whose keys are given back or weighed, and cross-attention with
+# positions that were added or rotate.
+SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
+PIXART, WAN = "PixArtTransformer2DModel", "WanTransformer3DModel"
+KINDS = (SD3, FLUX, PIXART, WAN)
+
 # The only one that knows square pictures alone, and no text.
 DIT = Tiny(
     "DiTTransformer2DModel",
@@ -614,6 +652,24 @@ CONTROLNETS = {
         one_map=True,
     ),
 }
+
+
+def side_by_side(calls: list[Callable[[], Tensor]], times: int) -> list[list[Tensor]]:
+    """What each gives, so often, in a thread of its own; all begin at once."""
+    start = threading.Barrier(len(calls))
+    outputs: list[list[Tensor]] = [[] for _ in calls]
+
+    def run(index: int) -> None:
+        start.wait()
+        outputs[index] += [calls[index]() for _ in range(times)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(output) == times for output in outputs)
+    return outputs
 
 
 class Attention(TorchFunctionMode):

@@ -71,10 +71,16 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     """Each source's similarity to its best destination, and which that is: [B, all sources]."""
     batch, windows = metric.shape[0], src.shape[0]
-    # Padding looks at the first token, and counts for nothing below.
-    real = (src.clamp(min=0), dst.clamp(min=0)) if is_padded else (src, dst)
-    left = _left(_tokens(metric, real[0]), distance)
-    right = _right(_tokens(metric, real[1]), distance).transpose(1, 2)
+    order = torch.cat([src, dst], dim=1)
+    if is_padded:  # Padding looks at the first token, and counts for nothing below.
+        order = order.clamp(min=0)
+    tokens = rows(metric, order.flatten().expand(batch, -1))
+    tokens = tokens.view(batch * windows, -1, metric.shape[2])
+    if distance == "cosine":
+        tokens.div_(_norms(tokens))  # They are a copy.
+    left, right = tokens.split([src.shape[1], dst.shape[1]], dim=1)
+    left, right = _factors(left, right, distance)
+    right = right.transpose(1, 2)
     count = max(1, SCORE_BYTES // (batch * dst.numel() * left.element_size()))
     values, places = [], []
     for chunk in left.split(count, dim=1):
@@ -95,36 +101,21 @@ def _nearest(
     return similarity.flatten(1), target.flatten(1)
 
 
-def _tokens(metric: Tensor, places: Tensor) -> Tensor:
-    """The tokens at these places of each sample: [B·windows, n, C], a copy."""
-    index = places.flatten().expand(metric.shape[0], -1)
-    return rows(metric, index).view(-1, places.shape[1], metric.shape[2])
-
-
-def _left(tokens: Tensor, distance: str) -> Tensor:
-    """What to multiply with `_right` of others, so that the products are similarities."""
-    if distance == "cosine":
-        return tokens.div_(_norms(tokens))  # They are a copy, and half as much is written.
-    if distance == "dot":
-        return tokens
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+def _factors(left: Tensor, right: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """Two sides such that the products of their tokens are the similarities."""
+    if distance in ("cosine", "dot"):
+        return left, right
+    left, right = (
+        side.to(torch.promote_types(side.dtype, torch.float32)) for side in (left, right)
+    )
     if distance == "softmax":
-        return wide / tokens.shape[-1] ** 0.5
+        return left / left.shape[-1] ** 0.5, right
     # −|a − b|² = 2ab − |a|² − |b|²
-    square = wide.square().sum(-1, keepdim=True)
-    return torch.cat([2 * wide, -square, -torch.ones_like(square)], -1)
-
-
-def _right(tokens: Tensor, distance: str) -> Tensor:
-    if distance == "cosine":
-        return tokens.div_(_norms(tokens))
-    if distance == "dot":
-        return tokens
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    if distance == "softmax":
-        return wide
-    square = wide.square().sum(-1, keepdim=True)
-    return torch.cat([wide, torch.ones_like(square), square], -1)
+    of_left, of_right = (side.square().sum(-1, keepdim=True) for side in (left, right))
+    return (
+        torch.cat([2 * left, -of_left, -torch.ones_like(of_left)], -1),
+        torch.cat([right, torch.ones_like(of_right), of_right], -1),
+    )
 
 
 def directions(tokens: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class TokenMap:
         rank = stays.cumsum(1) - 1
         tokens = torch.arange(n, device=moved.device).expand(batch, n)
         # Moved tokens have no place among the heads: they are written to one slot past the end.
-        slot = torch.where(stays, rank, n - count)
+        slot = rank.scatter(1, moved, n - count)
         head = tokens.new_zeros(batch, n - count + 1).scatter(1, slot, tokens)[:, :-1]
         size = torch.ones(batch, n - count, device=moved.device)
         if target is None:
@@ -203,6 +203,8 @@ def _flat(index: Tensor, n: int) -> Tensor:
     Selecting and adding whole rows of a matrix is several times faster on the CPU than gathering
     and scattering single elements with an expanded index.
     """
+    if index.shape[0] == 1:
+        return index[0]  # Two calls fewer, which on a GPU cost more than what they do.
     start = torch.arange(0, index.shape[0] * n, n, device=index.device)
     return (index + start[:, None]).flatten()
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 import tomesd
-from tests.data_parallel import WAYS, R, build, gradients
+from tests.data_parallel import KINDS, SETTINGS, WAYS, build, gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,17 +28,19 @@ def shares(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{index}.pt") for index in range(2)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(shares, way):
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(shares, way, kind):
     alone = Accelerator(cpu=True)
     assert alone.num_processes == 1
-    plain, model = build(), tomesd.apply_patch(build(), r=R)
-    without = gradients(plain, plain, alone)
-    expected = gradients(model, model, alone)
+    plain, model = build(kind), tomesd.apply_patch(build(kind), **SETTINGS[kind])
+    without = gradients(kind, plain, plain, alone)
+    expected = gradients(kind, model, model, alone)
     for share in shares:
-        kind, got = share[way]
-        assert kind == "DistributedDataParallel"
+        wrapper, got = share[kind, way]
+        assert wrapper == "DistributedDataParallel"
         assert got.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(got[key], value, atol=1e-4, rtol=1e-4, msg=key)
-    assert any(not torch.allclose(without[key], expected[key], rtol=0.1) for key in expected)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    # And merging made them others than they would have been.
+    assert any(not torch.allclose(expected[name], without[name]) for name in expected)

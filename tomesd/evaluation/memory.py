@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,9 +28,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
 
     >>> peak = peak_memory(lambda: model(x), torch.device("cuda"))
 
-    On CUDA, what torch has allocated. On the CPU, this process's resident memory, whose peak never
-    falls again: measure in a fresh process, see `in_child`.
-    Raises ValueError for other devices: they count no peak.
+    On CUDA, what torch has allocated. On the CPU, this process's resident memory, to which it gives
+    back little of what it once had: measure in a fresh process, see `in_child`.
+    Raises ValueError for other devices: they count no peak. Warns where the system does not let the
+    peak of what came before be forgotten, so that it may be counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,6 +41,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
         torch.cuda.synchronize(device)
         return Peak(before, torch.cuda.max_memory_allocated(device))
     if device.type == "cpu":
+        _forget_peak()
         before = resident()
         run()
         return Peak(before, peak_resident())
@@ -59,6 +62,18 @@ def peak_resident() -> int:
     return _status("VmHWM")
 
 
+def _forget_peak() -> None:
+    """From here on the peak is that of what is to come, and not of loading the model, say."""
+    try:
+        # proc(5): 5 resets the peak to what the process holds now.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        warnings.warn(
+            f"the peak of memory includes what came before, it cannot be reset: {error}",
+            stacklevel=3,
+        )
+
+
 def _status(field: str) -> int:
     # Not ru_maxrss where it can be avoided: on Linux a child's starts at its parent's.
     status = Path("/proc/self/status")
@@ -72,6 +87,17 @@ def _status(field: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether memory ran out: on the CPU, torch raises a plain RuntimeError then.
+
+    >>> ran_out(MemoryError()), ran_out(RuntimeError("shapes do not fit"))
+    (True, False)
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
     """What function(*args) returns in a fresh process, which ends with its memory.
 
@@ -80,8 +106,8 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
 
     function, args and the result must be picklable, and a script that calls this needs the usual
     `if __name__ == "__main__"`.
-    Raises MemoryError if the child was killed, as the system does when memory runs out, and
-    RuntimeError with the child's traceback if the function raised.
+    Raises MemoryError if memory ran out in the child, also if it was killed, as the system does
+    then; and RuntimeError with the child's traceback if the function raised anything else.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -99,14 +125,18 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         ours.close()
     child.join()
     if raised:
-        raise RuntimeError(f"{function.__name__} failed in its process:\n{result}")
+        raise raised(f"{function.__name__} failed in its process:\n{result}")
     return result
 
 
 def _answer(pipe: Connection, function: Callable[..., Any], args: tuple) -> None:
+    answer: tuple[type[Exception] | None, Any]
     try:
-        answer = (False, function(*args))
-    except Exception:
-        answer = (True, traceback.format_exc())
+        answer = (None, function(*args))
+    except Exception as error:
+        if ran_out(error):
+            answer = (MemoryError, str(error))
+        else:
+            answer = (RuntimeError, traceback.format_exc())
     pipe.send(answer)
     pipe.close()

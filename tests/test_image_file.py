@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tomesd.evaluation.image_file import check_output, destination, save_image, versions, whole
+from tomesd.evaluation.image_file import (
+    check_file,
+    check_folder,
+    check_output,
+    destination,
+    save_image,
+    versions,
+    whole,
+)
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 
@@ -81,13 +89,44 @@ def test_a_folder_may_have_a_name_like_a_file(tmp_path):
 @pytest.mark.parametrize("name", ["a.jpg", "file.png/a.png", "file.png/folder"])
 def test_an_output_that_cannot_be_is_refused_before_anything_is_made(tmp_path, name):
     (tmp_path / "file.png").touch()
-    with pytest.raises(ValueError, match=r"^output must be .*, got '.*'$"):
+    with pytest.raises(ValueError, match=r"^output must be .*, got '.*'"):
         check_output(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file.png"]
 
 
+@pytest.mark.parametrize(
+    ("check", "name", "message"),
+    [
+        (check_folder, "file.png", "output must be a folder, got the file"),
+        (check_folder, "table.png", "output must be a folder, got a picture's name"),
+        (check_folder, "file.png/folder", "output must be in a writable folder"),
+        (check_file, "folder", "output must be a file, got the folder"),
+        (check_file, "file.png/a.json", "output must be in a writable folder"),
+    ],
+)
+def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path, check, name, message):
+    (tmp_path / "file.png").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=rf"^{message}.*'.*{name}'"):
+        check(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system that takes no files")
+@pytest.mark.parametrize("check", [check_output, check_folder, check_file])
+def test_a_place_that_takes_no_files_is_refused_whatever_its_permissions_say(check):
+    with pytest.raises(ValueError, match=r"writable folder, got '/proc/nowhere/x.y': "):
+        check(Path("/proc/nowhere/x.y"))
+
+
+@pytest.mark.parametrize("check", [check_output, check_folder])
+def test_the_dot_of_a_version_makes_no_file_of_a_folder(tmp_path, check):
+    check(tmp_path / "runs" / "sd1.5")
+
+
 def test_checking_an_output_makes_no_folders(tmp_path):
     check_output(tmp_path / "new" / "folder" / "a.png")
+    check_folder(tmp_path / "new" / "folder")
+    check_file(tmp_path / "new" / "folder" / "a.json")
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -63,12 +64,51 @@ def versions(*packages: str) -> dict[str, str]:
 def check_output(output: Path) -> None:
     """Raises ValueError unless `output` is a .png file or a folder, and can be written to."""
     is_file = _is_file(output)
-    if output.suffix and not is_file and not output.is_dir():
+    if not is_file and _looks_like_a_picture(output):
         raise ValueError(f"output must be a .png file or a folder, got {str(output)!r}")
-    folder = (output.parent if is_file else output).absolute()
+    _check_place(output.parent if is_file else output, output)
+
+
+def check_folder(output: Path) -> None:
+    """Raises ValueError unless `output` is a folder, there or to be made, and can be written to.
+
+    >>> check_folder(Path("runs/sd1.5"))
+
+    The name of a picture is refused too: a folder table.png/ is not what was meant.
+    """
+    if output.is_file():
+        raise ValueError(f"output must be a folder, got the file {str(output)!r}")
+    if _looks_like_a_picture(output):
+        raise ValueError(f"output must be a folder, got a picture's name, {str(output)!r}")
+    _check_place(output, output)
+
+
+def check_file(output: Path) -> None:
+    """Raises ValueError unless `output` is a file, there or to be made, and can be written to.
+
+    >>> check_file(Path("figures.json"))
+    """
+    if output.is_dir():
+        raise ValueError(f"output must be a file, got the folder {str(output)!r}")
+    _check_place(output.parent, output)
+
+
+def _looks_like_a_picture(output: Path) -> bool:
+    # By what Pillow knows, since a folder's name may have a dot in it: sd1.5.
+    return output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
+
+
+def _check_place(folder: Path, output: Path) -> None:
+    """Whether files can be written in a folder; it is not made if it is not there."""
+    folder = folder.absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"output must be in a writable folder, got {str(output)!r}")
+    try:
+        # Tried, since permissions do not tell all: /proc takes no files from anyone.
+        TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"output must be in a writable folder, got {str(output)!r}: {error.strerror}"
+        ) from error
 
 
 def destination(output: Path, index: int = 0, count: int = 1) -> Path:

@@ -2,76 +2,82 @@
 
 For each way to merge and each ratio, the same prompts and seeds as without merging: mean PSNR to
 the unpatched picture, and how many pictures show all that the prompt asks for (shape, its color,
-kind and color of the background), as the embedded classifier sees it. Pictures are kept under
---out; the same command goes on where it was stopped.
+kind and color of the background), as the embedded classifier sees it. Pictures and figures are kept
+under --output, apart for all that they depend on; the same command goes on where it was stopped,
+and one with other cases or ratios adds its rows to results.json.
 """
 
+import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
 
-from tomesd.evaluation import arguments
-from tomesd.evaluation.image_file import versions, whole
-from tomesd.evaluation.quality import CASES, held_out, pictures, psnr, run_folder, shown_right
-from tomesd.evaluation.sampling import EMBEDDED, Sampling, check_model, load_pipeline
+from tomesd.evaluation import classifiers, fid, quality
+from tomesd.evaluation.arguments import number, run_script, script_parser
+from tomesd.evaluation.image_file import check_folder, whole
+from tomesd.evaluation.quality import CASES, Case, held_out, run_folder, shown_right
+from tomesd.evaluation.run import UNPATCHED, Model, Row, Run, make
+from tomesd.evaluation.sampling import EMBEDDED, check_model, choose
+from tomesd.shapes.pipeline import ASSETS
+
+MODEL = Model(None, "cpu", torch.float32, None)
 
 
-def main() -> None:
-    parser = arguments.script_parser(__doc__)
-    parser.epilog = f"Cases: {'; '.join(CASES)}."
-    number = arguments.number
-    parser.add_argument("--num-images", type=number(int, 1, 10_000), default=64)
-    parser.add_argument("--steps", type=number(int, 1, 1000), default=EMBEDDED.steps)
-    parser.add_argument("--guidance", type=number(float, 0, 100), default=EMBEDDED.guidance)
-    parser.add_argument(
-        "--ratios", type=number(float, 0, 0.75), nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5]
-    )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--batch", type=number(int, 1, 1024), default=8)
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    args = parser.parse_args()
-    try:
-        check_model(None)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-
-    sampling = Sampling(args.steps, args.guidance)
-    folder = run_folder(args.out, vars(sampling))
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
     scenes = held_out(args.num_images)
-    prompts = [scene.prompt for scene in scenes]
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    cases = [Case(name, at=ratio) for name in args.cases for ratio in args.ratios]
+    try:
+        check_folder(args.output)
+        check_model(None)
+        classifiers.check_model(None)
+        pipe = MODEL.load()
+        run, told = prepare(args, pipe, [scene.prompt for scene in scenes], cases)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    try:
+        make(pipe, run, PartialState(cpu=True))
+        right = sum(shown_right(quality.read(run, run.rows[0]), scenes))
+        print(f"unpatched: {right} of {len(scenes)} pictures are right")
+        rows = [quality.figures(run, case, scenes) for case in tqdm(cases, desc="figures")]
+        write(run.folder / "results.json", {"settings": told, "unpatched right": right}, rows)
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}\nWhat is done stays; the same command goes on.")
+    print(table(rows, args.cases, args.ratios))
+    print(f"\npictures and results.json: {run.folder}")
 
-    def make(place: str, settings: dict) -> list:
-        return pictures(pipe, prompts, sampling, folder / place, settings, args.batch)
 
-    unpatched = make("unpatched", {"ratio": 0.0})
-    results = {
-        "sampling": vars(sampling),
-        "images": args.num_images,
-        "unpatched right": sum(shown_right(unpatched, scenes)),
-        "versions": versions("torch", "diffusers", "transformers"),
-        "rows": [],
+def prepare(
+    args: argparse.Namespace, pipe: Any, prompts: list[str], cases: list[Case]
+) -> tuple[Run, dict[str, Any]]:
+    """What is made, and all that pictures and figures depend on."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    how = choose(pipe, None, args.steps, args.guidance, (side, side))
+    told = fid.identity(MODEL, "fp32", prompts, how, args.batch, None)
+    told |= {
+        "classifier": fid.digest(ASSETS / "classifier"),
+        "device_name": fid.device_name(torch.device(MODEL.device)),
+        "threads": torch.get_num_threads(),
     }
-    print(f"unpatched: {results['unpatched right']} of {args.num_images} pictures are right")
-    for name in args.cases:
-        for ratio in args.ratios:
-            images = make(f"{name} {ratio:g}", CASES[name](ratio))
-            row = {
-                "case": name,
-                "ratio": ratio,
-                "psnr": float(np.mean(list(map(psnr, images, unpatched)))),
-                "right": sum(shown_right(images, scenes)),
-            }
-            results["rows"].append(row)
-    with whole(folder / "results.json") as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-    print(table(results["rows"], args.cases, args.ratios))
-    print(f"\npictures and results.json: {folder}")
+    folder = run_folder(args.output, told)
+    return Run(folder, [Row(UNPATCHED), *cases], prompts, how, args.batch), told
 
 
-def table(rows: list[dict], cases: list[str], ratios: list[float]) -> str:
+def write(file: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The rows, and those that the file has of other cases and ratios."""
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    with whole(file) as partial:
+        record = about | {"rows": quality.joined(before, rows)}
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]], cases: list[str], ratios: list[float]) -> str:
     """Markdown: a line for each way to merge, a column for each ratio."""
     lines = [
         "| PSNR to unpatched, dB (pictures right) | " + " | ".join(f"{r:g}" for r in ratios) + " |",
@@ -83,5 +89,26 @@ def table(rows: list[dict], cases: list[str], ratios: list[float]) -> str:
     return "\n".join(lines)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
+    parser.epilog = f"{parser.epilog} Cases: {'; '.join(CASES)}."
+    add = parser.add_argument
+    add("--num-images", type=number(int, 1, 10_000), default=64, help="in each row (%(default)s)")
+    add("--steps", type=number(int, 1, 1000), default=EMBEDDED.steps, help="(%(default)s)")
+    add("--guidance", type=number(float, 0, 100), default=EMBEDDED.guidance, help="(%(default)g)")
+    ratios = [0.1, 0.2, 0.3, 0.4, 0.5]
+    add(
+        "--ratios",
+        type=number(float, 0, 0.75),
+        nargs="*",
+        default=ratios,
+        help=f"none: the unpatched pictures alone ({' '.join(map(str, ratios))})",
+    )
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="(all)")
+    add("--batch", type=number(int, 1, 1024), default=8, help="pictures sampled at once (8)")
+    add("--output", type=Path, default=Path("runs/quality"), help="folder (%(default)s)")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

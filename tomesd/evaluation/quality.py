@@ -3,18 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import tomesd
 from tomesd import RatioSchedule
-from tomesd.evaluation.image_file import save_image, whole
-from tomesd.evaluation.sampling import Sampling, sample
+from tomesd.evaluation.image_file import whole
+from tomesd.evaluation.run import Row, Run
+from tomesd.settings import diffusion_settings
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, Scene, scene
 
@@ -46,44 +47,87 @@ def held_out(count: int) -> list[Scene]:
     return [scene(index) for index in HELD_OUT[:count]]
 
 
-def pictures(
-    pipe: Any,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    folder: Path,
-    settings: Mapping[str, Any],
-    batch: int = 8,
-) -> list[Image.Image]:
-    """One picture for each prompt, seeded with its index; those already in the folder are kept.
+@dataclass(frozen=True)
+class Case(Row):
+    """One of CASES at one of the table's ratios; method is its name there.
 
-    >>> images = pictures(pipe, ["a red heart"], Sampling(25, 4.0), Path("out"), {"ratio": 0.5})
-
-    settings: what `apply_patch` is given.
-
-    Each is written whole as <index>.png with its settings, so an interrupted run goes on. A batch
-    that lacks one is sampled again as a whole: in other company, rounding would differ.
+    >>> Case("in the second half", at=0.5).name
+    'in the second half 0.5'
     """
-    starts = range(0, len(prompts), batch)
-    with tomesd.patched(pipe, **settings):
-        for start in tqdm(starts, desc=folder.name, unit="batch"):
-            indices = range(start, min(start + batch, len(prompts)))
-            if all(_path(folder, index).exists() for index in indices):
-                continue
-            asked = [prompts[index] for index in indices]
-            images = sample(pipe, asked, indices, sampling, batch)
-            for index, image in zip(indices, images, strict=True):
-                told = {"prompt": prompts[index], "seed": index, **settings, **vars(sampling)}
-                told["ratio"] = str(settings["ratio"])
-                save_image(image, _path(folder, index), told)
-    return [Image.open(_path(folder, i)).convert("RGB") for i in range(len(prompts))]
+
+    at: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.at
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.at:g}"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What `apply_patch` is given."""
+        return CASES[self.method](self.at)
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        settings = self.given
+        ratio = settings.pop("ratio")
+        merging = asdict(diffusion_settings(self.at, None, settings))
+        if isinstance(ratio, RatioSchedule):
+            ratio = [list(piece) for piece in ratio.pieces]
+        return merging | {"ratio": ratio}
+
+    def patched(self, pipe: Any):
+        return tomesd.patched(pipe, **self.given)
 
 
-def _path(folder: Path, index: int) -> Path:
-    return folder / f"{index:05}.png"
+def figures(run: Run, case: Case, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """A case's pictures beside the unpatched ones, which are the run's first row.
+
+    >>> figures(run, Case("whole blocks", at=0.5), scenes)["psnr"]
+
+    Raises OSError for a picture that is not there or broken.
+    """
+    images, unpatched = (read(run, row) for row in (case, run.rows[0]))
+    return {
+        "case": case.method,
+        "ratio": case.at,
+        "merging": case.merging,
+        "psnr": float(np.mean(list(map(psnr, images, unpatched)))),
+        "right": sum(shown_right(images, scenes)),
+    }
+
+
+def read(run: Run, row: Row) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in run.paths(row)]
+
+
+def joined(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict]:
+    """The rows, and those of earlier runs that are not among them and still merge by the same.
+
+    >>> joined(json.loads(file.read_text())["rows"], rows)
+    """
+    measured = {(row["case"], row["ratio"]) for row in rows}
+    kept = [
+        row
+        for row in before
+        if (row["case"], row["ratio"]) not in measured
+        and row["case"] in CASES
+        and row["merging"] == Case(row["case"], at=row["ratio"]).merging
+    ]
+    order = list(CASES)
+    return sorted([*kept, *rows], key=lambda row: (order.index(row["case"]), row["ratio"]))
 
 
 def run_folder(root: Path, settings: Mapping[str, Any]) -> Path:
-    """A folder of its own for these settings: other settings never mix with its pictures."""
+    """A folder of its own for these settings: other settings never mix with what it holds.
+
+    >>> folder = run_folder(Path("runs/quality"), {"steps": 25, **versions("torch")})
+
+    settings: everything that the folder's contents depend on; its settings.json says it.
+    """
     text = json.dumps(settings, sort_keys=True, default=str)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
     file = folder / "settings.json"

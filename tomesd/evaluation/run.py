@@ -58,6 +58,11 @@ class Row:
     def name(self) -> str:
         return f"{self.method} {self.ratio:g}" if self.settings else self.method
 
+    @property
+    def merging(self) -> dict[str, Any] | None:
+        """All that its pictures' tokens merge by; None for not at all."""
+        return asdict(self.settings) if self.settings else None
+
     def patched(self, pipe: Any):
         """The pipeline with this row's merging, for a `with` block."""
         settings = asdict(self.settings) if self.settings else {"ratio": 0.0}
@@ -121,13 +126,12 @@ class Run:
 
     def about(self, row: Row, index: int) -> dict[str, Any]:
         """What a picture's file says of itself."""
-        merging = asdict(row.settings) if row.settings else None
         return {
             "prompt": self.prompts[index],
             "seed": index,
             "method": row.method,
             "ratio": row.ratio,
-            "merging": json.dumps(merging),
+            "merging": json.dumps(row.merging),
             **vars(self.sampling),
             "batch": self.batch,
         }

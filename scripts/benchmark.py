@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tomesd.evaluation import full_size_transformers, key_bias
-from tomesd.evaluation.arguments import number
+from tomesd.evaluation.arguments import number, run_script
 from tomesd.evaluation.benchmark import (
     STEPS,
     Setup,
@@ -263,4 +263,4 @@ def gib(count: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,7 @@ computed but shapes, so that any machine gives the same tables. See docs/perform
 
 import argparse
 
-from tomesd.evaluation.arguments import number
+from tomesd.evaluation.arguments import number, run_script
 from tomesd.evaluation.cost_table import (
     MODELS,
     STEP,
@@ -75,4 +75,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

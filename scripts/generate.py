@@ -19,7 +19,7 @@ from typing import Any
 
 import tomesd
 from tomesd.evaluation import comparison, sampling
-from tomesd.evaluation.arguments import number, script_parser, size
+from tomesd.evaluation.arguments import number, run_script, script_parser, size
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.image_file import check_output, destination, save_image, versions
 from tomesd.evaluation.sampling import Sampling
@@ -41,8 +41,6 @@ def main(argv: list[str] | None = None) -> None:
         (compare if args.compare else generate)(pipe, args, merging, how)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: no file is left half-written")
 
 
 def generate(
@@ -143,4 +141,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

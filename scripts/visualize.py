@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 import tomesd
 from tomesd import visualize
 from tomesd.evaluation import classifiers, sampling
-from tomesd.evaluation.arguments import number, script_parser
+from tomesd.evaluation.arguments import number, run_script, script_parser
 from tomesd.evaluation.image_file import check_output, destination, save_image, versions
 from tomesd.settings import DiffusionSettings
 from tomesd.shapes.world import HELD_OUT, draw, scene
@@ -131,4 +131,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

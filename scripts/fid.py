@@ -28,12 +28,12 @@ from tomesd.evaluation import fid, report
 from tomesd.evaluation.arguments import number, script_parser, size
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.frechet import Features
-from tomesd.evaluation.image_file import check_output, save_image, versions, whole
+from tomesd.evaluation.image_file import check_folder, save_image, versions, whole
 from tomesd.evaluation.limits import check_limit
 from tomesd.evaluation.quality import run_folder
 from tomesd.evaluation.reference import drawn, from_folder
 from tomesd.evaluation.run import Model, Run, rows
-from tomesd.evaluation.sampling import SCHEDULERS, check_model, choose
+from tomesd.evaluation.sampling import SCHEDULERS, check_model, choose, native_side
 from tomesd.settings import PRESETS
 
 
@@ -85,7 +85,7 @@ def prepare(args: argparse.Namespace, state: PartialState) -> tuple[fid.Plan, An
     for name in ("prompts", "reference"):
         if getattr(args, name) is None:
             raise ValueError(f"{name} must be given for a model other than the embedded one")
-    check_output(args.output)
+    check_folder(args.output)
     compared = rows(args.methods, args.patch_preset)
     prompts = fid.prompts(args.prompts, args.num_images)
     if args.reference == "shapes":
@@ -102,8 +102,8 @@ def prepare(args: argparse.Namespace, state: PartialState) -> tuple[fid.Plan, An
     pipe = model.load()
     with compared[-1].patched(pipe):  # raises if it cannot be
         pass
-    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    how = choose(pipe, args.model, args.steps, args.guidance, args.size or (native, native))
+    pixels = args.size or (native_side(pipe), native_side(pipe))
+    how = choose(pipe, args.model, args.steps, args.guidance, pixels)
     told = fid.identity(model, precision, prompts, how, args.batch, args.patch_preset)
     run = Run(run_folder(args.output, told), compared, prompts, how, args.batch)
     settings = told | {

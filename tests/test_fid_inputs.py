@@ -70,6 +70,7 @@ SHAPES = ("--prompts", "shapes", "--reference", "shapes")
             r"features must be inception for none, got shapes",
         ),
         ((*SHAPES, "--features", "shapes", "--classifier", "none"), r"none is missing"),
+        ((*SHAPES, "--output", "table.png"), r"output must be a folder, .* name, 'table.png'"),
         (("--prompts", "none", "--reference", "shapes"), r"prompts must be .* a file, got 'none'"),
     ],
 )

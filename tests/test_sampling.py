@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, FluxPipeline, PNDMScheduler, StableDiffusion3Pipeline
 
 from tests.tiny_shapes import untrained_pipeline
+from tests.tiny_transformers import TINY
 from tomesd.evaluation.device import choose_device, choose_precision
 from tomesd.evaluation.sampling import (
     SCHEDULERS,
@@ -13,6 +14,7 @@ from tomesd.evaluation.sampling import (
     check_model,
     choose,
     load_pipeline,
+    native_side,
     sample,
 )
 from tomesd.shapes import pipeline as shapes
@@ -119,6 +121,24 @@ def test_what_is_not_given_is_what_the_pipeline_is_made_for(pipe, folder):
     # The embedded pipeline needs fewer steps and less guidance.
     assert choose(pipe).steps < 50
     assert choose(pipe, guidance=0).guidance == 0
+
+
+def without_weights(kind, transformer):
+    """A pipeline of nothing but its transformer."""
+    parts = dict.fromkeys(kind._get_signature_keys(kind)[0])
+    return kind(**parts | {"transformer": transformer})
+
+
+def test_the_size_that_a_pipeline_is_made_for_is_its_unets_its_transformers_or_its_own(pipe):
+    assert native_side(pipe) == 128
+    transformer = TINY["SD3Transformer2DModel"].model()
+    sd3 = without_weights(StableDiffusion3Pipeline, transformer)
+    assert native_side(sd3) == 8 * transformer.config.sample_size
+    flux = without_weights(FluxPipeline, TINY["FluxTransformer2DModel"].model())
+    assert native_side(flux) == 1024
+    del flux.default_sample_size
+    with pytest.raises(ValueError, match="size must be given for FluxPipeline, pixels, one side"):
+        native_side(flux)
 
 
 def test_a_model_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from tomesd.evaluation import full_size
@@ -104,7 +103,7 @@ def ready(model: Any, variant: Variant) -> Any:
 
     >>> model = ready(model, Variant("ideal 0.5", "ideal", DiffusionSettings(ratio=0.5)))
     """
-    if variant.kind != "ideal" or isinstance(model, UNet2DConditionModel):
+    if variant.kind != "ideal" or type(model).__name__ == "UNet2DConditionModel":
         return prepare(model, variant)
     assert variant.settings is not None
     install_ideal(model, variant.settings)

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tomesd import cost, workload
 from tomesd.evaluation import full_size
@@ -58,11 +56,11 @@ _ITEMSIZE = 2
 class Model:
     """A denoiser to count. batch: of one picture, 2 where guidance doubles it.
 
-    made: its class in diffusers.
+    made: the name of its class in diffusers.
     """
 
     title: str
-    made: Any
+    made: str
     config: dict[str, Any]
     batch: int
     text_tokens: int
@@ -70,16 +68,16 @@ class Model:
     @property
     def joint(self) -> bool:
         """Whether text and image tokens share attention, as in SD3 and Flux but not in UNets."""
-        return self.made is not UNet2DConditionModel
+        return self.made != "UNet2DConditionModel"
 
 
 # The text as their pipelines hand it over by default: CLIP's tokens, for SD3 with 256 of T5's, for
 # Flux 512 of T5's alone.
 MODELS = {
-    "sd15": Model("SD1.5", UNet2DConditionModel, full_size.SD15, 2, full_size.PROMPT_TOKENS),
-    "sdxl": Model("SDXL", UNet2DConditionModel, full_size.SDXL, 2, full_size.PROMPT_TOKENS),
-    "sd3": Model("SD3 medium", SD3Transformer2DModel, SD3, 2, 77 + 256),
-    "flux": Model("Flux.1", FluxTransformer2DModel, FLUX, 1, 512),
+    "sd15": Model("SD1.5", "UNet2DConditionModel", full_size.SD15, 2, full_size.PROMPT_TOKENS),
+    "sdxl": Model("SDXL", "UNet2DConditionModel", full_size.SDXL, 2, full_size.PROMPT_TOKENS),
+    "sd3": Model("SD3 medium", "SD3Transformer2DModel", SD3, 2, 77 + 256),
+    "flux": Model("Flux.1", "FluxTransformer2DModel", FLUX, 1, 512),
 }
 
 
@@ -149,6 +147,8 @@ def count(model: Model, size: int, batch: int | None = None) -> Count:
     """
     if size < STEP or size % STEP:
         raise ValueError(f"size must be a positive multiple of {STEP}, got {size}")
+    from torch.utils.flop_counter import FlopCounterMode  # Late: it draws in Triton.
+
     batch = batch or model.batch
     denoiser, args, kwargs = _empty(model, size, batch)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -169,9 +169,13 @@ def _empty(model: Model, size: int, batch: int) -> tuple[nn.Module, tuple, dict[
     if not model.joint:
         args, kwargs = full_size.unet_inputs(model.config, batch, size // 8, meta, torch.float32)
         return full_size.empty_unet(model.config), args, kwargs
+    import diffusers  # Late: it takes seconds, and a script's --help needs none of it.
+
     side = size // 16
     with meta:
-        denoiser = model.made.from_config(model.config).eval().requires_grad_(False)
+        denoiser = (
+            getattr(diffusers, model.made).from_config(model.config).eval().requires_grad_(False)
+        )
         config = denoiser.config
         inputs = {
             "hidden_states": torch.empty(batch, config.in_channels, 2 * side, 2 * side),
@@ -181,7 +185,7 @@ def _empty(model: Model, size: int, batch: int) -> tuple[nn.Module, tuple, dict[
             "pooled_projections": torch.empty(batch, config.pooled_projection_dim),
             "timestep": torch.empty(batch),
         }
-        if model.made is FluxTransformer2DModel:  # Its pipeline makes the latents' patches.
+        if model.made == "FluxTransformer2DModel":  # Its pipeline makes the latents' patches.
             inputs["hidden_states"] = torch.empty(batch, side * side, config.in_channels)
             inputs["img_ids"] = torch.empty(side * side, 3)
             inputs["txt_ids"] = torch.empty(model.text_tokens, 3)

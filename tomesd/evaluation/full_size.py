@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 # The UNet of Stable Diffusion v1.5: 859,520,964 parameters.
@@ -130,19 +129,19 @@ def denoiser(model: str) -> Denoiser:
     return Denoiser(folder.resolve().name, config, pixels)
 
 
-def empty_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+def empty_unet(config: dict[str, Any]) -> Any:
     """The UNet on the meta device: shapes without values.
 
     >>> sum(p.numel() for p in empty_unet(SD15).parameters())
     859520964
     """
+    from diffusers import UNet2DConditionModel  # Late: it takes seconds.
+
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
 
 
-def build_unet(
-    config: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> UNet2DConditionModel:
+def build_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """The UNet with random weights.
 
     >>> unet = build_unet(SD15, torch.device("cpu"), torch.float32)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from tomesd.evaluation import full_size
 from tomesd.evaluation.cost_table import FLUX, MODELS, SD3
@@ -37,7 +36,6 @@ class _Kind(NamedTuple):
     on a CPU, and the weights fit with room to spare.
     """
 
-    made: Any
     counts: tuple[str, ...]
     text_tokens: int
     batch: int
@@ -46,14 +44,13 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     "SD3Transformer2DModel": _Kind(
-        SD3Transformer2DModel, ("num_layers",), MODELS["sd3"].text_tokens, MODELS["sd3"].batch, 2
+        ("num_layers",), MODELS["sd3"].text_tokens, MODELS["sd3"].batch, blocks=2
     ),
     "FluxTransformer2DModel": _Kind(
-        FluxTransformer2DModel,
         ("num_layers", "num_single_layers"),
         MODELS["flux"].text_tokens,
         MODELS["flux"].batch,
-        1,
+        blocks=1,
     ),
 }
 _KNOWN = {
@@ -70,10 +67,10 @@ class Transformer(Denoiser):
     >>> denoiser("flux").config["num_layers"]
     1
 
-    made: its class in diffusers. text_tokens: as many as its pipeline hands over.
+    made: the name of its class in diffusers. text_tokens: as many as its pipeline hands over.
     """
 
-    made: Any
+    made: str
     text_tokens: int
 
     @property
@@ -83,7 +80,7 @@ class Transformer(Denoiser):
 
     def empty(self) -> Any:
         with torch.device("meta"):
-            return self.made.from_config(self.config).eval().requires_grad_(False)
+            return _class(self.made).from_config(self.config).eval().requires_grad_(False)
 
     def inputs(
         self, batch: int, size: int, device: torch.device, dtype: torch.dtype
@@ -96,7 +93,7 @@ class Transformer(Denoiser):
         torch.Size([1, 4096, 64])
         """
         config = self.config
-        is_flux = self.made is FluxTransformer2DModel
+        is_flux = self.made == "FluxTransformer2DModel"
         # Flux's pipeline packs the latents into patches itself.
         shape = (size * size,) if is_flux else (2 * size, 2 * size)
         shape = (*shape, config["in_channels"]) if is_flux else (config["in_channels"], *shape)
@@ -123,7 +120,7 @@ class Transformer(Denoiser):
     def levels(self, size: int) -> list[Level]:
         """The only one: all blocks see the same tokens."""
         channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        blocks = sum(self.config[count] for count in _KINDS[self.made.__name__].counts)
+        blocks = sum(self.config[count] for count in _KINDS[self.made].counts)
         return [Level(size, size, channels, blocks)]
 
 
@@ -155,8 +152,8 @@ def denoiser(model: str, blocks: int | None = None) -> Denoiser:
                 f"unet/config.json or transformer/config.json, got {model!r}"
             ) from error
     name, config = found
-    kind = _KINDS[name]
-    signature = inspect.signature(kind.made.__init__).parameters
+    kind, made = _KINDS[name], _class(name)
+    signature = inspect.signature(made.__init__).parameters
     there = [config.get(count, signature[count].default) for count in kind.counts]
     if blocks is not None and not 1 <= blocks <= min(there):
         raise ValueError(
@@ -165,16 +162,22 @@ def denoiser(model: str, blocks: int | None = None) -> Denoiser:
     kept = [min(blocks or kind.blocks, count) for count in there]
     title = model if model in _KNOWN else Path(model).resolve().name
     with torch.device("meta"):  # It knows what the configuration leaves out.
-        complete = kind.made.from_config(config | dict(zip(kind.counts, kept, strict=True))).config
+        complete = made.from_config(config | dict(zip(kind.counts, kept, strict=True))).config
     return Transformer(
         f"{title} with {' + '.join(map(str, kept))} blocks",
         dict(complete),
         PIXELS,
         size=1024,
         batch=kind.batch,
-        made=kind.made,
+        made=name,
         text_tokens=kind.text_tokens,
     )
+
+
+def _class(name: str) -> Any:
+    import diffusers  # Late: it takes seconds, and a script's --help needs none of it.
+
+    return getattr(diffusers, name)
 
 
 def _in_folder(folder: Path) -> tuple[str, dict[str, Any]] | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 _WORKER = Path(__file__).with_name("peer_worker.py")
 
@@ -133,4 +132,6 @@ class PeerPipeline:
             return SimpleNamespace(images=np.load(file))
 
     def numpy_to_pil(self, images: np.ndarray) -> list:
+        from diffusers import DiffusionPipeline  # Late: it takes seconds.
+
         return DiffusionPipeline.numpy_to_pil(images)

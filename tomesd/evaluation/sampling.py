@@ -1,4 +1,8 @@
-"""Making pictures with a text-to-image pipeline: the embedded one, or any other."""
+"""Making pictures with a text-to-image pipeline: the embedded one, or any other.
+
+diffusers takes seconds to import, so it is where a pipeline is loaded: a script's --help and what
+it says of a wrong option come at once.
+"""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -6,14 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-
-from tomesd.shapes import pipeline as shapes
 
 # The class of each scheduler, and what it needs beside the pipeline's own noise schedule.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +54,8 @@ def check_model(model: str | None) -> None:
     FileNotFoundError if the embedded pipeline is not there.
     """
     if model is None:
+        from tomesd.shapes import pipeline as shapes
+
         folder = shapes.ASSETS / "pipeline"
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -67,6 +68,9 @@ def check_model(model: str | None) -> None:
                 f"model must be a pipeline's folder, got {model!r}: no model_index.json"
             )
         return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(model)
     except HFValidationError as error:
@@ -93,7 +97,11 @@ def load_pipeline(
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
     check_model(model)
+    import diffusers
+
     if model is None:
+        from tomesd.shapes import pipeline as shapes
+
         pipe = shapes.load_pipeline(dtype=dtype)
     else:
         try:
@@ -132,6 +140,27 @@ def choose(
         width=width,
         height=height,
     )
+
+
+def native_side(pipe: Any) -> int:
+    """The side in pixels of the pictures that a pipeline is made for.
+
+    >>> native_side(StableDiffusionXLPipeline.from_pretrained("stabilityai/sdxl-turbo"))
+    512
+
+    Raises ValueError if neither its UNet or transformer nor the pipeline itself tells one.
+    """
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    # A transformer with rotary positions, such as Flux, has no size of its own.
+    latents = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    latents = latents or getattr(pipe, "default_sample_size", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if not (isinstance(latents, int) and isinstance(scale, int)):
+        raise ValueError(
+            f"size must be given for {type(pipe).__name__}, pixels, one side or WxH: the pipeline "
+            "does not tell for which it is made, by sample_size or default_sample_size"
+        )
+    return latents * scale
 
 
 def sample(

@@ -6,8 +6,10 @@ pipeline's pictures: PSNR to the unpatched ones of the same seeds, and the Fréc
 features of the embedded classifier. Speed is that of a full-size UNet with random weights, all
 candidates in turns. The folder gets results.json, table.md and, once both are there, frontier.png.
 
-The same command goes on where it was stopped. --quality-only and --speed-only do one half, at
-another time or on another machine; what the folder holds of the other half stays in the results.
+The same command goes on where it was stopped, and one with other candidates (--only) adds them to
+those that the folder holds. --quality-only and --speed-only do one half, at another time or on
+another machine; what the folder holds of the other half stays in the results. Figures of another
+size, thread count or version are never mixed: they want an --output of their own.
 """
 
 import argparse
@@ -21,12 +23,12 @@ from typing import Any
 import transformers
 
 from tomesd.evaluation import fid, frontier, frontier_report
-from tomesd.evaluation.arguments import number
+from tomesd.evaluation.arguments import number, run_script
 from tomesd.evaluation.benchmark import Setup
 from tomesd.evaluation.candidates import CANDIDATES, PEER, chosen
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.full_size import denoiser
-from tomesd.evaluation.image_file import check_output, whole
+from tomesd.evaluation.image_file import check_folder, whole
 from tomesd.evaluation.peer import PeerError, install_peer
 from tomesd.evaluation.quality import run_folder
 from tomesd.evaluation.reference import drawn
@@ -54,15 +56,11 @@ def main(argv: list[str] | None = None) -> None:
         write(plan.folder, results)
     except (FloatingPointError, PeerError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}\nWhat is done stays; the same command goes on.")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
 
 
 def prepare(args: argparse.Namespace) -> frontier.Plan:
     """Everything checked, before any work is done; raises what is wrong."""
-    if args.output.is_file():
-        raise ValueError(f"output must be a folder, got the file {str(args.output)!r}")
-    check_output(args.output)
+    check_folder(args.output)
     candidates = chosen(args.only, with_peer=not args.no_peer)
     check_model(args.model)
     pipeline = Path(args.model) if args.model else ASSETS / "pipeline"
@@ -100,6 +98,11 @@ def prepare(args: argparse.Namespace) -> frontier.Plan:
     told = fid.identity(model, precision, prompts, sampling, args.batch, None)
     # Each picture says of itself how it was merged: new candidates join those that are there.
     del told["merging"]
+    if not args.speed_only:
+        about = frontier.about_quality(told, device, reference.name)
+        frontier.check_held(args.output / "quality.json", about)
+    if not args.quality_only:
+        frontier.check_held(args.output / "speed.json", frontier.about_speed(large))
     if any(candidate.is_peer for candidate in candidates):
         peer = install_peer(PEER, args.peer_cache)
         small, large = (replace(each, peer=peer, peer_name=PEER) for each in (small, large))
@@ -157,4 +160,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

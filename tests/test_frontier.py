@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import statistics
 from pathlib import Path
 
@@ -9,26 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.benchmark_script import UNET
 from tests.tiny_models import hooks
 from tests.tiny_shapes import save_untrained, untrained_pipeline
 from tomesd.evaluation import full_size
 from tomesd.evaluation.candidates import CANDIDATES, FAMILIES, chosen
 from tomesd.evaluation.frontier import frontier, mark
 
+# As in the peer's process: the number of threads touches the rounding.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 OURS = [each for each in CANDIDATES if each.settings is not None and not each.is_peer]
-UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 8,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "in_channels": 4,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "cross_attention_dim": 8,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
 # Stands in for the release on PyPI: leaves the model alone at 0.3 and adds noise at 0.5.
 PEER = {
     "__init__.py": """
@@ -45,17 +38,6 @@ def apply_patch(model, ratio, **settings):
 """,
     "merge.py": "def bipartite_soft_matching_random2d():\n    pass\n",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the peer's process: the number of threads touches the rounding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +208,17 @@ def test_the_peers_pictures_come_from_the_same_prompts_and_seeds(finished):
 def test_halves_at_different_times_and_an_interrupted_run_make_the_same_pictures(
     run, finished, tmp_path
 ):
-    results = run(tmp_path, "--quality-only")
-    assert not (tmp_path / "frontier.png").exists()
-    assert pictures(tmp_path) == pictures(finished)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "speed.json").unlink()
+    (tmp_path / "frontier.png").unlink()
     lost = list(tmp_path.glob("pictures/*/*0.5*/00004.png"))
     assert len(lost) == 3
     for path in lost:
         path.unlink()
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("pictures/*/*/*.png")}
-    assert run(tmp_path, "--quality-only") == results
+    results = run(tmp_path, "--quality-only")
+    assert not (tmp_path / "frontier.png").exists()
+    assert not any("speedup" in row for row in results["rows"])
     assert pictures(tmp_path) == pictures(finished)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
@@ -259,9 +243,39 @@ def test_rounds_that_are_there_stay_and_more_candidates_get_as_many(run, tmp_pat
     assert [sorted(taken) for taken in rounds()[2:]] == [["keys 0.5", "unpatched"]] * 2
     run(tmp_path, "--speed-only", "--rounds", "3", only=("attention 0.5", "keys 0.5"))
     assert len(rounds()) == 5
-    # Rounds of another size are not mixed with these.
-    run(tmp_path, "--speed-only", "--speed-size", "32", only=("attention 0.5",))
-    assert [sorted(taken) for taken in rounds()] == [["attention 0.5", "unpatched"]] * 2
+
+
+def test_figures_of_other_candidates_stay_and_equal_those_of_one_run(run, finished, tmp_path):
+    one, other = ("attention 0.5",), ("grid 2x2",)
+    run(tmp_path, "--quality-only", only=one)
+    run(tmp_path, "--quality-only", only=other)
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    assert list(quality["rows"]) == list(quality["merging"]) == ["unpatched", *one, *other]
+    whole = json.loads((finished / "quality.json").read_text())
+    assert all(whole["rows"][name] == row for name, row in quality["rows"].items())
+    assert f"| {one[0]} |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("half", "changed", "said"),
+    [
+        ("speed", ["--speed-size", "32"], "size=64 there, 32 now"),
+        ("quality", ["--num-reference", "9"], "reference='shapes-8' there, 'shapes-9' now"),
+    ],
+)
+def test_figures_that_cannot_be_mixed_are_refused_and_stay(
+    run, finished, tmp_path, capsys, half, changed, said
+):
+    for name in ("quality.json", "speed.json"):
+        shutil.copy(finished / name, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *changed)
+    assert stopped.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"output must be another folder, or {tmp_path / half}.json deleted" in message
+    assert said in message
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -279,6 +293,7 @@ def test_rounds_that_are_there_stay_and_more_candidates_get_as_many(run, tmp_pat
         (["--device", "abacus"], "device must be one of"),
         (["--quality-only", "--speed-only"], "not allowed with argument"),
         (["--output", "{file}"], "output must be a folder, got the file"),
+        (["--output", "/proc/x"], "output must be in a writable folder, got '/proc/x'"),
     ],
 )
 def test_bad_input_is_named_before_any_work(options, args, message, tmp_path, capsys):

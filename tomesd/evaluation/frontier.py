@@ -61,8 +61,50 @@ class Plan:
         return [candidate for candidate in self.candidates if candidate.is_peer]
 
 
+def about_quality(told: Mapping[str, Any], device: torch.device, reference: str) -> dict[str, Any]:
+    """All that quality.json's figures depend on but the candidates, as JSON gives it back."""
+    about = {
+        **told,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        **versions("torch-fidelity", "scikit-image"),
+        "reference": reference,
+    }
+    return json.loads(json.dumps(about))
+
+
+def about_speed(setup: Setup) -> dict[str, Any]:
+    """All that speed.json's times depend on but the candidates, as JSON gives it back."""
+    about = {"model": setup.denoiser.name, "size": setup.sizes[0], **environment(setup)}
+    del about["rounds"], about["peer"]
+    return json.loads(json.dumps(about))
+
+
+def check_held(file: Path, about: Mapping[str, Any]) -> None:
+    """Raises ValueError if the file holds figures that others cannot stand beside.
+
+    >>> check_held(folder / "speed.json", about_speed(setup))
+    """
+    held = _read(file)
+    if held is None or held["about"] == about:
+        return
+    names = [*about, *(name for name in held["about"] if name not in about)]
+    differ = [
+        f"{name}={held['about'].get(name)!r} there, {about.get(name)!r} now"
+        for name in names
+        if held["about"].get(name) != about.get(name)
+    ]
+    raise ValueError(
+        f"output must be another folder, or {file} deleted: its figures are from "
+        f"{'; '.join(differ)}"
+    )
+
+
 def measure_quality(plan: Plan) -> None:
     """Make the pictures that are not there yet, then compare them all; writes quality.json.
+
+    What quality.json holds of other candidates stays: `check_held` has seen that they can stand
+    side by side.
 
     Raises FloatingPointError for a picture that overflowed, PeerError where the peer fails, and
     OSError where writing does; what is there stays.
@@ -80,19 +122,14 @@ def measure_quality(plan: Plan) -> None:
             pipe = PeerPipeline(start, settings, plan.model.dtype)
             make(pipe, replace(plan.run, rows=[candidate]), state)
     rows = {each.name: compare(plan, each) for each in tqdm(plan.candidates, desc="distances")}
-    about = {
-        "device_name": device_name(plan.small.device),
-        "threads": torch.get_num_threads(),
-        **versions("torch-fidelity", "scikit-image"),
+    file, merging = plan.folder / "quality.json", _merging(plan.candidates)
+    held = _read(file) or {"merging": {}, "rows": {}}
+    record = {
+        "about": about_quality(plan.told, plan.small.device, plan.reference.name),
+        "merging": held["merging"] | merging,
+        "rows": held["rows"] | rows,
     }
-    _write(
-        plan.folder / "quality.json",
-        {
-            "about": dict(plan.told) | about | {"reference": plan.reference.name},
-            "merging": _merging(plan.candidates),
-            "rows": rows,
-        },
-    )
+    _write(file, record)
 
 
 def _start_peer(plan: Plan, stack: ExitStack) -> Peer:
@@ -127,17 +164,15 @@ def measure_speed(plan: Plan) -> None:
     """Time all candidates in turns, until each has been in so many rounds; writes speed.json.
 
     The unpatched model is in every round, and ratios are taken within a round: so rounds can be
-    added later, for candidates that were not there before too. Each round is kept once it is done;
-    those of another model, size, device, thread count or version are not, nor are a candidate's
-    with other settings.
+    added later, for candidates that were not there before too. Each round is kept once it is done.
+    Those of a candidate with other settings are dropped; `check_held` has seen that the rest fits.
     """
     setup, file = plan.large, plan.folder / "speed.json"
-    about = {"model": setup.denoiser.name, "size": setup.sizes[0], **environment(setup)}
-    del about["rounds"], about["peer"]
+    about = about_speed(setup)
     merging, held = _merging(plan.candidates), _read(file)
     rounds: list[dict[str, float]] = []
     errors: dict[str, str] = {}
-    if held and held["about"] == about:
+    if held:
         before = held["merging"]
         gone = {
             name for name, settings in merging.items() if before.get(name, settings) != settings

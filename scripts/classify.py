@@ -11,20 +11,20 @@ results.csv when it is done; the same command goes on where it was stopped.
 """
 
 import argparse
-import hashlib
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tomesd.evaluation import classify, classify_report
-from tomesd.evaluation.arguments import number, script_parser
+from tomesd.evaluation import classify, classify_report, fid
+from tomesd.evaluation.arguments import number, run_script, script_parser
 from tomesd.evaluation.classifiers import check_model, load_classifier
 from tomesd.evaluation.device import PRECISIONS, choose_device
-from tomesd.evaluation.image_file import versions, whole
+from tomesd.evaluation.image_file import check_folder, versions
+from tomesd.evaluation.quality import run_folder
 from tomesd.patch import patched
+from tomesd.shapes.pipeline import ASSETS
 
 PICTURES = 1000
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         pixels = timed_pixels(classifier, data, args.batch).to(device, PRECISIONS[args.precision])
         if data is not None:
             check_logits(classifier, data, pixels[:1])
-        folder = run_folder(args, data)
+        folder = run_folder(args.output, identity(args, data, device))
         classify.read(folder / "results.csv")
     except (ValueError, TypeError, OSError) as error:
         parser.error(" ".join(str(error).split()))
@@ -90,24 +90,24 @@ def timed_pixels(classifier: Any, data: classify.Data | None, batch: int) -> tor
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def run_folder(args: argparse.Namespace, data: classify.Data | None) -> Path:
-    """A folder of its own for everything that figures depend on."""
-    about = {
+def identity(
+    args: argparse.Namespace, data: classify.Data | None, device: torch.device
+) -> dict[str, Any]:
+    """Everything that figures depend on, but the row."""
+    return {
         "model": args.model or "embedded",
+        "weights": fid.digest(args.model or ASSETS / "classifier"),
+        "synthetic": args.synthetic,
         "data": data.name if data else "synthetic",
         "images": len(data) if data else 0,
         "batch": args.batch,
         "rounds": args.rounds,
-        "device": str(args.device),
+        "device": args.device,
+        "device_name": fid.device_name(device),
         "precision": args.precision,
         "threads": torch.get_num_threads(),
-        **versions("torch", "timm", "torchvision", "transformers"),
+        **versions("tomesd", "torch", "timm", "torchvision", "transformers"),
     }
-    text = json.dumps(about, indent=1) + "\n"
-    folder = args.out / hashlib.sha256(text.encode()).hexdigest()[:12]
-    with whole(folder / "settings.json") as file:
-        file.write_text(text)
-    return folder
 
 
 def check(args: argparse.Namespace) -> torch.device:
@@ -130,6 +130,7 @@ def check(args: argparse.Namespace) -> torch.device:
         raise ValueError("parts must not have schedules with synthetic: they need an accuracy")
     device = choose_device(args.device)
     args.device = str(device)
+    check_folder(args.output)
     check_model(args.model)
     return device
 
@@ -149,9 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=number(int, 0, 10_000), default=7, help="for speed; 0 for none (7)")
     add("--device", help="cuda, mps or cpu (the first of these that is there)")
     add("--precision", choices=PRECISIONS, default="fp32", help="(fp32)")
-    add("--out", type=Path, default=Path("runs/classify"), help="(%(default)s)")
+    add("--output", type=Path, default=Path("runs/classify"), help="folder (%(default)s)")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

@@ -7,17 +7,17 @@ scripts/train_shapes.py does. The same command goes on where it was stopped.
 """
 
 import argparse
-import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tomesd.evaluation import classify, merged_training
-from tomesd.evaluation.arguments import number, script_parser
+from tomesd.evaluation import classify, fid, merged_training
+from tomesd.evaluation.arguments import number, run_script, script_parser
 from tomesd.evaluation.classifiers import check_model
 from tomesd.evaluation.device import choose_device
-from tomesd.evaluation.image_file import versions, whole
+from tomesd.evaluation.image_file import check_folder, versions
+from tomesd.evaluation.quality import run_folder
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.training import Stage, labelled_pictures
 
@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> None:
         values = sorted(set(args.r))
         if values[0] != 0:
             raise ValueError(f"r must have 0, which the others are compared with, got {args.r}")
-        if not args.from_scratch:
-            check_model(None)
+        check_folder(args.output)
+        check_model(None)
         stage = choose_stage(args)
-        folder = run_folder(args, stage, device)
+        folder = run_folder(args.output, identity(args, stage, device))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     config = shapes.build_classifier().config
-    drawn = labelled_pictures(args.pictures, config, args.out / "pictures", device)
+    drawn = labelled_pictures(args.pictures, config, args.output / "pictures", device)
     course = merged_training.Course(stage, drawn, args.from_scratch)
     data = classify.shapes_data(args.num_images)
     results = merged_training.run(course, values, data, args.rounds, stage.batch, folder)
@@ -56,23 +56,20 @@ def choose_stage(args: argparse.Namespace) -> Stage:
     return Stage("", args.steps or steps, args.batch, args.lr or lr, warmup)
 
 
-def run_folder(args: argparse.Namespace, stage: Stage, device: torch.device) -> Path:
-    """A folder of its own for everything that figures depend on but r."""
-    about = {
+def identity(args: argparse.Namespace, stage: Stage, device: torch.device) -> dict[str, Any]:
+    """Everything that figures depend on but r."""
+    return {
         "from_scratch": args.from_scratch,
+        "weights": None if args.from_scratch else fid.digest(shapes.ASSETS / "classifier"),
         "stage": vars(stage),
         "pictures": args.pictures,
         "images": args.num_images,
         "rounds": args.rounds,
         "device": str(device),
+        "device_name": fid.device_name(device),
         "threads": torch.get_num_threads(),
-        **versions("torch", "transformers"),
+        **versions("tomesd", "torch", "transformers"),
     }
-    text = json.dumps(about, indent=1) + "\n"
-    folder = args.out / hashlib.sha256(text.encode()).hexdigest()[:12]
-    with whole(folder / "settings.json") as file:
-        file.write_text(text)
-    return folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,9 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-images", type=number(int, 1, 100_000), default=1000, help="to read (%(default)s)")
     add("--rounds", type=number(int, 1, 10_000), default=7, help="steps timed with each r (7)")
     add("--device", help="cuda, mps or cpu (the first of these that is there)")
-    add("--out", type=Path, default=Path("runs/train_classifier"), help="(%(default)s)")
+    add("--output", type=Path, default=Path("runs/train_classifier"), help="(%(default)s)")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

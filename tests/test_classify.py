@@ -13,7 +13,7 @@ from PIL import Image
 
 import tomesd
 from tests.tiny_vits import build
-from tomesd.evaluation import classify
+from tomesd.evaluation import classify, fid
 from tomesd.evaluation.classifiers import load_classifier
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "classify.py"
@@ -48,7 +48,7 @@ def run(main, model, photos, tmp_path):
 
     def classify_photos(*options: str) -> list[dict]:
         common = ["--model", model, "--data", str(photos), "--device", "cpu", "--batch", "4"]
-        main([*common, "--out", str(tmp_path), *options])
+        main([*common, "--output", str(tmp_path), *options])
         (file,) = tmp_path.glob("*/results.csv")
         return list(csv.DictReader(file.open(newline="")))
 
@@ -114,6 +114,33 @@ def test_a_stopped_run_goes_on_and_loses_nothing(tmp_path):
     assert len(classify.read(file)) == len(todo)
 
 
+def test_figures_of_other_weights_machines_or_versions_are_kept_apart(
+    main, photos, tmp_path, monkeypatch
+):
+    def folders() -> int:
+        classifier.save_pretrained(tmp_path / "model")
+        common = ["--model", str(tmp_path / "model"), "--data", str(photos), "--device", "cpu"]
+        one = ["--parts", "sweep", "--r", "0", "--rounds", "0"]
+        main([*common, *one, "--output", str(tmp_path / "out")])
+        return len(list((tmp_path / "out").glob("*/results.csv")))
+
+    classifier = build("ViT").model
+    assert [folders(), folders()] == [1, 1]
+    torch.nn.init.zeros_(next(classifier.parameters()))
+    assert folders() == 2
+    monkeypatch.setattr(fid, "device_name", lambda device: "an abacus")
+    assert folders() == 3
+    real = main.__globals__["versions"]
+    monkeypatch.setitem(main.__globals__, "versions", lambda *names: dict.fromkeys(real(*names)))
+    assert folders() == 4
+    (settings,) = [
+        found
+        for file in (tmp_path / "out").glob("*/settings.json")
+        if (found := json.loads(file.read_text()))["torch_version"] is None
+    ]
+    assert {"tomesd_version", "timm_version", "transformers_version"} <= settings.keys()
+
+
 def test_random_schedules_are_the_same_every_time_and_merge_no_more_than_the_largest():
     drawn, again = (classify.rows(["schedules"], [8], 8, layers=12, schedules=20) for _ in "ab")
     assert drawn == again
@@ -146,6 +173,7 @@ def test_pictures_are_cropped_to_the_models_size(model):
         (["--batch", "0"], "must be a whole number from 1 to 4096, got '0'"),
         (["--r", "-1"], "must be a whole number from 0 to 10000, got '-1'"),
         (["--parts", "table9"], "invalid choice: 'table9'"),
+        (["--model", "MODEL", "--data", "FEW", "--output", "/proc/x"], "in a writable folder"),
         (["--device", "abacus"], "device must be one of cuda, mps, cpu, got 'abacus'"),
         (["--model", "MODEL", "--data", "FEW"], "a folder for each of the model's 5 logits, got 1"),
     ],
@@ -155,7 +183,7 @@ def test_bad_input_is_named_before_any_work(main, model, tmp_path, capsys, optio
     Image.new("RGB", (24, 24)).save(tmp_path / "few" / "blue" / "0.png")
     places = {"MODEL": model, "FEW": str(tmp_path / "few")}
     with pytest.raises(SystemExit) as stopped:
-        main([*(places.get(option, option) for option in options), "--out", str(tmp_path / "out")])
+        main(["--output", str(tmp_path / "out"), *(places.get(each, each) for each in options)])
     assert stopped.value.code == 2
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import tomesd
-from tomesd.evaluation import classify, merged_training
+from tomesd.evaluation import classify, fid, merged_training
 from tomesd.evaluation.classifiers import load_classifier
+from tomesd.evaluation.quality import run_folder
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.training import (
     LabelledPictures,
@@ -82,7 +83,7 @@ def test_training_with_merging_learns(drawn, tmp_path):
 
 
 def test_each_model_is_read_with_every_r(main, drawn, tmp_path, capsys):
-    main([*FEW, "--r", "28", "0", "--out", str(tmp_path)])
+    main([*FEW, "--r", "28", "0", "--output", str(tmp_path)])
     (file,) = tmp_path.glob("*/results.json")
     results = json.loads(file.read_text())
     names = [merged_training.UNTRAINED, "0", "28"]
@@ -116,7 +117,7 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(main, tmp_path, monkey
         measured.append(real(*args))
         return measured[-1]
 
-    command = [*FEW, "--r", "0", "28", "--from-scratch", "--out", str(tmp_path)]
+    command = [*FEW, "--r", "0", "28", "--from-scratch", "--output", str(tmp_path)]
     monkeypatch.setattr(merged_training, "accuracy", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(command)
@@ -136,6 +137,32 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(main, tmp_path, monkey
     assert list(after["accuracy"]["28"]) == ["0", "28"]
 
 
+def test_figures_of_other_weights_machines_or_versions_are_kept_apart(main, tmp_path, monkeypatch):
+    names = main.__globals__
+    (tmp_path / "classifier").mkdir()
+    weights = tmp_path / "classifier" / "model.safetensors"
+    monkeypatch.setattr(shapes, "ASSETS", tmp_path)
+
+    def folder(*options: str) -> Path:
+        args = names["build_parser"]().parse_args(options)
+        stage = names["choose_stage"](args)
+        return run_folder(tmp_path, names["identity"](args, stage, torch.device("cpu")))
+
+    weights.write_bytes(b"one")
+    first, scratch = folder(), folder("--from-scratch")
+    weights.write_bytes(b"another")
+    assert folder("--from-scratch") == scratch
+    found = {first, scratch, folder()}
+    assert len(found) == 3
+    monkeypatch.setattr(fid, "device_name", lambda device: "an abacus")
+    assert folder() not in found
+    found.add(folder())
+    monkeypatch.setitem(names, "versions", lambda *packages: dict.fromkeys(packages))
+    assert folder() not in found
+    said = json.loads((folder() / "settings.json").read_text())
+    assert {"tomesd", "torch", "transformers"} <= said.keys()
+
+
 def test_the_first_scenes_are_what_is_learnt(drawn):
     assert drawn.labels.tolist() == [list(scene(index).labels) for index in range(6)]
     assert drawn.images.shape == (6, 3, 128, 128)
@@ -149,12 +176,13 @@ def test_the_first_scenes_are_what_is_learnt(drawn):
         (["--r", "-1"], "must be a whole number from 0 to 10000, got '-1'"),
         (["--lr", "2"], "must be a number from 1e-08 to 1, got '2'"),
         (["--steps", "0"], "must be a whole number from 1 to 1000000, got '0'"),
+        (["--output", "/proc/x"], "output must be in a writable folder, got '/proc/x'"),
         (["--device", "abacus"], "device must be one of cuda, mps, cpu, got 'abacus'"),
     ],
 )
 def test_bad_input_is_named_before_any_work(main, tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
-        main([*options, "--out", str(tmp_path / "out")])
+        main(["--output", str(tmp_path / "out"), *options])
     assert stopped.value.code == 2
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ import transformers
 from accelerate import PartialState
 
 from tomesd.evaluation import fid, report
-from tomesd.evaluation.arguments import number, script_parser, size
+from tomesd.evaluation.arguments import number, run_script, script_parser, size
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.frechet import Features
 from tomesd.evaluation.image_file import check_folder, save_image, versions, whole
@@ -56,8 +56,6 @@ def main(argv: list[str] | None = None) -> None:
             write(plan, results)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}\nWhat is done stays; the same command goes on.")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -185,4 +183,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

@@ -22,7 +22,7 @@ from tomesd.evaluation.arguments import number, run_script, script_parser
 from tomesd.evaluation.image_file import check_folder, whole
 from tomesd.evaluation.quality import CASES, Case, held_out, run_folder, shown_right
 from tomesd.evaluation.run import UNPATCHED, Model, Row, Run, make
-from tomesd.evaluation.sampling import EMBEDDED, check_model, choose
+from tomesd.evaluation.sampling import EMBEDDED, check_model, choose, native_side
 from tomesd.shapes.pipeline import ASSETS
 
 MODEL = Model(None, "cpu", torch.float32, None)
@@ -57,8 +57,8 @@ def prepare(
     args: argparse.Namespace, pipe: Any, prompts: list[str], cases: list[Case]
 ) -> tuple[Run, dict[str, Any]]:
     """What is made, and all that pictures and figures depend on."""
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    how = choose(pipe, None, args.steps, args.guidance, (side, side))
+    size = native_side(pipe), native_side(pipe)
+    how = choose(pipe, None, args.steps, args.guidance, size)
     told = fid.identity(MODEL, "fp32", prompts, how, args.batch, None)
     told |= {
         "classifier": fid.digest(ASSETS / "classifier"),

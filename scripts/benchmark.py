@@ -11,7 +11,9 @@ a LoRA adapter, without and with gradient checkpointing.
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tomesd.evaluation.benchmark import (
 from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
 from tomesd.evaluation.full_size import Denoiser
 from tomesd.evaluation.full_size_transformers import Transformer
-from tomesd.evaluation.image_file import whole
+from tomesd.evaluation.image_file import check_file, whole
 from tomesd.evaluation.lora_training import check_peft, measure_training
 from tomesd.evaluation.peer import install_peer
 from tomesd.evaluation.variants import Variant
@@ -48,24 +50,30 @@ def main() -> None:
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "environment": environment(setup),
     }
+    name, measured, table = measurement(args, setup)
+    record[name] = []
+    for rows in measured:  # of one size after the other, so that none is lost with the next
+        lines = table(rows)
+        print(lines.partition("\n")[2] if record[name] else lines, flush=True)
+        record[name] += rows
+        if args.output:
+            with whole(args.output) as file:
+                file.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def measurement(
+    args: argparse.Namespace, setup: Setup
+) -> tuple[str, Iterator[list[dict]], Callable[[list[dict]], str]]:
+    """What was asked for: its name in the JSON file, its rows for each size, and their table."""
     if args.cost:
-        record["cost"] = measure_cost(setup)
-        print(cost_table(record["cost"]))
-    elif args.bias:
-        record["bias"] = key_bias.measure(setup)
-        print(bias_table(record["bias"]))
-    elif args.train_lora:
-        record["training"] = measure_training(setup)
-        print(forward_table(record["training"], "step"))
-    elif args.memory:
-        record["memory"] = measure_memory(setup)
-        print(forward_table(record["memory"]))
-    else:
-        record["forward"] = measure_forwards(setup)
-        print(forward_table(record["forward"]))
-    if args.output:
-        with whole(args.output) as file:
-            file.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        return "cost", measure_cost(setup), cost_table
+    if args.bias:
+        return "bias", key_bias.measure(setup), bias_table
+    if args.train_lora:
+        return "training", measure_training(setup), partial(forward_table, unit="step")
+    if args.memory:
+        return "memory", measure_memory(setup), forward_table
+    return "forward", measure_forwards(setup), forward_table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,8 +137,8 @@ def check(args: argparse.Namespace) -> Setup:
     device = choose_device(args.device)
     if args.memory and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--memory is counted on cpu and cuda only, got the device {device.type}")
-    if args.output and args.output.is_dir():
-        raise ValueError(f"--output must be a file, got the folder {args.output}")
+    if args.output:
+        check_file(args.output)
     named = {f.name for f in fields(DiffusionSettings)} & vars(args).keys() - {"ratio", "method"}
     given = {name: getattr(args, name) for name in named}
     settings = {
@@ -184,6 +192,9 @@ def check_measurement(args: argparse.Namespace, denoiser: Denoiser) -> None:
     """What cannot be measured together."""
     if args.memory and args.no_memory:
         raise ValueError("--no-memory must not be given with --memory: nothing would be measured")
+    for name in ("cost", "bias"):
+        if args.compile and getattr(args, name):
+            raise ValueError(f"--compile must not be given with --{name}: its steps run eagerly")
     if isinstance(denoiser, Transformer):
         for name in ("bias", "peer"):
             if getattr(args, name):

@@ -9,29 +9,16 @@ import pytest
 import torch
 
 import tomesd
-from tests.benchmark_script import load, run
+from tests.benchmark_script import UNET, load, run
 from tomesd.evaluation import full_size
 from tomesd.evaluation.benchmark import child_peak
 from tomesd.evaluation.ideal import install_ideal
+from tomesd.evaluation.memory import Peak
 from tomesd.evaluation.peer import Peer, PeerError, install_peer
 from tomesd.evaluation.variants import Variant, forward, prepare
 from tomesd.settings import DiffusionSettings
 
 CPU = torch.device("cpu")
-TINY = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "cross_attention_dim": 8,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
-
 # Stands in for a release on PyPI, so that the tests need no network: the same two entry points.
 PEER = {
     "__init__.py": "from tomesd.patch import apply_patch\n",
@@ -55,18 +42,18 @@ def bipartite_soft_matching_random2d(metric, w, h, sx, sy, r, no_rand=False, gen
 
 @pytest.fixture(scope="module")
 def unet():
-    return full_size.build_unet(TINY, CPU, torch.float32)
+    return full_size.build_unet(UNET, CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return full_size.unet_inputs(TINY, 2, 8, CPU, torch.float32)
+    return full_size.unet_inputs(UNET, 2, 8, CPU, torch.float32)
 
 
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
     (tmp_path / "model" / "unet").mkdir(parents=True)
-    (tmp_path / "model" / "unet" / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "model" / "unet" / "config.json").write_text(json.dumps(UNET))
     return tmp_path / "model"
 
 
@@ -106,8 +93,8 @@ def test_full_size_models_are_those_that_were_published(name, parameters, levels
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_give_finite_predictions_of_a_sensible_size(dtype):
-    unet = full_size.build_unet(TINY, CPU, dtype)
-    inputs = full_size.unet_inputs(TINY, 2, 8, CPU, dtype)
+    unet = full_size.build_unet(UNET, CPU, dtype)
+    inputs = full_size.unet_inputs(UNET, 2, 8, CPU, dtype)
     (sample,) = forward(unet, inputs, compiled=False)()
     assert sample.dtype == dtype
     assert sample.shape == (2, 4, 8, 8)
@@ -178,7 +165,7 @@ def test_the_ideal_neither_matches_nor_touches_other_tokens(inputs, monkeypatch)
         raise AssertionError("the ideal must not match")
 
     monkeypatch.setattr("tomesd.settings.bipartite_soft_matching", no_matching)
-    unet = full_size.build_unet(TINY, CPU, torch.float32)
+    unet = full_size.build_unet(UNET, CPU, torch.float32)
     seen = []
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     install_ideal(unet, DiffusionSettings(ratio=0.5))
@@ -250,32 +237,70 @@ def test_memory_on_the_cpu_is_that_of_one_forward_in_a_process_of_its_own(script
 
 
 def test_memory_alone_is_measured_without_times(benchmark, model_folder, monkeypatch, capsys):
-    # Not in processes of their own, which take seconds to start.
+    peaks = {
+        (size, name): Peak(before=size, peak=size + more)
+        for size in (64, 128)
+        for name, more in (("unpatched", 2), ("tome 0.5", 1))
+    }
     monkeypatch.setattr(
-        "tomesd.evaluation.benchmark.in_child", lambda function, *args: function(*args)
+        "tomesd.evaluation.benchmark.in_child",
+        lambda function, setup, variant, size: peaks[size, variant.name],
     )
     record = benchmark("--model", model_folder, "--size", 64, 128, "--memory")
-    assert [(row["size"], row["variant"]) for row in record["memory"]] == [
-        (size, name) for size in (64, 128) for name in ("unpatched", "tome 0.5")
-    ]
-    assert all(row["memory"]["peak"] >= row["memory"]["before"] > 0 for row in record["memory"])
+    found = {(row["size"], row["variant"]): Peak(**row["memory"]) for row in record["memory"]}
+    assert list(found.items()) == list(peaks.items())
     assert not any("seconds" in row for row in record["memory"])
     assert capsys.readouterr().out.count(" GiB before)") == 4
 
 
+@pytest.mark.parametrize("only", [(), ("--memory",)])
 def test_what_does_not_fit_into_memory_is_said_and_the_rest_is_measured(
-    benchmark, model_folder, monkeypatch
+    benchmark, model_folder, monkeypatch, only
 ):
     def killed_where_patched(function, setup, variant, size):
         if variant.kind == "patched":
             raise MemoryError("forward_peak was killed in its process (exit code -9)")
-        return function(setup, variant, size)
+        return Peak(before=1, peak=2)
 
     monkeypatch.setattr("tomesd.evaluation.benchmark.in_child", killed_where_patched)
-    record = benchmark("--model", model_folder, "--size", 64, "--memory")
-    unpatched, patched = record["memory"]
-    assert unpatched["memory"]["peak"] > 0
+    record = benchmark("--model", model_folder, "--size", 64, "--rounds", 1, *only)
+    unpatched, patched, *_ = record["memory" if only else "forward"]
+    assert unpatched["memory"]["peak"] == 2
+    assert ("seconds" in unpatched) == (not only)
     assert patched["error"] == "forward_peak was killed in its process (exit code -9)"
+    assert "seconds" not in patched
+
+
+def fails_at_128_px(monkeypatch, fail) -> None:
+    def made(model, inputs, compiled):
+        return forward(model, inputs, compiled) if inputs[0][0].shape[-1] == 8 else fail
+
+    monkeypatch.setattr("tomesd.evaluation.benchmark.forward", made)
+
+
+def test_a_forward_that_finds_no_memory_costs_its_own_row_alone(
+    benchmark, model_folder, monkeypatch
+):
+    fails_at_128_px(monkeypatch, lambda: torch.empty(2**50))
+    rows = benchmark(
+        *("--model", model_folder, "--size", 128, 64, "--rounds", 1, "--no-memory"),
+    )["forward"]
+    assert all("can't allocate memory" in row["error"] for row in rows[:3])
+    assert all(len(row["seconds"]) == 1 for row in rows[3:])
+
+
+def test_a_run_that_is_interrupted_keeps_the_sizes_that_are_done(
+    benchmark, model_folder, monkeypatch, tmp_path, capsys
+):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    fails_at_128_px(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("--model", model_folder, "--size", 64, 128, "--rounds", 1, "--no-memory")
+    written = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [row["size"] for row in written["forward"]] == [64] * 3
+    assert "   64 unpatched" in capsys.readouterr().out
 
 
 def test_the_cost_is_split_into_steps_at_every_level(benchmark, model_folder, capsys):
@@ -339,6 +364,9 @@ def test_only_an_exact_release_of_tomesd_is_installed(name, tmp_path):
         (["--blocks", "2"], "blocks must not be given for 'sd15'"),
         (["--memory", "--no-memory"], "nothing would be measured"),
         (["--memory", "--cost"], "not allowed with argument"),
+        (["--cost", "--compile"], "--compile must not be given with --cost"),
+        (["--bias", "--compile"], "--compile must not be given with --bias"),
+        (["--output", "/proc/nowhere/x.json"], "output must be in a writable folder"),
         (["--peer", "timm==1.0"], "peer must be tomesd==<version>, got 'timm==1.0'"),
         (["--device", "abacus"], "abacus"),
     ],

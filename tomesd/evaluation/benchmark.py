@@ -2,8 +2,8 @@
 
 import os
 import platform
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from tomesd.evaluation import full_size
 from tomesd.evaluation.device import PRECISIONS
 from tomesd.evaluation.ideal_transformer import install_ideal
 from tomesd.evaluation.image_file import versions
-from tomesd.evaluation.memory import Peak, in_child, peak_memory
+from tomesd.evaluation.memory import Peak, first_line, in_child, peak_memory, ran_out
 from tomesd.evaluation.peer import Peer, PeerError
 from tomesd.evaluation.timing import (
     Spread,
@@ -77,15 +77,37 @@ class Setup:
         return -(-size // self.denoiser.levels(size)[0].h)
 
 
-def measure_forwards(setup: Setup) -> list[dict]:
-    """One row for each size and variant. Memory first, while no other model is loaded."""
-    peaks = {}
+@contextmanager
+def noting(row: dict[str, Any]) -> Iterator[None]:
+    """Where memory runs out or another release fails, the row says so, and all others go on.
+
+    >>> row = {}
+    >>> with noting(row):
+    ...     raise MemoryError("forward_peak was killed in its process (exit code -9)")
+    >>> row["error"]
+    'forward_peak was killed in its process (exit code -9)'
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, PeerError) or ran_out(error)):
+            raise
+        row["error"] = first_line(error)
+
+
+def measure_forwards(setup: Setup) -> Iterator[list[dict]]:
+    """The rows of each size, one for each variant. Memory of all sizes first, while no other model
+    is loaded; what needs too much of it is not tried in this process."""
+    rows = {size: [new_row(variant, size) for variant in setup.variants] for size in setup.sizes}
     if setup.measures_memory and setup.device.type == "cpu":
-        tasks = [(size, variant) for size in setup.sizes for variant in setup.variants]
-        for size, variant in tqdm(tasks, desc="memory", unit="process"):
-            peaks[size, variant.name] = child_peak(setup, variant, size)
+        tasks = [(size, *task) for size in rows for task in enumerate(setup.variants)]
+        for size, index, variant in tqdm(tasks, desc="memory", unit="process"):
+            with noting(rows[size][index]):
+                rows[size][index]["memory"] = child_peak(setup, variant, size)
+        if all("error" in row for same in rows.values() for row in same):
+            yield from rows.values()
+            return
     model = setup.denoiser.build(setup.device, setup.dtype)
-    rows = []
     with ExitStack() as stack:
         peer = start_peer(setup, stack)
         twins = {
@@ -93,9 +115,9 @@ def measure_forwards(setup: Setup) -> list[dict]:
             for variant in setup.variants
             if variant.kind != "peer"
         }
-        for size in setup.sizes:
-            rows += measure_size(setup, size, twins, peer, peaks)
-    return rows
+        for same in rows.values():
+            measure_size(setup, same, twins, peer)
+            yield same
 
 
 def ready(model: Any, variant: Variant) -> Any:
@@ -128,18 +150,15 @@ def patch_peer(setup: Setup, peer: Peer, variant: Variant) -> dict[str, Any]:
     return settings
 
 
-def measure_memory(setup: Setup) -> list[dict]:
-    """One row for each size and variant: memory alone, each in a process of its own."""
-    tasks = [(size, variant) for size in setup.sizes for variant in setup.variants]
-    rows = []
-    for size, variant in tqdm(tasks, desc="memory", unit="process"):
-        row = new_row(variant, size)
-        try:
-            row["memory"] = child_peak(setup, variant, size)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            row["error"] = str(error).splitlines()[0]
-        rows.append(row)
-    return rows
+def measure_memory(setup: Setup) -> Iterator[list[dict]]:
+    """The rows of each size, one for each variant: memory alone, each in a process of its own."""
+    for size in setup.sizes:
+        rows = []
+        for variant in tqdm(setup.variants, desc=f"{size} px, memory", unit="process"):
+            rows.append(new_row(variant, size))
+            with noting(rows[-1]):
+                rows[-1]["memory"] = child_peak(setup, variant, size)
+        yield rows
 
 
 def child_peak(setup: Setup, variant: Variant, size: int) -> dict[str, int] | None:
@@ -170,27 +189,23 @@ def forward_peak(setup: Setup, variant: Variant, size: int) -> Peak:
     return peak_memory(call, setup.device)
 
 
-def measure_size(
-    setup: Setup, size: int, twins: dict[str, Any], peer: Peer | None, peaks: dict
-) -> list[dict]:
+def measure_size(setup: Setup, rows: list[dict], twins: dict[str, Any], peer: Peer | None) -> None:
+    """Time all rows of a size in turns, but those that failed; what is found goes into them."""
     runs: dict[str, Callable[[], float]] = {}
-    rows = {}
-    for variant in tqdm(setup.variants, desc=f"{size} px, warming up", unit="forward"):
-        row = new_row(variant, size)
-        row["memory"] = peaks.get((size, variant.name))
-        rows[variant.name] = row
-        try:
+    size = rows[0]["size"]
+    tasks = list(zip(setup.variants, rows, strict=True))
+    for variant, row in tqdm(tasks, desc=f"{size} px, warming up", unit="forward"):
+        if "error" in row:
+            continue
+        with noting(row):
             if variant.kind == "peer":
                 assert peer is not None
                 runs[variant.name] = peer_run(setup, peer, variant, size, row)
             else:
                 runs[variant.name] = our_run(setup, twins[variant.name], size, row)
-        except (PeerError, torch.OutOfMemoryError) as error:
-            row["error"] = str(error).splitlines()[0]
     with tqdm(total=setup.rounds * len(runs), desc=f"{size} px", unit="forward") as bar:
         times = interleave(runs, setup.rounds, bar.update)
-    summarize(rows, times)
-    return list(rows.values())
+    summarize({row["variant"]: row for row in rows}, times)
 
 
 def new_row(variant: Variant, size: int) -> dict[str, Any]:
@@ -240,15 +255,14 @@ def summarize(rows: dict[str, dict], times: dict[str, list[float]]) -> None:
         row["share_of_ideal"] = asdict(share) if share else None
 
 
-def measure_cost(setup: Setup) -> list[dict]:
-    """One row for each size, level and variant: what matching, merging and unmerging take there."""
-    rows = []
+def measure_cost(setup: Setup) -> Iterator[list[dict]]:
+    """The rows of each size, one for each level and variant: what matching, merging and unmerging
+    take there."""
     with ExitStack() as stack:
         peer = stack.enter_context(Peer(setup.peer)) if setup.peer else None
         for size in setup.sizes:
-            for level in setup.denoiser.levels(setup.latents(size)):
-                rows += measure_level(setup, size, level, peer)
-    return rows
+            levels = setup.denoiser.levels(setup.latents(size))
+            yield [row for level in levels for row in measure_level(setup, size, level, peer)]
 
 
 def measure_level(setup: Setup, size: int, level: full_size.Level, peer: Peer | None) -> list[dict]:
@@ -282,11 +296,9 @@ def measure_level(setup: Setup, size: int, level: full_size.Level, peer: Peer | 
             "kind": variant.kind,
             "patch": asdict(settings),
         }
-        try:
+        with noting(rows[variant.name]):
             runs[variant.name]()
-        except PeerError as error:
-            rows[variant.name]["error"] = str(error)
-            del runs[variant.name]
+    runs = {name: run for name, run in runs.items() if "error" not in rows[name]}
     name = f"{shape[1]} × {shape[2]}"
     with tqdm(total=setup.rounds * len(runs), desc=name, unit="run") as bar:
         steps = interleave(runs, setup.rounds, bar.update)

@@ -1,6 +1,6 @@
 """What proportional attention costs inside of fused attention, in each form that it can take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -41,15 +41,16 @@ def forms(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Callable[[
     }
 
 
-def measure(setup: Setup) -> list[dict[str, Any]]:
-    """One row for each size, level, variant and form: seconds of attention on the merged tokens."""
-    rows = []
+def measure(setup: Setup) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each size, one for each level, variant and form: seconds of attention on the
+    merged tokens."""
     for size in setup.sizes:
+        rows = []
         for level in full_size.levels(setup.denoiser.config, setup.latents(size)):
             for variant in setup.variants:
                 assert variant.settings is not None
                 rows += _measure_level(setup, size, level, variant.settings)
-    return rows
+        yield rows
 
 
 def _measure_level(setup: Setup, size: int, level: full_size.Level, settings: Any) -> list[dict]:

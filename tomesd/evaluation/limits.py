@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 import tomesd
-from tomesd.evaluation.memory import resident
+from tomesd.evaluation.memory import first_line, resident
 from tomesd.evaluation.run import Model
 from tomesd.evaluation.sampling import Sampling, sample
 from tomesd.settings import DiffusionSettings
@@ -182,7 +182,7 @@ def _try(settings: DiffusionSettings | None, batch: int, side: int, guidance: fl
         return ""  # it overflowed, but it did fit
     # A kernel may also refuse a size that it cannot count.
     except (MemoryError, RuntimeError) as error:
-        return str(error).partition("\n")[0] or type(error).__name__
+        return first_line(error)
     finally:
         gc.collect()
         if torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """How long a step of LoRA training takes, and how much memory, while tokens merge."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from tomesd.evaluation import full_size
-from tomesd.evaluation.benchmark import Setup, new_row, summarize
+from tomesd.evaluation.benchmark import Setup, new_row, noting, summarize
 from tomesd.evaluation.memory import Peak, in_child, peak_memory
 from tomesd.evaluation.timing import interleave, seconds
 from tomesd.evaluation.variants import Variant, prepare
@@ -27,53 +27,64 @@ def check_peft() -> None:
         raise ModuleNotFoundError("LoRA training needs peft: pip install peft")
 
 
-def measure_training(setup: Setup) -> list[dict[str, Any]]:
-    """One row for each size and variant, without and with gradient checkpointing.
+def measure_training(setup: Setup) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each size, one for each variant, without and with gradient checkpointing.
 
-    >>> rows = measure_training(setup)
+    >>> rows = [row for rows in measure_training(setup) for row in rows]
 
     A step is a forward, a backward and AdamW's step of the adapter alone. All of a size take turns,
     and each is compared with the unpatched step that has as much checkpointing.
     """
-    peaks = {}
+    rows = {
+        size: [new_row(variant, size) | {"checkpointing": each} for each, variant in _ways(setup)]
+        for size in setup.sizes
+    }
     if setup.measures_memory:
-        tasks = [(size, *how) for size in setup.sizes for how in _ways(setup)]
-        for size, checkpointing, variant in tqdm(tasks, desc="memory", unit="process"):
-            peak = in_child(step_peak, setup, size, variant, checkpointing)
-            peaks[size, checkpointing, variant.name] = peak._asdict()
+        tasks = [
+            (row, *how)
+            for same in rows.values()
+            for row, how in zip(same, _ways(setup), strict=True)
+        ]
+        for row, checkpointing, variant in tqdm(tasks, desc="memory", unit="process"):
+            with noting(row):
+                peak = in_child(step_peak, setup, row["size"], variant, checkpointing)
+                row["memory"] = peak._asdict()
+        if all("error" in row for row, *_ in tasks):
+            yield from rows.values()
+            return
     model = setup.denoiser.build(setup.device, setup.dtype)
-    return [row for size in setup.sizes for row in _measure_size(setup, model, size, peaks)]
+    for same in rows.values():
+        _measure_size(setup, model, same)
+        yield same
 
 
 def _ways(setup: Setup) -> list[tuple[bool, Variant]]:
     return [(each, variant) for each in (False, True) for variant in setup.variants]
 
 
-def _label(name: str, checkpointing: bool) -> str:
-    return f"{name}, checkpoints" if checkpointing else name
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['variant']}, checkpoints" if row["checkpointing"] else row["variant"]
 
 
-def _measure_size(setup: Setup, model: Any, size: int, peaks: dict) -> list[dict[str, Any]]:
+def _measure_size(setup: Setup, model: Any, rows: list[dict[str, Any]]) -> None:
+    """Time all rows of a size in turns, but those that failed; what is found goes into them."""
     runs: dict[str, Callable[[], float]] = {}
-    rows: dict[bool, dict[str, dict]] = {False: {}, True: {}}
-    for checkpointing, variant in tqdm(_ways(setup), desc=f"{size} px, warming up", unit="step"):
-        row = new_row(variant, size) | {"checkpointing": checkpointing}
-        row["memory"] = peaks.get((size, checkpointing, variant.name))
-        rows[checkpointing][variant.name] = row
-        twin = full_size.share_weights(model)
-        step = training_step(setup, twin, size, variant, checkpointing)
-        try:
-            step()
-        except torch.OutOfMemoryError as error:
-            row["error"] = str(error).splitlines()[0]
+    size = rows[0]["size"]
+    tasks = list(zip(rows, _ways(setup), strict=True))
+    for row, (checkpointing, variant) in tqdm(tasks, desc=f"{size} px, warming up", unit="step"):
+        if "error" in row:
             continue
-        runs[_label(variant.name, checkpointing)] = partial(seconds, step, setup.device)
+        with noting(row):
+            twin = full_size.share_weights(model)
+            step = training_step(setup, twin, size, variant, checkpointing)
+            step()
+            runs[_label(row)] = partial(seconds, step, setup.device)
     with tqdm(total=setup.rounds * len(runs), desc=f"{size} px", unit="step") as bar:
         times = interleave(runs, setup.rounds, bar.update)
-    for checkpointing, same in rows.items():
-        labels = {name: _label(name, checkpointing) for name in same}
+    for checkpointing in (False, True):
+        same = {row["variant"]: row for row in rows if row["checkpointing"] == checkpointing}
+        labels = {name: _label(row) for name, row in same.items()}
         summarize(same, {name: times[at] for name, at in labels.items() if at in times})
-    return [row for same in rows.values() for row in same.values()]
 
 
 def training_step(

@@ -98,6 +98,15 @@ def ran_out(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def first_line(error: Exception) -> str:
+    """What a table says of an error.
+
+    >>> first_line(ValueError("size must be 8 or more\\nand even")), first_line(MemoryError())
+    ('size must be 8 or more', 'MemoryError')
+    """
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
     """What function(*args) returns in a fresh process, which ends with its memory.
 
@@ -125,7 +134,7 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         ours.close()
     child.join()
     if raised:
-        raise raised(f"{function.__name__} failed in its process:\n{result}")
+        raise raised(result)
     return result
 
 
@@ -134,9 +143,10 @@ def _answer(pipe: Connection, function: Callable[..., Any], args: tuple) -> None
     try:
         answer = (None, function(*args))
     except Exception as error:
+        where = f"{function.__name__} failed in its process:"
         if ran_out(error):
-            answer = (MemoryError, str(error))
+            answer = (MemoryError, f"{where} {first_line(error)}")
         else:
-            answer = (RuntimeError, traceback.format_exc())
+            answer = (RuntimeError, f"{where}\n{traceback.format_exc()}")
     pipe.send(answer)
     pipe.close()

@@ -1,6 +1,7 @@
 """What the tests share: how properties are tried, and the names that examples take for granted."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ settings.register_profile(
     "tomesd", max_examples=100, deadline=None, derandomize=True, database=None
 )
 settings.load_profile("tomesd")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Here and in the processes that are started: the number of threads touches the rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -217,9 +217,31 @@ def test_a_picture_that_overflows_is_not_written(generate, model, tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
-def test_the_script_runs_as_a_command_and_explains_itself(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
-    )
+def test_the_script_explains_itself(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
     for option in ("--ratio", "--model", "--compare", "--output"):
-        assert option in done.stdout
+        assert option in printed
+
+
+# What takes seconds to import, and --help and a mistyped option can do without.
+WHAT_THE_SCRIPTS_IMPORT = """
+import runpy, sys
+for name in sys.argv[1:]:
+    runpy.run_path(name)
+slow = {"diffusers", "transformers", "peft", "torchvision", "torch._dynamo", "triton"}
+print(*sorted(slow & sys.modules.keys()))
+"""
+
+
+def test_help_and_typos_wait_for_no_model_library():
+    scripts = [str(SCRIPT), str(SCRIPT.with_name("benchmark.py"))]
+    done = subprocess.run(
+        [sys.executable, "-c", WHAT_THE_SCRIPTS_IMPORT, *scripts],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stdout.split()

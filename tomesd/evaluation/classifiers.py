@@ -50,7 +50,7 @@ def check_model(model: str | None) -> None:
         folder = shapes.ASSETS / "classifier"
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder} is missing; `python scripts/train_shapes.py` makes it"
+                f"{folder} is missing; `python scripts/train_shapes.py --output assets` makes it"
             )
         return
     library, _, name = model.partition(":")

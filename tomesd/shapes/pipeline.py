@@ -38,7 +38,8 @@ def load_pipeline(folder: Path = ASSETS / "pipeline", dtype=torch.float32):
     >>> load_pipeline()("a photo of a red heart on a blue striped background").images[0].size
     (128, 128)
 
-    Raises FileNotFoundError if it has not been trained: `python scripts/train_shapes.py` does that.
+    Raises FileNotFoundError if it is not there: `python scripts/train_shapes.py --output assets`
+    makes it.
     """
     _require(folder)
     return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
@@ -52,7 +53,9 @@ def load_classifier(folder: Path = ASSETS / "classifier") -> ViTForImageClassifi
 
 def _require(folder: Path) -> None:
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is missing; `python scripts/train_shapes.py` makes it")
+        raise FileNotFoundError(
+            f"{folder} is missing; `python scripts/train_shapes.py --output assets` makes it"
+        )
 
 
 def split_logits(logits: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,10 +1,12 @@
 """Training the models of the Shapes world: one resumable loop and the three losses."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,18 +44,50 @@ class Stage:
         return self.lr * min(1, (step + 1) / self.warmup) * fall
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that training cannot go on from, since it is of another one."""
+
+
+def check_checkpoint(
+    checkpoint: Path, stage: Stage, about: Mapping[str, Any] | None = None
+) -> None:
+    """Raises CheckpointError if the file is there and of a stage, or about something, else.
+
+    >>> check_checkpoint(Path("runs/shapes/classifier.pt"), stage, {"pictures": 16384})
+
+    about: as `train` takes it, or a part of it.
+    """
+    if not checkpoint.exists():
+        return
+    saved = torch.load(checkpoint, map_location="cpu", mmap=True).get("about", {})
+    differ = [
+        f"{name}={saved.get(name)!r} there, {value!r} now"
+        for name, value in (asdict(stage) | dict(about or {})).items()
+        if saved.get(name) != value
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{checkpoint} is of another training: {'; '.join(differ)}. Delete it, or choose "
+            "another folder"
+        )
+
+
 def train(
     stage: Stage,
     model: nn.Module,
     loss: Callable[[torch.Generator], torch.Tensor],
     checkpoint: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Train `model` in place and leave it with its averaged (EMA) weights.
 
     loss draws its own batch from the generator it is given; a step's batch depends on the step's
     number alone, so a run that was interrupted goes on as if it had not been.
     checkpoint: written whole every 100 steps, and read first if it is there.
+    about: by name, what the weights depend on beside the stage, such as the data; plain values.
+    Raises CheckpointError for a checkpoint of another stage, or about something else.
     """
+    check_checkpoint(checkpoint, stage, about)
     optimizer = make_optimizer(stage, model)
     parameters = optimizer.param_groups[0]["params"]
     device = parameters[0].device
@@ -80,6 +114,7 @@ def train(
             progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == stage.steps:
                 state = {
+                    "about": asdict(stage) | dict(about or {}),
                     "step": step + 1,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -121,6 +156,34 @@ def cached(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         torch.save(make(), file.with_suffix(".partial"))
         file.with_suffix(".partial").replace(file)
     return torch.load(file, mmap=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` on leaving; after an exception it is gone.
+
+    >>> with whole_folder(Path("assets/classifier")) as partial:
+    ...     model.save_pretrained(partial)
+
+    What was at `path` before stays until the new folder is complete, and is then deleted.
+    """
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+
+    def settle() -> None:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+    settle()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        settle()
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

@@ -227,7 +227,11 @@ def speeds(plan: Plan, pipe: Any) -> dict[str, dict[str, Any]]:
     if not plan.rounds:
         return {}
     names = {row.name for row in plan.run.rows}
-    about = {"rounds": plan.rounds, "device": device_name(plan.device)}
+    about = {
+        "rounds": plan.rounds,
+        "device": device_name(plan.device),
+        "threads": torch.get_num_threads(),
+    }
     file = plan.run.folder / "speed.json"
     found = _remembered(file, about)
     # All rows take turns, so a new row means that all are measured.

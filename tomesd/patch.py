@@ -1,5 +1,6 @@
 """The plugin's verbs: apply_patch, remove_patch, patched, report."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,15 +102,19 @@ def apply_patch(
         hooks and returned; a model that is patched already gets the new settings instead of the
         old ones.
     ratio: for denoisers, the share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by
-        default, where the papers find the picture hardly changed at twice the speed. Or a
+        default, as in the papers. How much faster that is depends on the model and the size of the
+        picture (`docs/performance.md`). Or a
         `tomesd.RatioSchedule` or a function of progress, for a ratio that changes over the steps of
         a pipeline; or, for a UNet, a dict of any of these by level, {1: 0.5, 2: 0.25}: by how much
         coarser a level is than the finest one with attention. It merges at those and no others.
-    preset: for denoisers, "paper" is exactly ToMe's Appendix F. What is given beside it wins.
+    preset: for denoisers, settings under one name: "quality" merges keys and values only, "fast"
+        whole blocks at every level where it pays, "paper" is exactly ToMe's Appendix F. What is
+        given beside it wins.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup must be
         given, and where it is, denoisers are left as they are.
 
+    What torch.compile made so far is forgotten, also of other models: it would not notice hooks.
     Raises TypeError for a model that is not supported or an unknown setting, and ValueError for a
     setting out of its range or if nothing at all would be merged; the model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
@@ -120,7 +125,7 @@ def apply_patch(
         _remove(target)
         patch.install()
         setattr(target, _PATCH, patch)
-    _forget_compiled_code(model)
+    _forget_compiled_code()
     return model
 
 
@@ -135,12 +140,14 @@ def remove_patch(model: Model) -> Model:
     for target in patched.values():
         _remove(target)
     if patched:
-        _forget_compiled_code(model)
+        _forget_compiled_code()
     return model
 
 
 @contextmanager
-def patched(model: Model, ratio: Ratio | None = None, **settings: Any) -> Iterator[Model]:
+def patched(
+    model: Model, ratio: Ratio | None = None, *, preset: str | None = None, **settings: Any
+) -> Iterator[Model]:
     """Merge tokens inside a `with` block only; undone on leaving it, also after an exception.
 
     >>> with tomesd.patched(pipe, ratio=0.5):
@@ -149,7 +156,7 @@ def patched(model: Model, ratio: Ratio | None = None, **settings: Any) -> Iterat
     Takes what apply_patch takes. A patch that was there before comes back afterwards.
     """
     before = [(target, getattr(target, _PATCH)) for target in _patched(model).values()]
-    apply_patch(model, ratio, **settings)
+    apply_patch(model, ratio, preset=preset, **settings)
     try:
         yield model
     finally:
@@ -285,9 +292,10 @@ def _remove(target: nn.Module) -> None:
         patch.remove()
 
 
-def _forget_compiled_code(model: Any) -> None:
-    """Let compiled models be compiled anew: by default they do not notice a change of hooks."""
-    parts = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
-    modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules):
+def _forget_compiled_code() -> None:
+    """Let everything be compiled anew: by default, compiled code does not notice new hooks.
+
+    Whether code that was compiled from elsewhere calls this model cannot be known.
+    """
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

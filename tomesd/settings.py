@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class DiffusionSettings:
     method: str = "tome"
     partition: str = "strided"
     across_frames: bool = False
+    _fixed_ratio: ClassVar[str]
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -118,6 +119,9 @@ class DiffusionSettings:
                 "merge_attn, merge_crossattn and merge_mlp must not all be False: "
                 "nothing would be merged"
             )
+        # torch.compile(dynamic=True) takes any float that it meets for a variable, but a text for
+        # what it is; how many tokens merge must not be a variable.
+        object.__setattr__(self, "_fixed_ratio", repr(self.ratio))
 
     @property
     def largest_ratio(self) -> float:
@@ -140,7 +144,7 @@ class DiffusionSettings:
 
     def merged(self, h: int, w: int) -> int:
         """How many of the h·w tokens merge: what the ratio says, as far as the partition allows."""
-        return min(self._allowed(h, w), max(1, int(self.ratio * h * w)))
+        return min(self._allowed(h, w), max(1, int(float(self._fixed_ratio) * h * w)))
 
     def _allowed(self, h: int, w: int) -> int:
         if self.method == "prune":
@@ -157,7 +161,7 @@ class DiffusionSettings:
         joint: whether they are of SD3's or Flux's kind, which attend to the text with the picture.
         """
         tokens = h * w
-        if self.ratio == 0:
+        if float(self._fixed_ratio) == 0:
             return "ratio is 0"
         if tokens < self.min_tokens:
             return f"fewer than min_tokens={self.min_tokens}"

@@ -20,8 +20,12 @@ from tomesd.ratio_schedule import MOST_PIECES, RatioPlan, Steps
 RATIOS = st.floats(0, 0.75)
 
 
+class Pipe(SimpleNamespace):
+    """All that a schedule needs of a pipeline."""
+
+
 def test_every_example_gives_what_its_docstring_says():
-    pipe = SimpleNamespace(scheduler=EulerDiscreteScheduler())
+    pipe = Pipe(scheduler=EulerDiscreteScheduler())
     given_names = {**vars(ratio_schedule), "pipe": pipe}
     for example in doctest.DocTestFinder().find(ratio_schedule, extraglobs=given_names):
         if "tomesd." not in example.docstring and "timestep" not in example.docstring:
@@ -39,7 +43,7 @@ def test_a_ramp_begins_and_ends_at_its_ratios_and_never_turns_back(start, end, p
 
 @given(schedule=st.builds(RatioSchedule.ramp, RATIOS, RATIOS, st.integers(2, 4)), other=RATIOS)
 def test_stages_of_several_levels_keep_each_level_at_its_own_ratio(schedule, other):
-    pipe = SimpleNamespace(scheduler=EulerDiscreteScheduler())
+    pipe = Pipe(scheduler=EulerDiscreteScheduler())
     first = RatioSchedule.first(other, until=0.5)
     plan = RatioPlan({1: schedule, 2: first, 4: other}, pipe)
     for end, of_ramp, of_first, constant in zip(
@@ -62,7 +66,7 @@ def test_first_and_last_meet_and_leave_no_step_out():
     "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
 )
 def test_a_schedule_counts_the_steps_of_every_kind_of_scheduler(scheduler, steps):
-    pipe = SimpleNamespace(scheduler=scheduler())
+    pipe = Pipe(scheduler=scheduler())
     pipe.scheduler.set_timesteps(steps)
     x = torch.zeros(1, 4, 2, 2)
     seen = []
@@ -73,7 +77,7 @@ def test_a_schedule_counts_the_steps_of_every_kind_of_scheduler(scheduler, steps
 
 
 def test_a_schedule_counts_pndms_steps_which_visits_one_timestep_twice():
-    pipe = SimpleNamespace(scheduler=PNDMScheduler(skip_prk_steps=True))
+    pipe = Pipe(scheduler=PNDMScheduler(skip_prk_steps=True))
     pipe.scheduler.set_timesteps(10)
     seen = [Steps(pipe).progress(timestep) for timestep in pipe.scheduler.timesteps]
     assert seen == sorted(seen)
@@ -82,7 +86,7 @@ def test_a_schedule_counts_pndms_steps_which_visits_one_timestep_twice():
 
 
 def test_a_picture_that_starts_halfway_starts_halfway_in_the_schedule():
-    pipe = SimpleNamespace(scheduler=EulerDiscreteScheduler())
+    pipe = Pipe(scheduler=EulerDiscreteScheduler())
     pipe.scheduler.set_timesteps(20)
     pipe.scheduler.set_begin_index(10)
     assert Steps(pipe).progress(pipe.scheduler.timesteps[10]) == 0.5

@@ -1,6 +1,9 @@
 """Ratios by level and over the steps of a pipeline do what they say, compiled too."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -136,6 +139,39 @@ def test_a_copied_pipeline_follows_its_own_scheduler():
     pipe.scheduler.set_begin_index(2)
     _draw(copied)
     assert seen == [32] * 4 + [64] * 6
+
+
+def test_a_models_pickle_has_its_schedule_and_not_its_pipeline():
+    pipe = tomesd.apply_patch(_pipe(), ratio=0.5)
+    constant = len(pickle.dumps(pipe.unet))
+    tomesd.apply_patch(pipe, ratio=FIRST)
+    text = pickle.dumps(pipe.unet)
+    assert len(text) < constant + 100_000
+    pipe.unet = pickle.loads(text)
+    seen = _watch(pipe)
+    # It counts by a scheduler of its own, the one that came with it.
+    (hook,) = [each for each in pipe.unet._forward_pre_hooks.values() if hasattr(each, "__self__")]
+    pipe.scheduler = hook.__self__.plan.steps.scheduler
+    _draw(pipe)
+    assert seen == [32] * 4 + [64] * 6
+
+
+def test_a_pickled_pipeline_follows_its_own_scheduler():
+    pipe = tomesd.apply_patch(_pipe(), ratio=FIRST)
+    again = pickle.loads(pickle.dumps(pipe))
+    again.set_progress_bar_config(disable=True)
+    seen = _watch(again)
+    _draw(again)
+    assert seen == [32] * 4 + [64] * 6
+
+
+def test_a_model_does_not_keep_its_pipeline():
+    pipe = tomesd.apply_patch(_pipe(), ratio=FIRST)
+    unet, kept = pipe.unet, weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert kept() is None
+    assert tomesd.report(unet)
 
 
 def test_levels_merge_as_they_are_named_and_no_others():

@@ -1,6 +1,8 @@
 """How much merges in which part of the denoising, and where a pipeline is in it."""
 
+import weakref
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -209,31 +211,47 @@ class Steps:
 
     >>> Steps(pipe).progress(timestep)
 
-    pipe: a diffusers pipeline with a scheduler. Most schedulers count their steps in a Python
-        number, so that nothing waits for the device. DDIM, DDPM and PNDM do not: they read each
-        step's timestep from the device themselves, and so does this.
+    pipe: a diffusers pipeline with a scheduler, which may be exchanged later. It is not kept alive:
+        a model must not hold on to the pipeline that it was part of. Most schedulers count their
+        steps in a Python number, so that nothing waits for the device. DDIM, DDPM and PNDM do not:
+        they read each step's timestep from the device themselves, and so does this.
     """
 
     def __init__(self, pipe: Any):
-        self.pipe = pipe
+        self._pipe: Callable[[], Any] = weakref.ref(pipe)
+        self._scheduler = pipe.scheduler
+
+    @property
+    def scheduler(self) -> Any:
+        pipe = self._pipe()
+        if pipe is not None:
+            self._scheduler = pipe.scheduler
+        return self._scheduler
 
     def __deepcopy__(self, memo: dict) -> "Steps":
         # A copied pipeline's model follows the copy, a model copied alone its old pipeline.
-        return Steps(memo.get(id(self.pipe), self.pipe))
+        copied = memo.get(id(self._pipe()))
+        steps = _alone(self.scheduler if copied is None else deepcopy(self.scheduler, memo))
+        steps._pipe = self._pipe if copied is None else weakref.ref(copied)
+        return steps
+
+    def __reduce__(self) -> tuple:
+        # The model alone, not its pipeline: in a pipeline's pickle it is the same scheduler.
+        return _alone, (self.scheduler,)
 
     @property
     def count(self) -> int:
-        return len(self.pipe.scheduler.timesteps)
+        return len(self.scheduler.timesteps)
 
     def span(self) -> tuple[float, float]:
         """The progress at which a picture's first and last step are called, as far as the scheduler
         knows: where image-to-image begins, DDIM, DDPM and PNDM are not told."""
-        begin = getattr(self.pipe.scheduler, "_begin_index", None) or 0
+        begin = getattr(self.scheduler, "_begin_index", None) or 0
         return begin / self.count, (self.count - 1) / self.count
 
     def progress(self, timestep: Any) -> float:
         """The share of the steps that are done, when the model is called with this timestep."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.scheduler
         steps = self.count
         if hasattr(scheduler, "_step_index"):
             done = scheduler._step_index
@@ -242,3 +260,14 @@ class Steps:
             return done / steps
         now = float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
         return int((scheduler.timesteps.cpu() > now).sum()) / steps
+
+
+def _alone(scheduler: Any) -> Steps:
+    """The steps of a scheduler whose pipeline is gone or elsewhere."""
+    steps = Steps.__new__(Steps)
+    steps._pipe, steps._scheduler = _gone, scheduler
+    return steps
+
+
+def _gone() -> None:
+    return None

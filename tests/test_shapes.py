@@ -1,5 +1,6 @@
 """The Shapes world: pictures that repeat, models that build, training that resumes."""
 
+import runpy
 import subprocess
 import sys
 from itertools import product
@@ -152,19 +153,24 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
     assert torch.equal(whole, resumed)
 
 
-def test_one_command_trains_all_models_and_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, ROOT / "scripts/train_shapes.py", "--no-compile"]
-    command += ["--precision", "fp32", "--pictures", "32", "--steps-scale", "0.0005"]
-    command += ["--out", tmp_path / "assets", "--work", tmp_path / "work"]
-    subprocess.run(command, check=True, capture_output=True)
+def test_one_command_trains_all_models_and_goes_on_where_it_stopped(tmp_path, capsys):
+    script = str(ROOT / "scripts/train_shapes.py")
+    options = ["--no-compile", "--precision", "fp32", "--device", "cpu", "--pictures", "8"]
+    options += ["--steps-scale", "0.0001", "--output", str(tmp_path / "assets")]
+    options += ["--work", str(tmp_path / "work")]
+    done = subprocess.run(
+        [sys.executable, script, *options], check=True, capture_output=True, text=True
+    )
+    assert "half-size:   0%" in done.stderr
     made = {path.name for path in (tmp_path / "assets" / "pipeline").iterdir()}
     assert {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"} <= made
     unet = tmp_path / "assets/pipeline/unet/diffusion_pytorch_model.safetensors"
     first = unet.read_bytes()
-    again = subprocess.run(
-        [*command, "--stage", "denoiser"], check=True, capture_output=True, text=True
-    )
-    assert "half-size: 100%" in again.stderr
+    unet.unlink()
+    runpy.run_path(script)["main"]([*options, "--stage", "denoiser"])
+    shown = capsys.readouterr().err
+    assert "half-size: 100%" in shown
+    assert "half-size:   0%" not in shown
     assert unet.read_bytes() == first
     assert shapes.load_classifier(tmp_path / "assets" / "classifier").config.num_labels == 28
 

@@ -2,15 +2,13 @@
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import tomesd
-from tests.tiny_vits import FAMILIES, TIMM, TRANSFORMERS, Vit, build
+from tests.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
 from tests.vit_reference import encode, features, merge_into, unmerge
 
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -267,15 +265,6 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
 
 
-def enable_checkpointing(name: str, vit: Vit) -> None:
-    if name in TRANSFORMERS:
-        vit.model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif name in TIMM:
-        vit.model.set_grad_checkpointing()
-    else:
-        checkpoint_blocks(vit)
-
-
 @families
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     vit = build(name)
@@ -323,9 +312,3 @@ def gradients(vit: Vit, forwards: int = 1) -> dict[str, Tensor]:
     vit.inputs[name] = first
     loss.backward()
     return {n: p.grad.clone() for n, p in vit.model.named_parameters() if p.grad is not None}
-
-
-def checkpoint_blocks(vit: Vit) -> None:
-    """For a host that offers no gradient checkpointing: PyTorch's, around each block."""
-    for block in vit.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import transformers as hf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from tests.vit_reference import Block
@@ -45,6 +47,17 @@ def build(name: str, seed: int = 0, **config) -> Vit:
         nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
     vit.model.eval()
     return vit
+
+
+def enable_checkpointing(name: str, vit: Vit) -> None:
+    """The host's own gradient checkpointing; PyTorch's around each block if it offers none."""
+    if name in TRANSFORMERS:
+        vit.model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif name in TIMM:
+        vit.model.set_grad_checkpointing()
+    else:
+        for block in vit.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _images(size: int = 24) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,25 +85,27 @@ def trace(model: Any) -> Iterator[list[TokenGroups]]:
 
 def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[RemovableHandle]:
     steps = itertools.count()
-    grid: tuple[int, ...] | None = None
+    grids: dict[int, tuple[int, ...]] = {}  # By thread.
 
     def note_grid(conv: nn.Module, args: tuple, output: Tensor) -> None:
-        nonlocal grid
-        grid = tuple(output.shape[2:])
+        grids[threading.get_ident()] = tuple(output.shape[2:])
 
     def record(block: nn.Module, args: tuple, output: Any) -> None:
-        nonlocal grid
         patch: ViTPatch | None = vit.__dict__.get(_PATCH)
         # The last block may run again, for gradient checkpointing; the patches are made once.
-        if grid is None or patch is None or not any(patch.run.schedule):
+        shape = grids.pop(threading.get_ident(), None)
+        if shape is None or patch is None or not any(patch.run.schedule):
             return
-        step, shape, grid = next(steps), grid, None
+        step = next(steps)
         patches = patch.run.maps[0].n - patch.prefix
         if math.prod(shape) != patches:  # A masked autoencoder: the others are in random order.
             shape = (patches,)
-        for layer, so_far in enumerate(patch.run.maps[1:]):
-            group = so_far.group.cpu()
-            traced.append(TokenGroups(name, step, f"layer {layer}", group, patch.prefix, shape))
+        traced.extend(
+            [
+                TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, shape)
+                for layer, so_far in enumerate(patch.run.maps[1:])
+            ]
+        )
 
     # In all families a convolution makes the patches, and its output is their grid.
     for module in vit.modules():

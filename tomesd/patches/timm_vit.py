@@ -20,6 +20,9 @@ REFUSED = {
     "Eva": "its attention rotates queries and keys by token positions in every layer",
 }
 
+# The arguments of Attention in order.
+_ATTENTION_ARGUMENTS = ("x", "attn_mask", "is_causal")
+
 
 class _Layer(Layer):
     def by_heads(self, name: str, output: Tensor) -> Tensor:
@@ -29,10 +32,11 @@ class _Layer(Layer):
         return output.view(batch, n, 3, self.attention.num_heads, -1)[:, :, 2]
 
     def weigh_keys(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        if kwargs["is_causal"]:
+        given = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+        if given.get("is_causal"):
             raise ValueError("is_causal must be False where tokens merge, got True")
-        bias = self.run.key_bias(self.index, args[0], kwargs["attn_mask"])
-        return args, kwargs | {"attn_mask": None if bias is None else bias[:, None, None]}
+        bias = self.run.key_bias(self.index, given["x"], given.get("attn_mask"))
+        return args[:1], kwargs | {"attn_mask": None if bias is None else bias[:, None, None]}
 
 
 class TimmViTPatch(ViTPatch):

@@ -23,14 +23,14 @@ class _Layer(Layer):
         x = args[0]
         for name in self.run.settings.needs:
             if name in ("q", "k", "v"):
-                self.note(name, self._project(name, x))
+                self.note(name, self._project(attention, name, x))
         bias = self.run.key_bias(self.index, x, None)
         return args, kwargs | {"key_padding_mask": bias}
 
-    def _project(self, name: str, x: Tensor) -> Tensor:
+    def _project(self, attention: Any, name: str, x: Tensor) -> Tensor:
         """q, k or v as [B, N, H, D]; with their mean over heads in place of all heads, if only
         that counts."""
-        attention, part = self.attention, "qkv".index(name)
+        part = "qkv".index(name)
         heads, width = attention.num_heads, attention.embed_dim
         weight = attention.in_proj_weight.detach().view(3, heads, -1, width)[part]
         bias = attention.in_proj_bias.detach().view(3, heads, -1)[part]

@@ -2,8 +2,8 @@
 
 Two things differ from the other models of transformers. Its attention takes no mask, so the bias
 comes in as an attention implementation that is registered with transformers and chosen only while
-the attention runs. And its MLP ends in a module that adds the residual stream itself: the residual
-that it gets is merged, and nothing has to be unmerged.
+the attention runs, and only in the thread that runs it. And its MLP ends in a module that adds the
+residual stream itself: the residual that it gets is merged, and nothing has to be unmerged.
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tomesd.patches.common import Threads
 from tomesd.patches.transformers_vit import TransformersViTPatch
 from tomesd.patches.vit import Layer, Seams
 
@@ -21,12 +22,33 @@ _NAME = "tomesd_key_bias"
 
 
 @dataclass(eq=False)
-class _BiasedConfig:
-    """What stands in for an attention's config while it runs."""
+class _Bias:
+    """What one thread adds to the keys of the attention that it runs; None while it runs none."""
 
-    config: Any
-    bias: Tensor
-    _attn_implementation: str = _NAME
+    value: Tensor | None = None
+
+
+class _Config:
+    """What stands in for an attention's config while its model is patched.
+
+    Whoever asks it gets what config says, but for the attention itself while it runs with a bias:
+    that is another implementation, in this thread alone.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.threads = Threads(_Bias)
+
+    @property
+    def _attn_implementation(self) -> str:
+        biased = self.threads.run.value is not None
+        return _NAME if biased else self.config._attn_implementation
+
+    def __getattr__(self, name: str) -> Any:
+        # Not what copying and pickling ask, before config is there.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.config, name)
 
 
 def _attend(
@@ -38,12 +60,7 @@ def _attend(
     eager = sys.modules[type(module).__module__].eager_attention_forward
     stand_in = module.config
     own = ALL_ATTENTION_FUNCTIONS.get_interface(stand_in.config._attn_implementation, eager)
-    return own(module, query, key, value, stand_in.bias, **kwargs)
-
-
-def _restore(attention: Any) -> None:
-    if isinstance(attention.config, _BiasedConfig):
-        attention.config = attention.config.config
+    return own(module, query, key, value, stand_in.threads.run.value, **kwargs)
 
 
 class _Layer(Layer):
@@ -53,15 +70,14 @@ class _Layer(Layer):
     def weigh_keys(self, attention: Any, args: tuple, kwargs: dict) -> tuple:
         from transformers import AttentionInterface
 
-        _restore(attention)  # The last run may have been interrupted.
         bias = self.run.key_bias(self.index, args[0], None)
         if bias is not None:
             AttentionInterface.register(_NAME, _attend)
-            attention.config = _BiasedConfig(attention.config, bias[:, None, None])
+        attention.config.threads.run.value = None if bias is None else bias[:, None, None]
         return args, kwargs
 
-    def restore(self, attention: Any, args: tuple, output: Any) -> None:
-        _restore(attention)
+    def forget_bias(self, attention: Any, args: tuple, output: Any) -> None:
+        attention.config.threads.run.value = None
 
     def merge_residual(self, output: nn.Module, args: tuple, kwargs: dict) -> tuple:
         hidden, residual = args
@@ -91,14 +107,17 @@ class VideoMAEPatch(TransformersViTPatch):
         return seams.block.attention
 
     def install_block(self, seams: Seams, layer: Any) -> None:
+        attention: Any = seams.attention
+        attention.config = _Config(attention.config)
         self.before(seams.attention, layer.weigh_keys)
-        self.after(seams.attention, layer.restore)
+        self.after(seams.attention, layer.forget_bias)
         self.before(seams.merge, layer.merge)
         self.before(seams.unmerge, layer.merge_residual)
         self.leave(seams.block, layer.leave)
 
     def remove(self) -> None:
         super().remove()
-        # One that was interrupted has not called its last hook.
         for seams in self.seams:
-            _restore(seams.attention)
+            attention: Any = seams.attention
+            if isinstance(attention.config, _Config):
+                attention.config = attention.config.config

@@ -1,5 +1,6 @@
 """Token merging in Vision Transformers, by forward hooks alone: what all families share.
 
+    model                 pre:  a new run begins
     block's input         pre:  which run is this? (where it is the feature) note it
     attention             pre:  + log(size) on the keys
     key projection        post: note the keys
@@ -13,20 +14,20 @@ merge(x + unmerge(mlp(merge(x)))) == merge(x) + mlp(merge(x)), which is merging 
 and MLP. A family's file says where these places are in its host's blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tomesd import schedule
-from tomesd.patches.common import Patch, Row
+from tomesd.patches.common import Patch, Row, Threads
 from tomesd.schedule import Cost
 from tomesd.token_map import TokenMap
 from tomesd.vit_settings import ViTSettings
-
-# Where a tensor keeps the run that it is in, and whose.
-_RUN = "_tomesd_run"
 
 
 class Seams(NamedTuple):
@@ -81,6 +82,8 @@ class Run:
                 identity = TokenMap(identity.group, identity.head, identity.moved, size)
             self.maps[0] = identity
         so_far = self.maps[layer]
+        if so_far is None or so_far.size.shape[:2] != x.shape[:2]:
+            raise alone(layer, x)
         if not self.hides_tokens and (not self.settings.prop_attn or so_far.m == so_far.n):
             return None
         size = so_far.size.squeeze(-1)
@@ -108,37 +111,98 @@ class Run:
         return step.merge(x, weight=self.maps[layer].size.clamp(min=1e-6))
 
 
-@dataclass(eq=False)
-class Runs:
-    """The run that the blocks are in: the latest, or one that gradient checkpointing goes back to.
+def alone(layer: int, x: Tensor) -> RuntimeError:
+    """What a block is told that did not get what the one before it gave."""
+    return RuntimeError(
+        f"block {layer} of a patched Vision Transformer must be called by its model, with what "
+        f"block {layer - 1} gave, got a tensor of shape {tuple(x.shape)} from elsewhere; "
+        "remove_patch to call blocks by themselves"
+    )
 
-    Which one a block is in goes with its input: what runs again gets the same tensor again. (But
-    not from re-entrant checkpointing, nor inside of a compiled graph: there it is the latest.)
+
+@dataclass(eq=False)
+class _Here:
+    """What one thread is doing in one model.
+
+    begun: the run of its latest forward; None in a thread of autograd's own, which begins none.
+    run: the one that its block is in, which in backward may be another. features: of that block.
     """
 
-    current: Run
+    begun: Run | None = None
+    run: Run | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
 
-    def fresh(self) -> Run:
-        return Run(self.current.settings, self.current.prefix, self.current.schedule)
 
-    def enter(self, layer: int, x: Any) -> None:
+class Runs:
+    """Which run a block is in: its thread's latest, or one that checkpointing goes back to.
+
+    That goes with its input: what runs again gets the same tensor again. (But not from re-entrant
+    checkpointing, nor inside of a compiled graph: there it is the latest.) The first block needs no
+    such memory, since it starts from all tokens: its input, which may be a caller's own tensor in
+    any number of forwards, is never noted.
+
+    make: makes a new run. latest: the one that any thread began last.
+    """
+
+    def __init__(self, make: Callable[[], Run]):
+        self.make = make
+        self.forget()
+
+    def forget(self) -> None:
+        self.threads = Threads(_Here)
+        self.latest = self.make()
+        self.of_inputs = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple:
+        # Copies and pickles of a model are without what its forwards left.
+        return Runs, (self.make,)
+
+    @property
+    def here(self) -> _Here:
+        return self.threads.run
+
+    @property
+    def begun(self) -> Run:
+        """The run of this thread's latest forward, or of the one that it goes back through."""
+        return self.latest if self.here.begun is None else self.here.begun
+
+    @property
+    def current(self) -> Run:
+        """The run that this thread's block is in."""
+        if torch.compiler.is_compiling() or self.here.run is None:
+            return self.begun
+        return self.here.run
+
+    def begin(self, *_: Any) -> None:
+        here = self.here
+        here.run = self.make()
+        if torch.compiler.is_compiling() or not _in_backward():
+            here.begun = self.latest = here.run
+
+    def enter(self, layer: int, x: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
-        owner, run = getattr(x, _RUN, (None, None))
-        if owner is self:
-            self.current = run
-        elif layer == 0:
-            self.current = self.fresh()
-            self.mark(x)
+        if layer == 0:
+            self.begin()  # Hosts offer their blocks under other names than forward, too.
+            return
+        run = self.of_inputs.get(x)
+        if run is None:
+            # Someone else's hook made it of what the block before gave.
+            run = self.begun
+            if run.maps[layer + 1] is not None and not _in_backward():
+                raise alone(layer, x)
+        self.here.run = run
 
-    def mark(self, x: Tensor) -> Tensor:
+    def note(self, x: Tensor) -> Tensor:
+        """x: what a block gives to the next."""
         if not torch.compiler.is_compiling():
-            setattr(x, _RUN, (self, self.current))
+            self.of_inputs[x] = self.current
         return x
 
-    def __getstate__(self) -> dict:
-        """Copies and pickles of a model are without what its last forward left."""
-        return {"current": self.fresh()}
+
+def _in_backward() -> bool:
+    """Whether autograd runs this, so that a block that runs is one that runs again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(eq=False)
@@ -148,7 +212,6 @@ class Layer:
     index: int
     runs: Runs
     attention: Any
-    features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -161,14 +224,15 @@ class Layer:
 
     def note(self, name: str, feature: Tensor) -> None:
         """feature: [B, N, H, D]. No gradient flows through the matching."""
-        self.features[name] = feature.detach()
+        self.runs.here.features[name] = feature.detach()
 
     def merge(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple:
         x, *rest = args
         if "x" in self.run.settings.needs:
             self.note("x", x[:, :, None])
-        self.run.match(self.index, self.features, x.shape[1])
-        self.features = {}
+        here = self.runs.here
+        self.run.match(self.index, here.features, x.shape[1])
+        here.features = {}
         return (self.run.merge(self.index, x), *rest), kwargs
 
     def unmerge(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -183,7 +247,7 @@ class Layer:
         last = self.index == len(run.schedule) - 1
         if last:
             return run.maps[-1].unmerge(merged) if run.settings.unmerge else merged
-        return self.runs.mark(merged)
+        return self.runs.note(merged)
 
     def note_q(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.note("q", self.by_heads("q", output))
@@ -224,10 +288,12 @@ class ViTPatch(Patch):
             r = schedule.for_speedup(
                 settings.speedup, self.cost(), len(self.seams), self.own_tokens, self.prefix
             )
-        self.runs = Runs(Run(settings, self.prefix, schedule.per_layer(r, len(self.seams))))
+        per_layer = schedule.per_layer(r, len(self.seams))
+        self.runs = Runs(partial(Run, settings, self.prefix, per_layer))
 
     @property
     def run(self) -> Run:
+        """The run that this thread is in, or was in last."""
         return self.runs.current
 
     def find_seams(self) -> list[Seams]:
@@ -244,6 +310,7 @@ class ViTPatch(Patch):
     def install(self) -> None:
         if not any(self.run.schedule):
             return
+        self.before(self.model, self.runs.begin)
         for index, seams in enumerate(self.seams):
             layer = self.layer_type(index, self.runs, seams.attention)
             self.before(seams.enter, layer.enter)
@@ -265,10 +332,10 @@ class ViTPatch(Patch):
 
     def remove(self) -> None:
         super().remove()
-        self.runs.current = self.runs.fresh()
+        self.runs.forget()
 
     def rows(self) -> list[Row]:
-        seen = self.run.maps[0]
+        seen = self.runs.latest.maps[0]
         first = tokens = self.own_tokens if seen is None else seen.n
         rows = []
         for index, r in enumerate(self.run.schedule):

@@ -1,7 +1,8 @@
 """How many tokens merge in each layer of a Vision Transformer."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 Schedule = int | tuple[int, float] | list[int]
 
@@ -18,30 +19,43 @@ def per_layer(r: Schedule, layers: int) -> list[int]:
         less accurate at the same r. A list: one number for each layer.
     layers: how many layers there are.
 
-    Raises TypeError if a number of tokens is not an int or the inflection not a number, ValueError
-    if r is negative, the inflection is not from −1 to 1, or a list has not one number per layer.
-    Source: ToMe, section 3, "Merging Schedule".
+    Raises TypeError and ValueError as `checked` does, and ValueError if a list has not one number
+    per layer. Source: ToMe, section 3, "Merging Schedule".
     """
+    r = checked(r)
     if isinstance(r, tuple):
-        if len(r) != 2:
-            raise ValueError(f"r as a tuple must be (r, inflection), got {r!r}")
         mean, inflection = r
-        _check_tokens(mean, r)
-        if type(inflection) not in (int, float):
-            raise TypeError(f"r's inflection must be a number from -1 to 1, got {r!r}")
-        if not -1 <= inflection <= 1:
-            raise ValueError(f"r's inflection must be from -1 to 1, got {r!r}")
         return [
             round(mean * (1 + inflection * (2 * i / max(1, layers - 1) - 1))) for i in range(layers)
         ]
     if isinstance(r, list):
-        for value in r:
-            _check_tokens(value, r)
         if len(r) != layers:
             raise ValueError(f"r must have one number for each of {layers} layers, got {r!r}")
-        return list(r)
-    _check_tokens(r, r)
+        return r
     return [r] * layers
+
+
+def checked(r: Schedule) -> Schedule:
+    """The schedule in Python's own numbers, whoever's they were.
+
+    >>> checked((8, -1))
+    (8, -1.0)
+
+    Raises TypeError if a number of tokens is not an int or the inflection not a number, ValueError
+    if r is negative, the inflection is not from −1 to 1, or a tuple is not (r, inflection).
+    """
+    if isinstance(r, list):
+        return [_tokens(value, r) for value in r]
+    if not isinstance(r, tuple):
+        return _tokens(r, r)
+    if len(r) != 2:
+        raise ValueError(f"r as a tuple must be (r, inflection), got {r!r}")
+    mean, inflection = r
+    if isinstance(inflection, bool) or not isinstance(inflection, Real):
+        raise TypeError(f"r's inflection must be a number from -1 to 1, got {r!r}")
+    if not -1 <= inflection <= 1:
+        raise ValueError(f"r's inflection must be from -1 to 1, got {r!r}")
+    return _tokens(mean, r), float(inflection)
 
 
 def clipped(r: int, tokens: int, prefix: int) -> int:
@@ -119,11 +133,12 @@ def for_speedup(speedup: float, cost: Cost, layers: int, tokens: int, prefix: in
     )
 
 
-def _check_tokens(value: object, r: object) -> None:
-    if type(value) is not int:
+def _tokens(value: Any, r: Schedule) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             "r must be an int (tokens to merge in each layer), (r, inflection), or a list with an "
             f"int for each layer, got {r!r}"
         )
     if value < 0:
         raise ValueError(f"r must be 0 or more, got {r!r}")
+    return int(value)

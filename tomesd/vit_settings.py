@@ -9,7 +9,7 @@ from tomesd import partition, rivals, schedule
 from tomesd.matching import DISTANCES, bipartite_soft_matching, random_pruning
 from tomesd.partition import Partition
 from tomesd.schedule import Schedule
-from tomesd.settings import require_one_of
+from tomesd.settings import _fits, require_one_of
 from tomesd.token_map import TokenMap
 
 FEATURES = ("x_pre", "x", "k", "q", "v")
@@ -28,7 +28,8 @@ class ViTSettings:
 
     r: how many tokens merge in each layer: an int, (r, inflection) where −1 is the paper's
         decreasing schedule, or a list with one int per layer; see `tomesd.schedule`. At most half
-        of a layer's tokens merge, whatever r says.
+        of a layer's tokens merge, whatever r says. Where r is 0 for a layer, nothing merges there;
+        0 for all of them leaves the model as it is, without a word, like a denoiser's ratio=0.
     speedup: instead of r, the smallest constant r that saves this factor of multiply-adds.
     prop_attn: proportional attention, + log(size) on the keys' logits. Switch it off for models
         pretrained as masked autoencoders and used off the shelf, where it costs accuracy.
@@ -73,12 +74,15 @@ class ViTSettings:
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if type(value) is not kind:
+            if not _fits(value, kind):
                 raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")
-        if self.speedup is not None and type(self.speedup) not in (int, float):
-            raise TypeError(f"speedup must be a number or None, got {self.speedup!r}")
-        layers = len(self.r) if isinstance(self.r, list) else 1
-        schedule.per_layer(self.r, layers)
+            # NumPy's numbers become Python's, as in denoisers' settings.
+            object.__setattr__(self, name, kind(value))
+        if self.speedup is not None:
+            if not _fits(self.speedup, float):
+                raise TypeError(f"speedup must be a number or None, got {self.speedup!r}")
+            object.__setattr__(self, "speedup", float(self.speedup))
+        object.__setattr__(self, "r", schedule.checked(self.r))
         if self.speedup is not None and self.r != 0:
             raise ValueError(f"r must not be given beside speedup, got r={self.r!r}")
         for name, allowed in _CHOICES.items():

@@ -21,10 +21,11 @@ from tomesd import RatioSchedule
 
 STEPS = 10
 FIRST = RatioSchedule.first(0.5, until=0.4)
-ONE_LEVEL = {
+# A single transformer block, so that it compiles in seconds.
+ONE_BLOCK = {
     "block_out_channels": (16,),
     "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "mid_block_type": None,
 }
 
@@ -227,7 +228,7 @@ def test_removing_a_schedule_leaves_nothing():
 )
 def test_a_compiled_unet_is_compiled_once_for_each_ratio(in_place, scheduler):
     torch.compiler.reset()
-    pipe = _pipe(scheduler, sd_unet(**ONE_LEVEL))
+    pipe = _pipe(scheduler, sd_unet(**ONE_BLOCK))
     tomesd.apply_patch(pipe, ratio=RatioSchedule.ramp(0.6, 0.2, pieces=3))
     expected = _draw(pipe, guidance_scale=1.0)
     counter = CompileCounterWithBackend("eager")

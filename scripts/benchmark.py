@@ -6,7 +6,8 @@ tokens, chosen by a plain slice: no matching), and, if asked for, another releas
 are taken within a round. With --memory, no times. With --cost, the patch's own steps instead:
 matching, merging and unmerging at each level of the model. With --bias, what proportional attention
 costs inside of the attention kernel, in each form it can take. With --train-lora, steps of training
-a LoRA adapter, without and with gradient checkpointing.
+a LoRA adapter, without and with gradient checkpointing. Each size is printed, and written to
+--output, once it is done; a row for which memory runs out says so, and all others are measured.
 """
 
 import argparse

@@ -167,3 +167,13 @@ def test_a_report_on_what_is_not_patched_is_an_error(make):
         with pytest.raises(ValueError, match=f"patched, got a {type(model).__name__} without"):
             tomesd.report(model)
         tomesd.remove_patch(tomesd.apply_patch(model))
+
+
+def test_a_block_that_is_called_without_its_model_says_what_it_lacks():
+    unet = tomesd.apply_patch(sd_unet())
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    x, text = torch.randn(1, 16, 16), torch.randn(1, 5, unet.config.cross_attention_dim)
+    with pytest.raises(ValueError, match="call the model, or remove_patch to call blocks alone"):
+        block(x, encoder_hidden_states=text)
+    tomesd.remove_patch(unet)
+    assert block(x, encoder_hidden_states=text).isfinite().all()

@@ -1,5 +1,8 @@
 """Gradients of a patched UNet are right, also where blocks are computed a second time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -80,6 +83,44 @@ def test_gradients_are_those_of_finite_differences(settings):
     numeric = (loss(1e-5) - loss(-1e-5)) / 2e-5
     (gradient,) = torch.autograd.grad(loss(0), text)
     torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-4, atol=1e-9)
+
+
+def _watch(unet) -> list[weakref.ref]:
+    """Everything that enters a feed-forward layer, as long as somebody keeps it."""
+    seen: list[weakref.ref] = []
+    for module in unet.modules():
+        if type(module).__name__ == "FeedForward":
+            module.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    return seen
+
+
+def test_nothing_of_a_checkpointed_pass_is_kept_after_backward():
+    unet = tomesd.apply_patch(sd_unet().train(), max_downsample=8)
+    unet.enable_gradient_checkpointing()
+    seen = _watch(unet)
+    runs = [found.threads for found in unet._tomesd_patch.transformers]
+    _gradients(unet, *ONE_STEP)
+    gc.collect()
+    assert seen
+    assert not [each for each in seen if each() is not None]
+    assert not [each for each in runs if each.run.whole is not None]
+
+
+def test_nothing_of_a_pass_that_failed_is_kept():
+    unet = tomesd.apply_patch(sd_unet())
+    seen = _watch(unet)
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    broken = unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[2]
+    handle = broken.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        unet(**unet_inputs(unet))
+    assert len(seen) == 1
+    assert unet._tomesd_patch.transformers[0].threads.run.whole is None
+    handle.remove()
+    assert unet(**unet_inputs(unet)).sample.isfinite().all()
 
 
 def test_checkpointing_may_be_switched_on_before_or_after_patching():

@@ -55,9 +55,12 @@ class Patch:
         """Call hook(module, args, kwargs) before each forward of the module."""
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook) -> None:
-        """Call hook(module, args, output) after each forward of the module."""
-        self.handles.append(module.register_forward_hook(hook))
+    def after(self, module: nn.Module, hook, always: bool = False) -> None:
+        """Call hook(module, args, output) after each forward of the module.
+
+        always: also after one that failed, with None as output.
+        """
+        self.handles.append(module.register_forward_hook(hook, always_call=always))
 
     def remove(self) -> None:
         for handle in self.handles:

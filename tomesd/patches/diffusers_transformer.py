@@ -158,7 +158,7 @@ class TransformerPatch(Patch):
                 projections = _Projections(self, hooks)
                 projections.follow(attention, (), {})
                 self.before(attention, projections.follow)
-        self.after(block, hooks.unmerge)
+        self.after(block, hooks.unmerge, always=True)
 
     def remove(self) -> None:
         super().remove()

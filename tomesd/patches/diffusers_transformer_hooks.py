@@ -229,7 +229,8 @@ class BlockHooks:
         run, at = self.model.run, self.kind.output
         x, token_map, merged = run.x, run.map, run.merged
         run.x = run.map = run.merged = run.bias = None
-        if token_map is None:
+        # There is no output after an error.
+        if token_map is None or output is None:
             return output
         y = output if at is None else output[at]
         # Into the unmerged copy, so that no more than the unpatched block's sums is kept.

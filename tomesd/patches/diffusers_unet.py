@@ -69,7 +69,7 @@ class _Block:
         settings = self.transformer.settings[place.stage]
         run, key = self.transformer.threads.run, None
         batch, _, channels = features.shape
-        run.forget_block()  # A forward that was interrupted may have left something.
+        run.forget_block()  # A forward that the keyboard interrupted may have left something.
         if not settings.why_not(features.device.type, batch, place.h, place.w, channels):
             if settings.is_random:
                 key = make_key(settings.seed, place.timestep, self.index).to(features.device)
@@ -88,13 +88,15 @@ class _Block:
                     "in cross-attention; apply_patch(..., merge_attn=True) merges self-attention"
                 )
 
-    def forget(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def forget(self, block: nn.Module, args: tuple, output: Tensor | None) -> Tensor | None:
         run = self.transformer.threads.run
-        if run.map is not None and run.whole is not None and run.merged is not None:
-            # Into the unmerged copy, so that no more than the unpatched block's sums is kept.
-            output = run.map.unmerge(output - run.merged).add_(run.whole)
-        run.forget_block()
-        return output
+        token_map, whole, merged = run.map, run.whole, run.merged
+        run.forget_block()  # First: gradient checkpointing may end in the middle of what follows.
+        # There is no output after an error.
+        if output is None or token_map is None or whole is None or merged is None:
+            return output
+        # Into the unmerged copy, so that no more than the unpatched block's sums is kept.
+        return token_map.unmerge(output - merged).add_(whole)
 
     def merge_self_attention(self, attn: Any, args: tuple, kwargs: dict) -> tuple:
         token_map = self.map
@@ -223,7 +225,7 @@ class UNetPatch(Patch):
             for branch in branches + [block.ff] * settings.merge_mlp:
                 self.before(branch, hooks.merge)
                 self.after(branch, hooks.unmerge)
-        self.after(block, hooks.forget)
+        self.after(block, hooks.forget, always=True)
 
     def rows(self) -> list[Row]:
         rows: dict[tuple[str, str], Row] = {}

@@ -149,6 +149,11 @@ class Transformer:
         """The place of a block with these arguments, which are then as the host made them."""
         name = _SPATIAL[type(self.module).__name__]
         if name:
+            if _PLACE not in (given.get(name) or {}):
+                raise ValueError(
+                    f"{name} of a block in {self.where} must have the place of its tokens, which "
+                    "its model puts there: call the model, or remove_patch to call blocks alone"
+                )
             given[name] = dict(given[name])
             return given[name].pop(_PLACE)
         place = self.threads.run.place or self.last_place

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tomesd
 from tests.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
@@ -217,6 +219,65 @@ def test_pickles_merge_by_themselves(name):
     expected = vit.output()
     loaded = pickle.loads(pickle.dumps(vit.model))
     assert_merges_by_itself(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
+
+
+@families
+@torch.no_grad()
+def test_what_blocks_give_is_saved_and_loaded_like_any_tensor(name, tmp_path):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=3)
+    given = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, args, out: given.append(out))
+    vit.output()
+    for i, tensor in enumerate(given):
+        torch.save(tensor, tmp_path / str(i))
+        assert torch.equal(torch.load(tmp_path / str(i), weights_only=True), tensor)
+        assert not vars(tensor)
+
+
+def test_a_callers_own_tensor_goes_through_the_blocks_of_several_forwards():
+    vit = build("timm", drop_path_rate=0.5)
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=R)
+    tokens = torch.randn(8, 37, 24)
+
+    def gradient(call) -> Tensor:
+        torch.manual_seed(0)
+        loss = 0
+        for weight in (1, 2):  # Other paths are dropped each time, so other tokens merge.
+            x = tokens
+            for block in vit.blocks:
+                x = call(block, x)
+            loss = loss + weight * x.square().mean()
+        return torch.autograd.grad(loss, vit.blocks[0].attn.qkv.weight)[0]
+
+    expected = gradient(lambda block, x: block(x))
+    got = gradient(partial(checkpoint, use_reentrant=False))
+    torch.testing.assert_close(got, expected)
+    assert not vars(tokens)
+
+
+@families
+@torch.no_grad()
+def test_a_block_that_gets_other_tokens_than_its_model_gives_it_is_an_error(name):
+    vit, given = build(name), {}
+    hook = vit.blocks[1].register_forward_pre_hook(
+        lambda block, args, kwargs: given.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    vit.output()
+    hook.remove()
+    x, *rest = given["args"]
+    tomesd.apply_patch(vit.model, r=3)
+    message = r"block 1 of a patched Vision Transformer must be called by its model, .*remove_patch"
+    for run in (lambda: None, vit.output):  # Before the first forward, and after one.
+        run()
+        with pytest.raises(RuntimeError, match=message):
+            vit.blocks[1](x.clone(), *rest, **given["kwargs"])
+    expected = vit.output()
+    assert torch.equal(vit.output(), expected)
+    tomesd.remove_patch(vit.model)
+    vit.blocks[1](x, *rest, **given["kwargs"])
 
 
 @torch.no_grad()

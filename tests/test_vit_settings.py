@@ -2,6 +2,7 @@
 
 import doctest
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,10 @@ def test_every_example_gives_what_its_docstring_says(doctest_namespace):
     ("settings", "error", "message"),
     [
         ({"r": -1}, ValueError, "r must be 0 or more, got -1"),
+        ({"r": np.float64(3)}, TypeError, "r must be an int .* got np.float64"),
+        ({"r": np.True_}, TypeError, "r must be an int .* got np.True_"),
+        ({"speedup": True}, TypeError, "speedup must be a number or None, got True"),
+        ({"r": 3, "seed": True}, TypeError, "seed must be int, got True"),
         ({"r": 2.5}, TypeError, "r must be an int .* got 2.5"),
         ({"r": [1, 2]}, ValueError, "r must have one number for each of 3 layers"),
         ({}, TypeError, "r .*or speedup must be given"),
@@ -56,6 +61,30 @@ def test_a_wrong_setting_is_refused_with_what_is_allowed_and_changes_nothing(
     assert torch.equal(vit.output(), expected)
     with pytest.raises(ValueError, match="model must be patched"):
         tomesd.report(vit.model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"r": np.int64(8)}, {"r": 8}),
+        ({"r": [np.int32(8), np.int64(0), 3]}, {"r": [8, 0, 3]}),
+        ({"r": (np.int64(8), np.float32(-1))}, {"r": (8, -1)}),
+        ({"speedup": np.float64(1.3)}, {"speedup": 1.3}),
+        ({"speedup": np.float32(1.25)}, {"speedup": 1.25}),
+        (
+            {"r": 8, "method": "kmeans", "kmeans_iterations": np.int64(3), "seed": np.uint8(1)},
+            {"r": 8, "method": "kmeans", "kmeans_iterations": 3, "seed": 1},
+        ),
+    ],
+    ids=str,
+)
+def test_numpy_s_numbers_count_as_python_s(settings, same):
+    models = [tomesd.apply_patch(build("ViT").model, **given) for given in (settings, same)]
+    ours, plain = (model.vit._tomesd_patch for model in models)
+    assert ours.settings == plain.settings
+    assert ours.run.schedule == plain.run.schedule
+    numbers = [*ours.run.schedule, *vars(ours.settings).values()]
+    assert not any(isinstance(value, np.generic) for value in numbers)
 
 
 def test_denoisers_are_refused_r_with_a_word_on_ratio():

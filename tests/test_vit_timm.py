@@ -55,6 +55,21 @@ def test_causal_attention_is_refused_where_tokens_merge():
     tomesd.apply_patch(vit.model, r=3)
     with pytest.raises(ValueError, match="is_causal must be False"):
         vit.model(**vit.inputs, is_causal=True)
+    with pytest.raises(ValueError, match="is_causal must be False"):
+        vit.blocks[0].attn(torch.randn(2, 37, 24), None, True)
+
+
+@torch.no_grad()
+def test_attention_on_all_tokens_computes_the_same_however_it_is_called():
+    vit = build("timm")
+    attention, x = vit.blocks[0].attn, torch.randn(2, 37, 24)
+    mask = torch.ones(2, 1, 1, 37, dtype=torch.bool)
+    mask[..., 20:30] = False
+    plain, masked = attention(x), attention(x, mask)
+    tomesd.apply_patch(vit.model, r=3)
+    torch.testing.assert_close(attention(x), plain)
+    torch.testing.assert_close(attention(x, mask), masked)
+    torch.testing.assert_close(attention(x=x, attn_mask=mask), masked)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "map"])

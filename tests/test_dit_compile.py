@@ -67,14 +67,20 @@ def _in_place(model, **how):
     return model
 
 
-@pytest.mark.parametrize("compiled", [_by_itself, _in_place])
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("FluxTransformer2DModel", _by_itself),
+        ("FluxTransformer2DModel", _in_place),
+        ("Flux2Transformer2DModel", _by_itself),
+    ],
+)
 @torch.no_grad()
 def test_another_grid_of_as_many_tokens_is_noticed(name, compiled):
     tiny = TINY[name]
     model = tomesd.apply_patch(tiny.model())
     own = compiled(model, fullgraph=True, backend="eager")
-    for h, w in ((4, 9), (6, 6), (9, 4), (4, 9)):
+    for h, w in ((4, 9), (9, 4), (4, 9)):
         assert torch.equal(tiny.call(own, h=h, w=w), tiny.call(model, h=h, w=w))
 
 

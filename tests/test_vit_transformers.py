@@ -150,6 +150,21 @@ def test_the_configuration_is_left_alone(name):
     )
 
 
+@torch.no_grad()
+def test_a_video_model_s_attention_is_chosen_while_it_is_patched_as_before():
+    vit = build("VideoMAE")
+    attention = vit.blocks[0].attention.attention
+    own = attention.config
+    tomesd.apply_patch(vit.model, r=3)
+    merged = vit.output()
+    assert attention.config.hidden_size == own.hidden_size
+    vit.model.set_attn_implementation("eager")
+    assert attention.config._attn_implementation == "eager"
+    torch.testing.assert_close(vit.output(), merged, atol=1e-4, rtol=1e-4)
+    tomesd.remove_patch(vit.model)
+    assert attention.config is own
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @torch.no_grad()
 def test_an_interrupted_video_model_merges_on_and_keeps_its_own_attention(error):

@@ -42,7 +42,7 @@ class Candidate(Row):
 
     @property
     def is_setting(self) -> bool:
-        """Whether `apply_patch` can do it."""
+        """Whether `apply_patch` can do it, alike in every step."""
         return type(self.settings) is DiffusionSettings and not self.is_peer
 
     @property
@@ -166,9 +166,7 @@ CANDIDATES: list[Candidate] = [
             )
             for window in (16, 8)
         },
-        **{
-            "blocks 0.75": DiffusionSettings(ratio=0.75, **_BLOCKS),
-        },
+        **{"blocks 0.75": DiffusionSettings(ratio=0.75, **_BLOCKS)},
         **{
             f"blocks {ratio:g}, drawn": DiffusionSettings(ratio=ratio, use_rand=True, **_BLOCKS)
             for ratio in (0.25, 0.5)
@@ -208,7 +206,12 @@ CANDIDATES: list[Candidate] = [
             f"blocks 0.5, matched on {what}": MatchedSettings(ratio=0.5, on=what, **_BLOCKS)
             for what in MATCHED_ON
         },
-        **{"blocks 0.5, a map for a run": RunSettings(ratio=0.5, **_BLOCKS)},
+        # Of use where transformers have several blocks, as in SDXL (--speed-model sdxl).
+        **{
+            "blocks 0.5, all levels, a map for a run": RunSettings(
+                ratio=0.5, max_downsample=8, **_BLOCKS
+            )
+        },
     ),
     *_of(
         "random pruning",

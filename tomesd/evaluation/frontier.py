@@ -310,7 +310,8 @@ def mark(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say of each row by which measures of quality it is on the frontier: no other one is both as
     good and as fast, and better in one of them.
 
-    "frontier" is among all rows and "settings_frontier" among those that `apply_patch` can do.
+    "frontier" is among all rows and "settings_frontier" among those that `apply_patch` can do,
+    alike in every step.
     """
     for row in rows:
         row["frontier"], row["settings_frontier"] = [], []

@@ -66,8 +66,8 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         "Times as fast as the unpatched model: medians over rounds, with quartiles. On the "
         "frontier: no other candidate is as fast and as good by that measure; in brackets: none "
-        "of those that `apply_patch` can do. Attention left: the share of self-attention's "
-        "query–key pairs that is still computed at the size that is timed.",
+        "of this project's settings that are the same in every step. Attention left: the share of "
+        "self-attention's query–key pairs that is still computed at the size that is timed.",
     ]
     quality = results["quality"]
     if quality and quality["images"] <= FEATURES.width:
@@ -159,7 +159,7 @@ def _panel(axes: Axes, rows: Sequence[Record], measure: str, more_is_better: boo
     sign = 1 if more_is_better else -1
     points = _points(rows, measure)
     settings = [row for row in points if row["is_setting"] or row["settings"] is None]
-    lines = [("of all", points, "0.6", "--"), ("of settings", settings, "black", "-")]
+    lines = [("of all", points, "0.6", "--"), ("of steady settings", settings, "black", "-")]
     for name, among, color, style in lines:
         best = [among[i] for i in frontier([(_x(row), sign * row[measure]) for row in among])]
         line = ([_x(row) for row in best], [row[measure] for row in best])

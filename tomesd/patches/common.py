@@ -1,10 +1,12 @@
 """What the patches of all families share."""
 
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -47,6 +49,7 @@ class Patch:
     """The hooks on one model. Removing them leaves nothing behind."""
 
     handles: list[RemovableHandle] = field(default_factory=list)
+    warned: bool = False
 
     def rows(self) -> list[Row]:
         raise NotImplementedError(f"{type(self).__name__} does not report")
@@ -61,6 +64,20 @@ class Patch:
         always: also after one that failed, with None as output.
         """
         self.handles.append(module.register_forward_hook(hook, always_call=always))
+
+    def why_idle(self) -> set[str]:
+        """Why places that were to merge did not in the last forward; empty for those that did."""
+        raise NotImplementedError(f"{type(self).__name__} always merges")
+
+    def warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """After a forward in which nothing merged at all: say so, once."""
+        if self.warned or torch.compiler.is_compiling():
+            return
+        reasons = self.why_idle()
+        if "" not in reasons:
+            self.warned = True
+            why = "; ".join(sorted(reasons))
+            warnings.warn(f"nothing merges in {type(model).__name__}: {why}", stacklevel=2)
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -12,11 +12,9 @@ What a family of models has to say for itself are the records of `diffusers_tran
 """
 
 import inspect
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -72,7 +70,6 @@ class TransformerPatch(Patch):
             VideoMatching(replace(settings, ratio=ratio)) for ratio in self.plan.of_level(1)
         )
         self.blocks: dict[nn.Module, BlockHooks] = {}
-        self.warned = False
         if self.plan.names_levels:
             raise TypeError(
                 f"ratio must not be given by level for {type(model).__name__}, which has one level"
@@ -125,18 +122,10 @@ class TransformerPatch(Patch):
             for block in kind.split(self.model)[0]:
                 self._install_block(block, kind)
         if self.settings.min_tokens or self.settings.only_where_it_pays:
-            self.after(self.model, self._warn_if_idle)
+            self.after(self.model, self.warn_if_idle)
 
-    def _warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self.warned or torch.compiler.is_compiling():
-            return
-        reasons = {hooks.why_not for hooks in self.blocks.values()}
-        if "" not in reasons:
-            self.warned = True
-            warnings.warn(
-                f"nothing merges in {type(model).__name__}: {'; '.join(sorted(reasons))}",
-                stacklevel=2,
-            )
+    def why_idle(self) -> set[str]:
+        return {hooks.why_not for hooks in self.blocks.values()}
 
     def _install_block(self, block: Any, kind: Blocks) -> None:
         attentions = [getattr(block, name) for name in kind.attention]

@@ -12,7 +12,6 @@ UNets for video merge in their spatial transformers, each frame by itself; what 
 left alone.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +162,6 @@ class UNetPatch(Patch):
         self.plan = plan or RatioPlan(settings.ratio, None)
         self.model = model
         self.blocks: dict[nn.Module, _Block] = {}
-        self.warned = False
         self.threads = Threads(Run)
         self.transformers = find_transformers(model, settings, self.plan, self.threads)
         if settings.ratio > 0 and all(found.skipped for found in self.transformers):
@@ -194,21 +192,13 @@ class UNetPatch(Patch):
                 self._install_block(block, _Block(index, self.settings, found))
                 index += 1
         if self.settings.min_tokens or self.settings.only_where_it_pays:
-            self.after(self.model, self._warn_if_idle)
+            self.after(self.model, self.warn_if_idle)
 
     def _note_timestep(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.threads.run.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
 
-    def _warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self.warned or torch.compiler.is_compiling():
-            return
-        reasons = {found.why_not() for found in self.transformers}
-        if "" not in reasons:
-            self.warned = True
-            warnings.warn(
-                f"nothing merges in {type(model).__name__}: {'; '.join(sorted(reasons))}",
-                stacklevel=2,
-            )
+    def why_idle(self) -> set[str]:
+        return {found.why_not() for found in self.transformers if not found.skipped}
 
     def _install_block(self, block: Any, hooks: _Block) -> None:
         settings = self.settings

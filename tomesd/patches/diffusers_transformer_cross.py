@@ -8,7 +8,7 @@ its long skip connection, and those of Wan's VACE that make hints for the others
 
 from typing import Any
 
-from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid, image_grid
+from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid, image_grid, video_grid
 
 
 def _video_grid(model: Any, given: dict) -> tuple[Grid, ...]:
@@ -21,13 +21,6 @@ def _video_grid(model: Any, given: dict) -> tuple[Grid, ...]:
 def _given_grid(model: Any, given: dict) -> tuple[Grid, ...]:
     """LTX-Video is told the size of its packed latents."""
     return ((given["num_frames"], given["height"], given["width"]),)
-
-
-def _allegro_grid(model: Any, given: dict) -> tuple[Grid, ...]:
-    """The same, where the patch's sizes have names of their own."""
-    frames, h, w = given["hidden_states"].shape[-3:]
-    patch, together = model.config.patch_size, model.config.patch_size_t
-    return ((frames // together, h // patch, w // patch),)
 
 
 _IMAGE = Blocks(attention=("attn1",), bias=3)
@@ -61,7 +54,7 @@ FAMILIES = (
         ("AllegroTransformer3DModel",),
         # Angles for each axis, and then where on it each token is.
         (_IMAGE._replace(rotary="image_rotary_emb", rotary_at=1, rotary_dim=1),),
-        _allegro_grid,
+        video_grid,
     ),
     Family(
         ("WanTransformer3DModel", "ChronoEditTransformer3DModel"),

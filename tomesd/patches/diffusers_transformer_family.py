@@ -93,3 +93,10 @@ def image_grid(model: Any, given: dict) -> tuple[Grid, ...]:
     h, w = given["hidden_states"].shape[-2:]
     patch = model.config.patch_size
     return ((1, h // patch, w // patch),)
+
+
+def video_grid(model: Any, given: dict) -> tuple[Grid, ...]:
+    """The grid of latents [B, C, F, H, W], cut into square patches of some frames."""
+    frames, h, w = given["hidden_states"].shape[-3:]
+    patch, together = model.config.patch_size, model.config.patch_size_t
+    return ((frames // together, h // patch, w // patch),)

@@ -6,14 +6,7 @@ first so many tokens in another way than the others.
 
 from typing import Any
 
-from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
-
-
-def _video_grid(model: Any, given: dict) -> tuple[Grid, ...]:
-    """Of latents [B, C, F, H, W]."""
-    frames, h, w = given["hidden_states"].shape[-3:]
-    patch, together = model.config.patch_size, model.config.patch_size_t
-    return ((frames // together, h // patch, w // patch),)
+from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid, video_grid
 
 
 def _image_grid(model: Any, given: dict) -> tuple[Grid, ...]:
@@ -44,14 +37,14 @@ FAMILIES = (
             _VIDEO._replace(of="HunyuanVideoTransformerBlock"),
             _ONE_STREAM._replace(of="HunyuanVideoSingleTransformerBlock"),
         ),
-        _video_grid,
+        video_grid,
         rope="rope",
     ),
     Family(
         ("HunyuanVideo15Transformer3DModel",),
         # It makes a mask of its own, of the text's.
         (_VIDEO._replace(bias=0, mask=""),),
-        _video_grid,
+        video_grid,
         rope="rope",
     ),
     Family(

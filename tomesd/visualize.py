@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tomesd.evaluation.grid import grid
+from tomesd.picture_grid import grid
 from tomesd.tracing import TokenGroups
 
 # Turns by the golden ratio spread hues evenly, however many groups there are.

@@ -9,9 +9,9 @@ from PIL import Image
 
 from tomesd.evaluation.comparison import NAMES
 from tomesd.evaluation.frechet import Features
-from tomesd.evaluation.grid import grid
 from tomesd.evaluation.reference import read
 from tomesd.evaluation.run import UNPATCHED, Row, Run
+from tomesd.picture_grid import grid
 
 Record = Mapping[str, Any]
 

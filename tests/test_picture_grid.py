@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tomesd.evaluation.grid import grid
+from tomesd.picture_grid import grid
 
 COLORS = [["red", "lime", "blue"], ["cyan", "magenta", "yellow"]]
 

@@ -179,6 +179,8 @@ def latents(args, autoencoder, made_by: str, size: int) -> torch.Tensor:
 
 def train_denoiser(args) -> None:
     autoencoder = shapes.AutoencoderKL.from_pretrained(weights(args).parent).to(args.device)
+    # A pipeline that others get does not name the folder of its maker.
+    autoencoder.register_to_config(_name_or_path="")
     made_by = hashlib.sha256(weights(args).read_bytes()).hexdigest()[:12]
     tokenizer = shapes.build_tokenizer()
     prompts = [scene(index).prompt for index in range(args.pictures)]

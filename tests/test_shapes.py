@@ -1,5 +1,6 @@
 """The Shapes world: pictures that repeat, models that build, training that resumes."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def test_one_command_trains_all_models_and_goes_on_where_it_stopped(tmp_path, ca
     assert "half-size:   0%" in done.stderr
     made = {path.name for path in (tmp_path / "assets" / "pipeline").iterdir()}
     assert {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"} <= made
+    assert not _that_name_folders(tmp_path / "assets")
     unet = tmp_path / "assets/pipeline/unet/diffusion_pytorch_model.safetensors"
     first = unet.read_bytes()
     unet.unlink()
@@ -173,6 +175,15 @@ def test_one_command_trains_all_models_and_goes_on_where_it_stopped(tmp_path, ca
     assert "half-size:   0%" not in shown
     assert unet.read_bytes() == first
     assert shapes.load_classifier(tmp_path / "assets" / "classifier").config.num_labels == 28
+
+
+def _that_name_folders(root: Path) -> list[Path]:
+    configs = {path: json.loads(path.read_text()) for path in root.rglob("*.json")}
+    return [path for path, config in configs.items() if config.get("_name_or_path")]
+
+
+def test_the_assets_do_not_name_the_folders_of_their_maker():
+    assert not _that_name_folders(ROOT / "assets")
 
 
 def test_the_assets_stay_small():

@@ -136,7 +136,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         _panel(axes, results["rows"], measure, more_is_better)
         axes.set_xlabel(f"times as fast as unpatched ({_where(results['speed'])})")
         axes.set_ylabel(name)
-    panels[0].legend(loc="lower left")
+    panels[0].legend(loc="upper right")
     key = [
         Line2D([], [], linestyle="", **_look(row), label=f"{number}  {row['name']}")
         for number, row in enumerate(results["rows"])

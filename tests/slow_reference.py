@@ -10,8 +10,12 @@ Tokens = list[list[float]]
 Groups = list[list[int]]
 
 
+def norm(a: list[float]) -> float:
+    return math.sqrt(sum(v * v for v in a))
+
+
 def cosine(a: list[float], b: list[float]) -> float:
-    norms = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
+    norms = norm(a) * norm(b)
     return sum(v * w for v, w in zip(a, b, strict=True)) / norms if norms > 0 else 0.0
 
 
@@ -28,6 +32,17 @@ def bipartite_soft_matching(metric: Tokens, src: list[int], dst: list[int], r: i
     target = {s: d for _, s, d in edges[:r]}
     heads = [token for token in range(len(metric)) if token not in target]
     return [[head] + [s for s in sorted(target) if target[s] == head] for head in heads]
+
+
+def refined(metric: Tokens, groups: Groups, src: list[int], dst: list[int]) -> Groups:
+    """Each source to the group whose mean direction is most like it; destinations stay."""
+    centres = {}
+    for head, *others in groups:
+        if head in dst:
+            members = [[v / (norm(metric[t]) or 1.0) for v in metric[t]] for t in (head, *others)]
+            centres[head] = [sum(values) for values in zip(*members, strict=True)]
+    nearest = {s: max(dst, key=lambda d, s=s: cosine(metric[s], centres[d])) for s in src}
+    return [[head] + [s for s in src if nearest[s] == head] for head, *_ in groups]
 
 
 def merge(x: Tokens, groups: Groups, how: str, weight: list[float] | None = None) -> Tokens:
@@ -47,6 +62,9 @@ def merge(x: Tokens, groups: Groups, how: str, weight: list[float] | None = None
                 weighted = sum(v * w for v, w in zip(values, weights, strict=True))
                 row.append(weighted / sum(weights))
         merged.append(row)
+        if how == "direction":
+            length = norm(x[group[0]]) / norm(row) if norm(row) > 0 else 0.0
+            merged[-1] = [value * length for value in row]
     return merged
 
 

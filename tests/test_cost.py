@@ -63,6 +63,7 @@ def test_a_block_s_flops_are_those_that_torch_counts(tokens, channels, text):
         {"max_downsample": 8},
         {"window": 8},
         {"window": 0},
+        {"refine": 2, "ratio": 0.75},
     ],
 )
 def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings):
@@ -84,7 +85,8 @@ def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings)
         )
         r = chosen.merged(side, side)
         less = workload.block(*at, r=r, branches=branches, **text)
-        own = workload.patch(*at, r, branches=branches, window=chosen.window or None)
+        window, refine = chosen.window or None, chosen.refine
+        own = workload.patch(*at, r, branches=branches, window=window, refine=refine)
         gain = (
             workload.flops(workload.block(*at, **text)) - workload.flops(less) - workload.flops(own)
         )
@@ -179,9 +181,15 @@ def test_the_operators_that_are_charged_for_are_those_that_are_called():
     settings, x = DiffusionSettings(ratio=0.5), torch.randn(2, 16, 8)
     made = settings.token_map(x, 4, 4, None)
     merged = made.merge(x)
+    again, norms = DiffusionSettings(ratio=0.5, refine=2), workload.NORM_CALLS
     for charged, call in (
         (workload.MATCH_CALLS, lambda: settings.token_map(x, 4, 4, None)),
+        (
+            workload.MATCH_CALLS + 2 * workload.REFINE_CALLS,
+            lambda: again.token_map(x, 4, 4, None),
+        ),
         (workload.MERGE_CALLS, lambda: made.merge(x)),
+        (workload.MERGE_CALLS + norms, lambda: made.merge(x, how="direction")),
         (workload.UNMERGE_CALLS, lambda: made.unmerge(merged)),
     ):
         with _Calls() as seen:

@@ -99,6 +99,33 @@ def test_in_windows_each_source_finds_its_own_and_the_best_of_all_windows_merge(
         }
 
 
+@given(windowed_cases())
+def test_a_second_look_moves_each_source_to_the_group_that_is_most_like_it(case):
+    metric, sides, _ = case
+    found = bipartite_soft_matching(metric, sides, r=sides.src.numel() - sides.padding, refine=1)
+    for sample, groups in zip(metric.tolist(), groups_of(found), strict=True):
+        expected = []
+        for src, dst in zip(sides.src.tolist(), sides.dst.tolist(), strict=True):
+            src, dst = [t for t in src if t >= 0], [t for t in dst if t >= 0]
+            first = slow_reference.bipartite_soft_matching(sample, src, dst, len(src))
+            first = [group for group in first if group[0] in dst]
+            expected += slow_reference.refined(sample, first, src, dst)
+        assert {frozenset(group) for group in groups} == {frozenset(group) for group in expected}
+
+
+@given(windowed_cases())
+def test_the_more_often_sources_look_again_the_more_alike_the_groups_are(case):
+    metric, sides, _ = case
+    direction = metric / metric.norm(dim=-1, keepdim=True)
+    alike = []
+    for refine in (0, 1, 3):
+        r = sides.src.numel() - sides.padding
+        token_map = bipartite_soft_matching(metric, sides, r=r, refine=refine)
+        alike.append(token_map.merge(direction, how="sum").norm(dim=-1).sum().item())
+    assert alike[0] <= alike[1] + 1e-9
+    assert alike[1] <= alike[2] + 1e-9
+
+
 # Not of random seeds: in float32 two random cosines are now and then equal.
 @pytest.mark.parametrize("seed", range(4))
 def test_the_same_tokens_merge_as_by_plain_loops_in_float32_on_a_grid(seed):
@@ -205,12 +232,12 @@ def test_half_precision_finds_each_token_the_twin_it_has(dtype):
 # Memory.
 
 
-@given(cases(), st.integers(1, 5000))
-def test_matching_in_chunks_gives_the_same_map_as_all_at_once(case, score_bytes):
-    with patch.object(matching, "SCORE_BYTES", 2**40):
-        at_once = bipartite_soft_matching(*case)
-    with patch.object(matching, "SCORE_BYTES", score_bytes):
-        assert_same(bipartite_soft_matching(*case), at_once)
+@given(cases() | windowed_cases(), st.integers(1, 5000), st.integers(0, 2))
+def test_matching_in_chunks_gives_the_same_map_as_all_at_once(case, chunk_bytes, refine):
+    with patch.object(matching, "CPU_CHUNK_BYTES", 2**40):
+        at_once = bipartite_soft_matching(*case, refine=refine)
+    with patch.object(matching, "CPU_CHUNK_BYTES", chunk_bytes):
+        assert_same(bipartite_soft_matching(*case, refine=refine), at_once)
 
 
 # Gradients.
@@ -299,6 +326,15 @@ def test_dropping_all_tokens_is_refused():
 def test_r_below_zero_or_above_the_sources_is_refused(r):
     with pytest.raises(ValueError, match=f"^r must be from 0 to the 27 sources, got {r}$"):
         bipartite_soft_matching(torch.ones(1, 36, 2), partition.strided(6, 6), r)
+
+
+@pytest.mark.parametrize(("refine", "distance"), [(-1, "cosine"), (1, "dot")])
+def test_looking_again_is_refused_less_than_never_and_by_other_distances(refine, distance):
+    says = f"^refine must be 0 or, with distance 'cosine', more; got {refine} with '{distance}'$"
+    with pytest.raises(ValueError, match=says):
+        bipartite_soft_matching(
+            torch.ones(1, 36, 2), partition.strided(6, 6), 1, distance, refine=refine
+        )
 
 
 def test_merging_without_a_destination_is_refused():

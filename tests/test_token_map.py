@@ -66,12 +66,12 @@ def groups_of(token_map: TokenMap, sample: int) -> slow_reference.Groups:
 # The laws.
 
 
-@given(cases(fates), dtypes)
-def test_merging_what_was_unmerged_gives_it_back(case, dtype):
+@given(cases(fates), dtypes, st.sampled_from(["mean", "direction"]))
+def test_merging_what_was_unmerged_gives_it_back(case, dtype, how):
     of, batch, _, channels, token_map = case
     y = of.values(batch, token_map.m, channels, dtype=dtype)
-    again = token_map.merge(token_map.unmerge(y))
-    if dtype == torch.float32:
+    again = token_map.merge(token_map.unmerge(y), how=how)
+    if dtype == torch.float32 or how == "direction":
         assert_close(again, y, y)
     else:  # Sums are taken in float32, so that half precision loses nothing at all.
         assert torch.equal(again, y)
@@ -146,7 +146,7 @@ def test_tokens_keep_their_order_and_each_is_a_head_or_merged_or_dropped(case, s
             assert (group[rest] == -1).all()
 
 
-@given(cases(), dtypes, st.sampled_from(["mean", "sum", "max", "head"]))
+@given(cases(), dtypes, st.sampled_from(["mean", "sum", "max", "head", "direction"]))
 def test_merge_and_unmerge_do_what_plain_loops_do(case, dtype, how):
     of, batch, n, channels, token_map = case
     x = of.values(batch, n, min(channels, 4), dtype=dtype)
@@ -183,6 +183,20 @@ def test_merging_step_by_step_is_merging_at_once_when_weighted_by_size(case, sec
     assert_close(at_once.merge(x, how=how), stepwise, largest)
     assert torch.equal(at_once.unmerge(stepwise), first.unmerge(then.unmerge(stepwise)))
     assert torch.equal(at_once.size, then.merge(first.size, how="sum"))
+
+
+@given(cases(), dtypes)
+def test_a_mean_direction_is_as_long_as_the_head_and_points_where_the_mean_does(case, dtype):
+    of, batch, n, channels, token_map = case
+    # Not so different that they could cancel out.
+    x = 1 + of.values(batch, n, channels).tanh() / 2
+    x = (x * 10.0 ** of.values(batch, n, 1).tanh()).to(dtype)
+    merged, mean = token_map.merge(x, how="direction").double(), token_map.merge(x).double()
+    heads = x.gather(1, token_map.head[..., None].expand(-1, -1, channels)).double()
+    lengths = merged.norm(dim=-1), heads.norm(dim=-1)
+    assert_close(lengths[0].to(dtype), lengths[1].to(dtype), lengths[1])
+    directions = [y / y.norm(dim=-1, keepdim=True) for y in (merged, mean)]
+    assert_close(directions[0].to(dtype), directions[1].to(dtype), torch.ones(()))
 
 
 def test_groups_are_numbered_by_their_first_tokens_whatever_their_labels():
@@ -259,6 +273,7 @@ def test_constant_tokens_stay_what_they_are(dtype, value):
     token_map = Draw(0).map(2, 40, 7)
     for merged in (token_map.merge(x), token_map.merge(x, how="max")):
         assert torch.equal(token_map.unmerge(merged), x)
+    assert_close(token_map.unmerge(token_map.merge(x, how="direction")), x, x)
 
 
 # Gradients.
@@ -271,7 +286,7 @@ def test_gradients_of_merge_and_unmerge_are_those_of_finite_differences(fate):
     x = of.values(2, 9, 3).double().requires_grad_()
     y = of.values(2, 3, 3).double().requires_grad_()
     weight = (1 + of.values(2, 9, 1).abs()).double().requires_grad_()
-    for how in ("mean", "sum", "max", "head"):
+    for how in ("mean", "sum", "max", "head", "direction"):
         assert torch.autograd.gradcheck(lambda x, how=how: token_map.merge(x, how=how), x)
     assert torch.autograd.gradcheck(token_map.merge, (x, weight))
     assert torch.autograd.gradcheck(token_map.unmerge, y)
@@ -297,8 +312,8 @@ def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed():
         r"x must be .*, got \[1, 3, 4\]": lambda: token_map.merge(x[:1]),
         r"x must be .*, got \[3, 4\]": lambda: token_map.merge(x[0]),
         r"y must be of shape \[2, 2, channels\], got \[2, 3, 4\]": lambda: token_map.unmerge(x),
-        r"how must be 'mean', 'sum', 'max' or 'head', got 'median'": lambda: token_map.merge(
-            x, how="median"
+        "how must be 'mean', 'sum', 'max', 'head' or 'direction', got 'median'": (
+            lambda: token_map.merge(x, how="median")
         ),
         "weight goes with how='mean', got how='max'": lambda: token_map.merge(
             x, x[..., :1], how="max"

@@ -25,25 +25,31 @@ RECIPE = {
     "merge_queries": True,
     "block": False,
     "prop_attn": False,
+    "keep_norm": True,
+    "refine": 0,
 }
 
 
-def _groups(features: Tensor, ratio: float, alternating: bool) -> list[list[int]]:
+def _groups(features: Tensor, recipe: SimpleNamespace) -> list[list[int]]:
     """The groups of one sample's tokens [N, C], each destination first: match once, merge r."""
     n = len(features)
     h, w = GRIDS[n]
-    if alternating:
+    if recipe.alternating:
         destinations = list(range(1, n, 2))
     else:  # The top left token of each 2×2 cell.
         destinations = [y * w + x for y in range(0, h, 2) for x in range(0, w, 2)]
-    length = features.norm(dim=1)
-    similarity = (features @ features.T / length[:, None] / length).tolist()
-    edges = []
-    for source in set(range(n)) - set(destinations):
-        best = max(destinations, key=similarity[source].__getitem__)
-        edges.append((similarity[source][best], source, best))
+    directions = features / features.norm(dim=1, keepdim=True)
+    similarity = directions @ directions.T
+    sources = [token for token in range(n) if token not in destinations]
+    for _ in range(1 + recipe.refine):
+        nearest = {s: max(destinations, key=similarity[s].tolist().__getitem__) for s in sources}
+        edges = [(similarity[s, d].item(), s, d) for s, d in nearest.items()]
+        groups = directions.clone()
+        for source, destination in nearest.items():
+            groups[destination] += directions[source]
+        similarity = directions @ (groups / groups.norm(dim=1, keepdim=True)).T
     edges.sort(reverse=True)
-    target = {source: destination for _, source, destination in edges[: int(ratio * n)]}
+    target = {source: destination for _, source, destination in edges[: int(recipe.ratio * n)]}
     return [
         [head] + [source for source, destination in target.items() if destination == head]
         for head in range(n)
@@ -51,11 +57,12 @@ def _groups(features: Tensor, ratio: float, alternating: bool) -> list[list[int]
     ]
 
 
-def _matrices(x: Tensor, ratio: float, alternating: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Merging [B, M, N], unmerging [B, N, M] and sizes [B, M], as dense matrices."""
-    merge, unmerge, sizes = [], [], []
+def _matrices(x: Tensor, recipe: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merging and heads [B, M, N], unmerging [B, N, M] and sizes [B, M], as dense matrices."""
+    merge, heads, unmerge, sizes = [], [], [], []
     for sample in x:
-        groups = _groups(sample, ratio, alternating)
+        groups = _groups(sample, recipe)
+        heads.append(torch.eye(len(sample), dtype=x.dtype)[[group[0] for group in groups]])
         member = torch.zeros(len(groups), len(sample), dtype=x.dtype)
         for index, group in enumerate(groups):
             member[index, group] = 1
@@ -63,7 +70,7 @@ def _matrices(x: Tensor, ratio: float, alternating: bool) -> tuple[Tensor, Tenso
         merge.append(member / size[:, None])
         unmerge.append(member.T)
         sizes.append(size)
-    return torch.stack(merge), torch.stack(unmerge), torch.stack(sizes)
+    return torch.stack(merge), torch.stack(heads), torch.stack(unmerge), torch.stack(sizes)
 
 
 def _attention(attn, queries: Tensor, tokens: Tensor, size: Tensor | None = None) -> Tensor:
@@ -83,9 +90,16 @@ def _forward(block, recipe: SimpleNamespace, x: Tensor, encoder_hidden_states: T
     """A transformer block: match once on its input; merge → compute → unmerge in each branch."""
     merges = x.shape[1] in recipe.levels
     if merges:
-        merge, unmerge, size = _matrices(x, recipe.ratio, recipe.alternating)
+        mean, heads, unmerge, size = _matrices(x, recipe)
+
+        def merge(y: Tensor) -> Tensor:
+            if not recipe.keep_norm:
+                return mean @ y
+            length = (heads @ y).norm(dim=-1) / (mean @ y).norm(dim=-1)
+            return length[..., None] * (mean @ y)
+
         if recipe.block:
-            y = merge @ x
+            y = mean @ x
             size = size if recipe.prop_attn else None
             z = y + _attention(block.attn1, block.norm1(y), block.norm1(y), size)
             z = z + _attention(block.attn2, block.norm2(z), encoder_hidden_states)
@@ -96,22 +110,22 @@ def _forward(block, recipe: SimpleNamespace, x: Tensor, encoder_hidden_states: T
     if merges and recipe.attn:
         size = size if recipe.prop_attn else None
         if recipe.merge_queries:
-            y = unmerge @ _attention(block.attn1, merge @ y, merge @ y, size)
+            y = unmerge @ _attention(block.attn1, merge(y), merge(y), size)
         else:
-            y = _attention(block.attn1, y, merge @ y, size)
+            y = _attention(block.attn1, y, merge(y), size)
     else:
         y = _attention(block.attn1, y, y)
     x = x + y
 
     y = block.norm2(x)
     if merges and recipe.crossattn:
-        y = unmerge @ _attention(block.attn2, merge @ y, encoder_hidden_states)
+        y = unmerge @ _attention(block.attn2, merge(y), encoder_hidden_states)
     else:
         y = _attention(block.attn2, y, encoder_hidden_states)
     x = x + y
 
     y = block.norm3(x)
-    y = unmerge @ block.ff(merge @ y) if merges and recipe.mlp else block.ff(y)
+    y = unmerge @ block.ff(merge(y)) if merges and recipe.mlp else block.ff(y)
     return x + y
 
 
@@ -163,6 +177,18 @@ CASES = {
         {"merge_attn": False, "merge_mlp": True},
         {"attn": False, "mlp": True},
     ),
+    "plain means": (
+        {"merge_attn": True, "keep_norm": False},
+        {"prop_attn": True, "keep_norm": False},
+    ),
+    "groups that are looked for again": (
+        {"merge_attn": True, "ratio": 0.4, "refine": 2},
+        {"prop_attn": True, "ratio": 0.4, "refine": 2},
+    ),
+    "whole blocks whose groups are looked for again": (
+        {"refine": 1},
+        {"block": True, "prop_attn": True, "refine": 1},
+    ),
     "every level": (
         {"merge_attn": True, "max_downsample": 4, "prop_attn": True},
         {"levels": tuple(GRIDS), "prop_attn": True},
@@ -173,7 +199,13 @@ CASES = {
     ),
     "the paper's Appendix F": (
         {"preset": "paper"},
-        {"alternating": True, "crossattn": True, "mlp": True, "levels": tuple(GRIDS)},
+        {
+            "alternating": True,
+            "crossattn": True,
+            "mlp": True,
+            "levels": tuple(GRIDS),
+            "keep_norm": False,
+        },
     ),
     "the paper's Appendix F at a lower ratio": (
         {"preset": "paper", "ratio": 0.3},
@@ -183,6 +215,7 @@ CASES = {
             "mlp": True,
             "levels": tuple(GRIDS),
             "ratio": 0.3,
+            "keep_norm": False,
         },
     ),
 }
@@ -231,7 +264,8 @@ def test_proportional_attention_is_on_by_default_and_off_in_the_papers_preset(pr
 
 def test_what_is_given_beside_a_preset_wins():
     given = predict(tomesd.apply_patch(sd_unet(), preset="paper", merge_mlp=False))
-    by_hand = _written_out(sd_unet(), alternating=True, crossattn=True, levels=tuple(GRIDS))
+    recipe = {"alternating": True, "crossattn": True, "levels": tuple(GRIDS), "keep_norm": False}
+    by_hand = _written_out(sd_unet(), **recipe)
     torch.testing.assert_close(given, predict(by_hand), rtol=0, atol=1e-5)
 
 

@@ -126,6 +126,8 @@ def balance(
     branches: Branches | None = None,
     destinations: int | None = None,
     window: int | None = WINDOW,
+    refine: int = 0,
+    keep_norm: bool = True,
     text_tokens: int = TEXT_TOKENS,
     joint: bool = False,
 ) -> Balance:
@@ -141,6 +143,7 @@ def balance(
     destinations: how many of the tokens others may merge into, at most tokens − r; default one in
         four, as in cells of 2×2, or what r leaves of that.
     window: the side of the windows in which matches are looked for, in tokens; None: no windows.
+    refine, keep_norm: as in `DiffusionSettings`.
     text_tokens: how many tokens the text has.
     joint: whether it is a block of SD3's or Flux's kind (see `joint_block`), not a UNet's.
 
@@ -153,7 +156,15 @@ def balance(
     full = kind(batch, tokens, channels, text_tokens=text_tokens)
     less = kind(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
     own = patch(
-        batch, tokens, channels, r, branches=branches, destinations=destinations, window=window
+        batch,
+        tokens,
+        channels,
+        r,
+        branches=branches,
+        destinations=destinations,
+        window=window,
+        refine=refine,
+        keep_norm=keep_norm,
     )
     saved = seconds(full, device_kind) - seconds(less, device_kind)
     return Balance(saved, seconds(own, device_kind))

@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from tomesd.partition import Partition, Windows
-from tomesd.token_map import TokenMap, rows
+from tomesd.token_map import TokenMap, flat, norms, rows
 
-# Scores are computed for as many sources at a time as fit in this. All at once they would take
-# gigabytes for a 2048 px picture.
-SCORE_BYTES = 128 * 2**20
+# As many tokens are compared at a time as fit in this, with their scores. All at once they would
+# take gigabytes for a 2048 px picture. On the CPU an allocation above 32 MB is mapped anew each
+# time, which costs more than what is then done with it; elsewhere fewer calls count for more.
+CPU_CHUNK_BYTES, CHUNK_BYTES = 24 * 2**20, 128 * 2**20
 
 DISTANCES = ("cosine", "dot", "euclidean", "softmax")
-
-# Below any norm that matters: a zero token has a direction of zeros instead of NaN.
-_SMALLEST_NORM = 1e-6
 
 
 @torch.no_grad()
 def bipartite_soft_matching(
-    metric: Tensor, partition: Partition | Windows, r: int, distance: str = "cosine"
+    metric: Tensor,
+    partition: Partition | Windows,
+    r: int,
+    distance: str = "cosine",
+    refine: int = 0,
 ) -> TokenMap:
     """Merge the r sources that are most similar to a destination into that destination.
 
@@ -39,9 +41,13 @@ def bipartite_soft_matching(
     distance: how similarity is measured: "cosine" (default: among the best in ToMe, Table 1, and
         blind to how long a token is), "dot" product, "euclidean" distance, or "softmax" of the
         scaled dot products over all destinations, as in attention.
-    Raises ValueError if r is negative or above the number of sources, there is no destination, or
-        the distance is another.
-    Source: ToMe, section 3, Table 1b and Appendix D.
+    refine: how often all sources look again, by cosine, for the destination whose group, of all
+        sources that found it, is most like them: rounds of spherical k-means in which destinations
+        stay where they are. 0 is the papers' matching.
+    Raises ValueError if r is negative or above the number of sources, there is no destination, the
+        distance is another, or refine is negative or goes with another distance than the cosine.
+    Source: ToMe, section 3, Table 1b and Appendix D. Dhillon and Modha, "Concept Decompositions for
+    Large Sparse Text Data Using Clustering" (2001) for the rounds.
     """
     batch, n, _ = metric.shape
     if isinstance(partition, Windows):
@@ -55,11 +61,15 @@ def bipartite_soft_matching(
         raise ValueError(f"r must be 0 where there is no destination, got {r}")
     if distance not in DISTANCES:
         raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
+    if refine < 0 or (refine and distance != "cosine"):
+        raise ValueError(
+            f"refine must be 0 or, with distance 'cosine', more; got {refine} with {distance!r}"
+        )
     moved = src.flatten().expand(batch, -1)
     if r == 0:
         return TokenMap.from_moves(n, moved[:, :0], moved[:, :0])
 
-    similarity, target = _nearest(metric, src, dst, padding > 0, distance)
+    similarity, target = _nearest(metric, src, dst, padding > 0, distance, refine)
     if r < src.numel():
         kept = similarity.topk(r, dim=1, sorted=False).indices
         moved, target = moved.gather(1, kept), target.gather(1, kept)
@@ -67,38 +77,83 @@ def bipartite_soft_matching(
 
 
 def _nearest(
-    metric: Tensor, src: Tensor, dst: Tensor, is_padded: bool, distance: str
+    metric: Tensor, src: Tensor, dst: Tensor, is_padded: bool, distance: str, refine: int
 ) -> tuple[Tensor, Tensor]:
     """Each source's similarity to its best destination, and which that is: [B, all sources]."""
-    batch, windows = metric.shape[0], src.shape[0]
+    batch, _, channels = metric.shape
+    n_src, n_dst = src.shape[1], dst.shape[1]
+    room = CPU_CHUNK_BYTES if metric.device.type == "cpu" else CHUNK_BYTES
+    room //= batch * metric.itemsize
+    # So many windows at a time, and where a single one is too large, so many of its sources.
+    windows = max(1, room // ((n_src + n_dst) * channels + n_src * n_dst))
+    sources = max(1, room // (windows * n_dst))
+    found = [
+        _nearest_at_once(metric, *part, is_padded, distance, refine, sources)
+        for part in zip(src.split(windows), dst.split(windows), strict=True)
+    ]
+    if len(found) == 1:
+        return found[0]
+    similarity, target = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return similarity, target
+
+
+def _nearest_at_once(
+    metric: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    is_padded: bool,
+    distance: str,
+    refine: int,
+    sources: int,
+) -> tuple[Tensor, Tensor]:
+    """`_nearest` of some windows, for so many sources of each at a time."""
     order = torch.cat([src, dst], dim=1)
-    if is_padded:  # Padding looks at the first token, and counts for nothing below.
-        order = order.clamp(min=0)
-    tokens = rows(metric, order.flatten().expand(batch, -1))
-    tokens = tokens.view(batch * windows, -1, metric.shape[2])
+    tokens = rows(
+        metric, (order.clamp(min=0) if is_padded else order).flatten().expand(len(metric), -1)
+    )
+    if is_padded:  # Padding adds nothing to a group, and counts for nothing below.
+        tokens.mul_((order >= 0).view(-1, 1))
+    tokens = tokens.unflatten(1, order.shape).flatten(0, 1)
     if distance == "cosine":
-        tokens.div_(_norms(tokens))  # They are a copy.
+        tokens.div_(norms(tokens))  # They are a copy.
     left, right = tokens.split([src.shape[1], dst.shape[1]], dim=1)
+    away = dst < 0 if is_padded else None
+    similarity, place = _best(left, right, away, distance, sources)
+    for _ in range(refine):
+        into = flat(place, right.shape[1])
+        groups = right.flatten(0, 1).index_add(0, into, left.flatten(0, 1)).view_as(right)
+        similarity, place = _best(left, directions(groups), away, distance, sources)
+    similarity, place = (of.unflatten(0, (len(metric), -1)) for of in (similarity, place))
+    if is_padded:
+        similarity = similarity.masked_fill(src < 0, -torch.inf)
+    target = dst.expand(len(metric), -1, -1).gather(2, place)
+    return similarity.flatten(1), target.flatten(1)
+
+
+def _best(
+    left: Tensor, right: Tensor, away: Tensor | None, distance: str, sources: int
+) -> tuple[Tensor, Tensor]:
+    """The similarity of each token on the left to its best on the right, and that one's place.
+
+    left, right: [B·windows, tokens, C]. away: [windows, tokens], who on the right is padding.
+    sources: compared at a time.
+    """
     left, right = _factors(left, right, distance)
     right = right.transpose(1, 2)
-    count = max(1, SCORE_BYTES // (batch * dst.numel() * left.element_size()))
     values, places = [], []
-    for chunk in left.split(count, dim=1):
-        scores = torch.bmm(chunk, right).unflatten(0, (batch, windows))
-        if is_padded:
-            scores = scores.masked_fill(dst[:, None] < 0, -torch.inf)
+    for chunk in left.split(sources, dim=1):
+        scores = torch.bmm(chunk, right)
+        if away is not None:
+            of_window = scores.unflatten(0, (-1, len(away)))
+            scores = of_window.masked_fill(away[:, None], -torch.inf).flatten(0, 1)
         if distance == "softmax":
             scores = scores.softmax(-1)
         best = scores.max(dim=-1)
         values.append(best.values)
         places.append(best.indices)
-    similarity, nearest = (
-        found[0] if len(found) == 1 else torch.cat(found, dim=2) for found in (values, places)
-    )
-    if is_padded:
-        similarity = similarity.masked_fill(src < 0, -torch.inf)
-    target = dst.expand(batch, -1, -1).gather(2, nearest)
-    return similarity.flatten(1), target.flatten(1)
+    if len(values) == 1:
+        return values[0], places[0]
+    return torch.cat(values, dim=1), torch.cat(places, dim=1)
 
 
 def _factors(left: Tensor, right: Tensor, distance: str) -> tuple[Tensor, Tensor]:
@@ -119,15 +174,7 @@ def _factors(left: Tensor, right: Tensor, distance: str) -> tuple[Tensor, Tensor
 
 
 def directions(tokens: Tensor) -> Tensor:
-    return (tokens / _norms(tokens)).to(tokens.dtype)
-
-
-def _norms(tokens: Tensor) -> Tensor:
-    # In float32: the norm of a float16 token may be above float16's largest number, and rounded to
-    # bfloat16 it would move the cosine by more than the rounding of all channels does.
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
-    return norm.clamp(min=_SMALLEST_NORM)
+    return (tokens / norms(tokens)).to(tokens.dtype)
 
 
 def random_pruning(batch: int, n: int, partition: Partition) -> TokenMap:

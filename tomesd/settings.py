@@ -17,7 +17,7 @@ from tomesd.workload import Branches
 
 METHODS = ("tome", "prune")
 # Settings that mean something only where a block merges branch by branch.
-_BRANCHES = {"merge_attn", "merge_crossattn", "merge_mlp", "merge_queries"}
+_BRANCHES = {"merge_attn", "merge_crossattn", "merge_mlp", "merge_queries", "keep_norm"}
 PARTITIONS = ("strided", "alternating")
 
 
@@ -54,6 +54,13 @@ class DiffusionSettings:
     merge_queries: False merges the keys and values of self-attention only; nothing is unmerged.
     prop_attn: proportional attention, + log(size) on the keys' logits, so that a token merged from
         four counts as four (ToMe, section 3).
+    keep_norm: where blocks merge branch by branch, a merged token is as long as its head. A branch
+        gets its tokens from a norm layer, and a mean of them is shorter, the more so the less alike
+        they are: attention would see it too faintly. Token Fusion's MLERP is for the same, with the
+        longest token's norm. Whole blocks merge before the norm.
+    refine: how often each token looks again for the group that is most like it, once groups are
+        known: spherical k-means, where destinations stay where they are. Each time costs about
+        what the matching itself does; worth it where much merges (docs/performance.md).
     method: "tome" merges the most similar tokens; "prune" drops random ones, the baseline of ToMe,
         Appendix F.
     partition: "strided" takes destinations from 2-D cells (ToMeSD), "alternating" every other
@@ -80,6 +87,8 @@ class DiffusionSettings:
     merge_mlp: bool = False
     merge_queries: bool = True
     prop_attn: bool = True
+    keep_norm: bool = True
+    refine: int = 0
     method: str = "tome"
     partition: str = "strided"
     across_frames: bool = False
@@ -98,7 +107,7 @@ class DiffusionSettings:
         for name in ("sx", "sy", "max_downsample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("window", "min_tokens"):
+        for name in ("window", "min_tokens", "refine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.ratio < 1:
@@ -141,6 +150,11 @@ class DiffusionSettings:
     def weighs_keys(self) -> bool:
         """Whether attention needs log(size) on its keys; dropped tokens leave all sizes at 1."""
         return self.prop_attn and self.method == "tome"
+
+    @property
+    def combine(self) -> str:
+        """How a branch's tokens become one, as `TokenMap.merge` calls it."""
+        return "direction" if self.keep_norm else "mean"
 
     def merged(self, h: int, w: int) -> int:
         """How many of the h·w tokens merge: what the ratio says, as far as the partition allows."""
@@ -188,6 +202,8 @@ class DiffusionSettings:
             ),
             destinations=h * w - self._allowed(h, w),
             window=self.window or None,
+            refine=self.refine,
+            keep_norm=self.keep_norm,
             joint=joint,
         ).pays
 
@@ -210,7 +226,7 @@ class DiffusionSettings:
                 sides = partition.windowed(*where, key=key, device=device)
         else:
             sides = partition.strided(h, w, self.sy, self.sx, key=key, device=device)
-        return bipartite_soft_matching(features, sides, r)
+        return bipartite_soft_matching(features, sides, r, refine=self.refine)
 
 
 @lru_cache(maxsize=64)
@@ -225,14 +241,15 @@ PRESETS: dict[str, dict] = {
     # What the frontier of quality over speed offers on either side of the defaults.
     "quality": {"merge_block": False, "merge_queries": False},
     "fast": {"max_downsample": 8, "min_tokens": 1024, "only_where_it_pays": True},
-    # ToMe, Appendix F: every branch of every block, one matching for all three, no proportional
-    # attention.
+    # ToMe, Appendix F: every branch of every block, one matching for all three, plain means, no
+    # proportional attention.
     "paper": {
         "max_downsample": 8,
         "merge_block": False,
         "merge_crossattn": True,
         "merge_mlp": True,
         "prop_attn": False,
+        "keep_norm": False,
         "partition": "alternating",
     },
 }

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Below any norm that matters: a zero token has a direction of zeros instead of NaN.
+_SMALLEST_NORM = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
@@ -118,15 +121,19 @@ class TokenMap:
         weight: [B, N, 1] or None, each token's weight in the mean: the number of original tokens it
             stands for, where merging goes on layer after layer (ToMe's size-weighted average).
             None weighs all alike.
-        how: "mean" (default: the best in ToMe, Table 1), "sum", "max", or "head", which keeps the
-            head's value. Dropped tokens count for nothing.
+        how: "mean" (default: the best in ToMe, Table 1), "sum", "max", "head", which keeps the
+            head's value, or "direction", the mean's direction with the head's length. A mean is
+            shorter than what it is of, the more so the less alike they are; where a layer gets
+            tokens fresh from a norm it has learned to expect their length. Dropped tokens count
+            for nothing.
         Raises ValueError for an unknown `how`, a weight beside a `how` that has no use for it, or
             an x or weight of another shape.
         """
         batch = self.group.shape[0]
         _require_shape("x", x, batch, self.n)
-        if how not in ("mean", "sum", "max", "head"):
-            raise ValueError(f"how must be 'mean', 'sum', 'max' or 'head', got {how!r}")
+        if how not in ("mean", "sum", "max", "head", "direction"):
+            allowed = "'mean', 'sum', 'max', 'head' or 'direction'"
+            raise ValueError(f"how must be {allowed}, got {how!r}")
         if weight is not None and how != "mean":
             raise ValueError(f"weight goes with how='mean', got how={how!r}")
         if weight is not None:
@@ -143,12 +150,15 @@ class TokenMap:
         if self.drops:  # Some of them may have merged into a head that was dropped later.
             nothing = float("-inf") if how == "max" else 0
             moved, group = moved.masked_fill(group[..., None] < 0, nothing), group.clamp(min=0)
-        into = _flat(group, self.m)
+        into = flat(group, self.m)
         if how == "max":
             largest = heads.flatten(0, 1).index_reduce(0, into, moved.flatten(0, 1), "amax")
             return largest.view_as(heads)
         total = heads.to(wide)
         total.flatten(0, 1).index_add_(0, into, moved.to(wide).flatten(0, 1))
+        if how == "direction":
+            length = norms(x).gather(1, self.head[..., None])
+            return (total * (length / norms(total))).to(dtype)
         return (total if how == "sum" else total.div_(count)).to(dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -197,7 +207,16 @@ def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | Non
         raise ValueError(f"{name} must be of shape {needed}, got {list(x.shape)}")
 
 
-def _flat(index: Tensor, n: int) -> Tensor:
+def norms(x: Tensor) -> Tensor:
+    """The length of each token, [B, N, 1]; that of a zero token is above zero."""
+    # In float32: the norm of a float16 token may be above float16's largest number, and rounded to
+    # bfloat16 it would move the cosine by more than the rounding of all channels does.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return norm.clamp(min=_SMALLEST_NORM)
+
+
+def flat(index: Tensor, n: int) -> Tensor:
     """Rows of [B, n, C] as rows of [B·n, C].
 
     Selecting and adding whole rows of a matrix is several times faster on the CPU than gathering
@@ -211,5 +230,5 @@ def _flat(index: Tensor, n: int) -> Tensor:
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b, i]] for x [B, N, C] and index [B, K]: [B, K, C], a copy."""
-    selected = x.flatten(0, 1).index_select(0, _flat(index, x.shape[1]))
+    selected = x.flatten(0, 1).index_select(0, flat(index, x.shape[1]))
     return selected.view(*index.shape, x.shape[2])

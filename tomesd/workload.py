@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 # Operators of tomesd itself that are no views, as a torch dispatch mode counts them.
 MATCH_CALLS = 27
+REFINE_CALLS = 13
 MERGE_CALLS = 12
+NORM_CALLS = 8
 UNMERGE_CALLS = 3
 
 # Stable Diffusion's prompts: CLIP's 77 tokens.
@@ -120,7 +122,14 @@ def feed_forward(batch: int, tokens: int, channels: int) -> list[Work]:
 
 
 def matching(
-    batch: int, tokens: int, sources: int, candidates: int, r: int, channels: int
+    batch: int,
+    tokens: int,
+    sources: int,
+    candidates: int,
+    r: int,
+    channels: int,
+    destinations: int = 0,
+    refine: int = 0,
 ) -> list[Work]:
     """Bipartite soft matching: each source against its candidates, then the r best edges.
 
@@ -128,31 +137,42 @@ def matching(
     1006632960
 
     candidates: destinations that a source is compared with: all, or those of its window.
+    destinations: how many there are in all; counts where sources are compared again, refine times,
+        with what merged into them.
     """
     scores = batch * sources * candidates
     everything = batch * tokens * channels
+    compared = [
+        Work("match", 2 * scores * channels, everything + scores, calls=0),
+        Work("match", 0, scores, calls=0, traffic="best"),
+    ]
     work = [
         # Read for the norm, read and written for the division.
         Work("match", 0, 3 * everything, calls=0),
         Work("match", 0, 2 * everything, calls=0, traffic="rows"),
-        Work("match", 2 * scores * channels, everything + scores, calls=0),
-        Work("match", 0, scores, calls=0, traffic="best"),
+        *compared * (1 + refine),
+        # Sources are read and added to a copy of the destinations, which is then normalized.
+        Work("match", 0, refine * batch * (3 * sources + 5 * destinations) * channels, calls=0),
         # What is left is arithmetic on indices: many operators with little to do.
-        Work("match", 0, 0, calls=MATCH_CALLS),
+        Work("match", 0, 0, calls=MATCH_CALLS + refine * REFINE_CALLS),
     ]
     if r < sources:
         work.append(Work("match", 0, batch * sources, calls=0, traffic="topk"))
     return work
 
 
-def merge(batch: int, tokens: int, r: int, channels: int) -> list[Work]:
+def merge(batch: int, tokens: int, r: int, channels: int, *, keep_norm: bool = False) -> list[Work]:
     """The mean of each group: heads and moved tokens are gathered, added, and divided.
 
     >>> elements(merge(1, 4, 2, 8))
     144
+
+    keep_norm: whether the mean is made as long as the head, for which all norms are taken.
     """
     heads, moved = batch * (tokens - r) * channels, batch * r * channels
+    lengths = Work("merge", 0, 2 * heads + moved, calls=NORM_CALLS)
     return [
+        *[lengths] * keep_norm,
         Work("merge", 0, 2 * (heads + moved), calls=0, traffic="rows"),
         # Each moved token is read and added to its head, and what the heads then are is divided.
         Work("merge", 0, 2 * heads + 3 * moved, calls=0),
@@ -262,6 +282,8 @@ def patch(
     branches: Branches | None = None,
     destinations: int | None = None,
     window: int | None = WINDOW,
+    refine: int = 0,
+    keep_norm: bool = True,
 ) -> list[Work]:
     """What merging r tokens in one block takes: one matching, and merges and unmerges.
 
@@ -274,8 +296,11 @@ def patch(
     if destinations is None:
         destinations = min(-(-tokens // 4), tokens - r)
     near = candidates(tokens, destinations, window)
-    work = matching(batch, tokens, tokens - destinations, near, r, channels)
-    inward, outward = merge(batch, tokens, r, channels), unmerge(batch, tokens, channels)
+    sources = tokens - destinations
+    work = matching(batch, tokens, sources, near, r, channels, destinations, refine)
+    keep_norm = keep_norm and not branches.merge_block
+    inward = merge(batch, tokens, r, channels, keep_norm=keep_norm)
+    outward = unmerge(batch, tokens, channels)
     if branches.merge_block:
         # x + unmerge(f(merge(x)) − merge(x)): a difference of merged tokens, a sum of all.
         rest = 3 * batch * (2 * tokens - r) * channels

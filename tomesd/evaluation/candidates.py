@@ -82,7 +82,9 @@ FAMILIES = (
     UNPATCHED,
     "self-attention",
     "no log size",
+    "plain means",
     "keys and values",
+    "groups looked for again",
     "whole blocks",
     "not in the first fifth of the steps",
     "every branch (the paper)",
@@ -142,6 +144,17 @@ CANDIDATES: list[Candidate] = [
         },
     ),
     *_of(
+        "plain means",
+        **{
+            "attention 0.5, plain means": DiffusionSettings(
+                ratio=0.5, keep_norm=False, **_ATTENTION
+            ),
+            "keys 0.5, plain means": DiffusionSettings(ratio=0.5, keep_norm=False, **_KEYS),
+            "keys 0.75, plain means": DiffusionSettings(ratio=0.75, keep_norm=False, **_KEYS),
+            "keys 0.9375, plain means": DiffusionSettings(keep_norm=False, **_BY_4X4, **_KEYS),
+        },
+    ),
+    *_of(
         "keys and values",
         **{
             "keys 0.5": DiffusionSettings(ratio=0.5, **_KEYS),
@@ -149,6 +162,26 @@ CANDIDATES: list[Candidate] = [
             "keys 0.9375": DiffusionSettings(**_BY_4X4, **_KEYS),
             "keys 0.75, two levels": DiffusionSettings(ratio=0.75, max_downsample=2, **_KEYS),
             "keys 0.9375, two levels": DiffusionSettings(max_downsample=2, **_BY_4X4, **_KEYS),
+        },
+    ),
+    *_of(
+        "groups looked for again",
+        **{
+            f"keys {ratio:g}, refined": DiffusionSettings(ratio=ratio, refine=1, **_KEYS)
+            for ratio in (0.5, 0.75)
+        },
+        **{
+            "keys 0.9375, refined": DiffusionSettings(refine=1, **_BY_4X4, **_KEYS),
+            "keys 0.9375, refined twice": DiffusionSettings(refine=2, **_BY_4X4, **_KEYS),
+            "keys 0.9375, refined twice, drawn": DiffusionSettings(
+                refine=2, use_rand=True, **_BY_4X4, **_KEYS
+            ),
+            "attention 0.5, refined": DiffusionSettings(ratio=0.5, refine=1, **_ATTENTION),
+            "attention 0.5, refined, drawn": DiffusionSettings(
+                ratio=0.5, refine=1, use_rand=True, **_ATTENTION
+            ),
+            "blocks 0.5, refined": DiffusionSettings(ratio=0.5, refine=1, **_BLOCKS),
+            "blocks 0.75, refined": DiffusionSettings(ratio=0.75, refine=1, **_BLOCKS),
         },
     ),
     *_of(

@@ -28,7 +28,7 @@ class _Cells:
     sx: int
     pools: bool
 
-    def merge(self, x: Tensor) -> Tensor:
+    def merge(self, x: Tensor, how: str = "mean") -> Tensor:
         if not self.pools:
             return x.unflatten(1, (self.h, self.w))[:, :: self.sy, :: self.sx].flatten(1, 2)
         picture = x.transpose(1, 2).unflatten(2, (self.h, self.w))
@@ -55,6 +55,10 @@ class GridSettings(DiffusionSettings):
     @property
     def weighs_keys(self) -> bool:
         return False  # Cells are all of one size.
+
+    @property
+    def combine(self) -> str:
+        return "mean"
 
     def merged(self, h: int, w: int) -> int:
         return h * w - -(-h // self.sy) * -(-w // self.sx)

@@ -116,7 +116,7 @@ class _Block:
             raise ValueError(FUSED)
         if not self.settings.merge_block:
             x, *rest = args
-            merged = token_map.merge(x)
+            merged = token_map.merge(x, how=self.settings.combine)
             if self.settings.merge_queries:
                 args = merged, *rest
             else:
@@ -137,7 +137,9 @@ class _Block:
 
     def merge(self, branch: nn.Module, args: tuple, kwargs: dict) -> tuple:
         (x, *rest), token_map = args, self.map
-        return (x if token_map is None else token_map.merge(x), *rest), kwargs
+        if token_map is not None:
+            x = token_map.merge(x, how=self.settings.combine)
+        return (x, *rest), kwargs
 
     def unmerge(self, branch: nn.Module, args: tuple, output: Tensor) -> Tensor:
         token_map = self.map

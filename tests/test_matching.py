@@ -267,8 +267,10 @@ def test_the_matching_keeps_nothing_for_the_backward_pass():
 
 def merge_half(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     key = make_key(0, step=timestep, block=1)
-    token_map = bipartite_soft_matching(x, partition.strided(6, 7, key=key), r=21)
-    return x + token_map.unmerge(torch.tanh(token_map.merge(x)))
+    # Windows of two sizes, so that some are padded.
+    sides = partition.windowed(6, 7, window=4, key=key)
+    token_map = bipartite_soft_matching(x, sides, r=21, refine=1)
+    return x + token_map.unmerge(torch.tanh(token_map.merge(x, how="direction")))
 
 
 def prune_half(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ SETTINGS = [
     {"preset": "paper"},
     {"preset": "quality"},
     {"preset": "fast", "min_tokens": 0, "only_where_it_pays": False},
-    {"window": 4},
+    {"window": 4, "refine": 2},
     EVERYTHING,
 ]
 

@@ -108,9 +108,8 @@ def _nearest_at_once(
 ) -> tuple[Tensor, Tensor]:
     """`_nearest` of some windows, for so many sources of each at a time."""
     order = torch.cat([src, dst], dim=1)
-    tokens = rows(
-        metric, (order.clamp(min=0) if is_padded else order).flatten().expand(len(metric), -1)
-    )
+    places = order.clamp(min=0) if is_padded else order
+    tokens = rows(metric, places.flatten().expand(len(metric), -1))
     if is_padded:  # Padding adds nothing to a group, and counts for nothing below.
         tokens.mul_((order >= 0).view(-1, 1))
     tokens = tokens.unflatten(1, order.shape).flatten(0, 1)

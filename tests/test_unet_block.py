@@ -109,7 +109,9 @@ def test_dropped_tokens_pass_a_block_unchanged():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"merge_attn": False, "merge_mlp": True}, {"merge_queries": False}], ids=str
+    "settings",
+    [{"merge_attn": False, "merge_mlp": True}, {"merge_queries": False}, {"keep_norm": False}],
+    ids=str,
 )
 def test_what_contradicts_it_is_refused(settings):
     name = next(iter(settings))
@@ -119,7 +121,13 @@ def test_what_contradicts_it_is_refused(settings):
 
 def test_naming_a_branch_merges_branch_by_branch():
     # As the papers and other plugins do, whose settings go on meaning what they mean there.
-    for settings in ({"merge_attn": True}, {"merge_mlp": True}, {"merge_queries": False}):
+    named = (
+        {"merge_attn": True},
+        {"merge_mlp": True},
+        {"merge_queries": False},
+        {"keep_norm": False},
+    )
+    for settings in named:
         unet = tomesd.apply_patch(sd_unet(), **settings)
         assert not unet._tomesd_patch.settings.merge_block
     assert tomesd.apply_patch(sd_unet())._tomesd_patch.settings.merge_block

@@ -57,7 +57,7 @@ class DiffusionSettings:
     keep_norm: where blocks merge branch by branch, a merged token is as long as its head. A branch
         gets its tokens from a norm layer, and a mean of them is shorter, the more so the less alike
         they are: attention would see it too faintly. Token Fusion's MLERP is for the same, with the
-        longest token's norm. Whole blocks merge before the norm.
+        longest token's norm. Whole blocks merge before their norms.
     refine: how often each token looks again for the group that is most like it, once groups are
         known: spherical k-means, where destinations stay where they are. Each time costs about
         what the matching itself does; worth it where much merges (docs/performance.md).
@@ -117,11 +117,11 @@ class DiffusionSettings:
                 f"ratio must be at most {self.largest_ratio:.4g}, got {self.ratio}: "
                 f"{self._why_largest()}"
             )
-        for name in ("merge_attn", "merge_queries"):
+        for name in ("merge_attn", "merge_queries", "keep_norm"):
             if self.merge_block and not getattr(self, name):
                 raise ValueError(
-                    f"{name} must be True with merge_block=True, which merges all of a block, "
-                    "got False"
+                    f"{name} must be True with merge_block=True, which merges all of a block, and "
+                    "before its norms, got False"
                 )
         if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise ValueError(

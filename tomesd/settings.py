@@ -153,8 +153,8 @@ class DiffusionSettings:
 
     @property
     def combine(self) -> str:
-        """How a branch's tokens become one, as `TokenMap.merge` calls it."""
-        return "direction" if self.keep_norm else "mean"
+        """How a group becomes one token, as `TokenMap.merge` calls it."""
+        return "direction" if self.keep_norm and not self.merge_block else "mean"
 
     def merged(self, h: int, w: int) -> int:
         """How many of the h·w tokens merge: what the ratio says, as far as the partition allows."""

@@ -321,7 +321,7 @@ def our_steps(
     def match():
         key = make_key(settings.seed, 500).to(x.device) if settings.is_random else None
         found = settings.token_map(x, level.h, level.w, key)
-        return found.merge, found.unmerge
+        return partial(found.merge, how=settings.combine), found.unmerge
 
     with torch.no_grad():
         return merging_seconds(match, x)

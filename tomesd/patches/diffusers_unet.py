@@ -74,7 +74,7 @@ class _Block:
                 key = make_key(settings.seed, place.timestep, self.index).to(features.device)
             run.map = settings.token_map(features, place.h, place.w, key)
             if settings.merge_block:
-                run.whole, run.merged = features, run.map.merge(features)
+                run.whole, run.merged = features, run.map.merge(features, how=settings.combine)
                 features = run.merged
         return (features,), given
 

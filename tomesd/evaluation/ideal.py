@@ -14,8 +14,9 @@ from tomesd.settings import DiffusionSettings
 class _Slice:
     """In a token map's place: the first m of n tokens.
 
-    merge is a view, however it is asked to combine. unmerge writes the m tokens and zeros behind them, one pass over [B, n, C]:
-    the residual that it is added to needs that shape, so no real method can write less.
+    merge is a view, however it is asked to combine. unmerge writes the m tokens and zeros behind
+    them, one pass over [B, n, C]: the residual that it is added to needs that shape, so no real
+    method can write less.
     """
 
     n: int

@@ -198,13 +198,14 @@ def test_the_operators_that_are_charged_for_are_those_that_are_called():
 
 
 class _Calls(TorchDispatchMode):
-    """Counts the operators that are no views."""
+    """Counts the operators that compute tensors: neither views nor questions about dtypes."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        self.count += isinstance(result, (torch.Tensor, tuple)) and not function.is_view
+        return result
 
 
 @given(**ROOM)
@@ -271,9 +272,9 @@ def test_a_device_twice_as_fast_in_everything_takes_half_as_long(
 
 
 @pytest.mark.parametrize("branches", [Branches(), Branches(merge_queries=False)])
-def test_merging_8x8_tokens_does_not_pay(branches):
+def test_merging_few_tokens_does_not_pay(branches):
     for channels in (64, 320):
-        assert not cost.balance("cpu", 2, 64, 32, channels, branches=branches).pays
+        assert not cost.balance("cpu", 2, 16, 8, channels, branches=branches).pays
     for channels in (64, 320, 1280):
         assert not cost.balance("cuda", 2, 64, 32, channels, branches=branches).pays
 

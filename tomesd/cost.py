@@ -133,7 +133,7 @@ def balance(
 ) -> Balance:
     """What merging saves and spends in blocks of this shape, in seconds: an estimate.
 
-    >>> balance("cpu", 2, 4096, 2048, 320).pays, balance("cpu", 2, 64, 32, 320).pays
+    >>> balance("cpu", 2, 4096, 2048, 320).pays, balance("cpu", 2, 16, 8, 320).pays
     (True, False)
 
     device_kind: torch.device's type: see `rates`.

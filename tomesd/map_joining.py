@@ -8,7 +8,7 @@ of w·frames tokens, and one in each cell of neighbours in a row is a destinatio
 import torch
 from torch import Tensor
 
-from tomesd.token_map import TokenMap
+from tomesd.token_map import TokenMap, in_batch
 
 
 def nothing_merged(x: Tensor) -> TokenMap:
@@ -19,18 +19,17 @@ def nothing_merged(x: Tensor) -> TokenMap:
 
 def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
-    if frames == 1:
-        return token_map
-
-    def joined(index: Tensor, step: int) -> Tensor:
-        first = torch.arange(0, frames * step, step, device=index.device)
-        return _moved_up(index.unflatten(0, (-1, frames)), first[:, None]).flatten(1)
-
+    # Frame after frame is how they lie in memory: what the rows are called does not change.
     return TokenMap(
-        joined(token_map.group, token_map.m),
-        joined(token_map.head, token_map.n),
-        joined(token_map.moved, token_map.n),
-        token_map.size.unflatten(0, (-1, frames)).flatten(1, 2),
+        *(
+            part.unflatten(0, (-1, frames)).flatten(1, 2)
+            for part in (
+                token_map.group_rows,
+                token_map.head_rows,
+                token_map.moved_rows,
+                token_map.size,
+            )
+        )
     )
 
 
@@ -55,35 +54,37 @@ def place_by_place(x: Tensor, frames: int, w: int) -> Tensor:
 def frame_by_frame(token_map: TokenMap, frames: int) -> TokenMap:
     """A map of a clip's tokens [h·w, frames] as a map of its tokens [frames, h·w]."""
     n = token_map.n // frames
-    tokens = torch.arange(token_map.n, device=token_map.head.device)
+    tokens = torch.arange(token_map.n, device=token_map.size.device)
     place = tokens % frames * n + tokens // frames  # Where each token goes.
-    head = place[token_map.head]
+    head, groups = place[token_map.head], token_map.group
     # Groups are numbered anew by their heads' places.
-    is_head = torch.zeros_like(token_map.group).scatter(1, head, 1)
+    is_head = torch.zeros_like(groups).scatter(1, head, 1)
     number = (is_head.cumsum(1) - 1).gather(1, head)
-    group = token_map.group.unflatten(1, (n, frames)).transpose(1, 2).flatten(1)
-    joined = number.gather(1, group.clamp(min=0))
+    group = groups.unflatten(1, (n, frames)).transpose(1, 2).flatten(1)
+    joined = in_batch(number.gather(1, group.clamp(min=0)), token_map.m)
     return TokenMap(
         joined.masked_fill(group < 0, -1) if token_map.drops else joined,
-        torch.zeros_like(head).scatter(1, number, head),
-        place[token_map.moved],
+        in_batch(torch.zeros_like(head).scatter(1, number, head), token_map.n),
+        in_batch(place[token_map.moved], token_map.n),
         torch.zeros_like(token_map.size).scatter(1, number[..., None], token_map.size),
     )
 
 
 def side_by_side(maps: list[TokenMap]) -> TokenMap:
     """The map of the first map's tokens, then the second's, and so on; none merge across."""
+    all_n, all_m = (sum(each) for each in zip(*((one.n, one.m) for one in maps), strict=True))
     n = m = 0
     group, head, moved = [], [], []
-    for token_map in maps:
-        group.append(_moved_up(token_map.group, m))
-        head.append(token_map.head + n)
-        moved.append(token_map.moved + n)
-        n, m = n + token_map.n, m + token_map.m
-    size = torch.cat([token_map.size for token_map in maps], dim=1)
+    for one in maps:
+        # Of each sample's own tokens some came before, and all other maps' of the samples before.
+        group.append(_moved_up(one.group_rows, m, all_m - one.m))
+        head.append(_moved_up(one.head_rows, n, all_n - one.n))
+        moved.append(_moved_up(one.moved_rows, n, all_n - one.n))
+        n, m = n + one.n, m + one.m
+    size = torch.cat([one.size for one in maps], dim=1)
     return TokenMap(torch.cat(group, 1), torch.cat(head, 1), torch.cat(moved, 1), size)
 
 
-def _moved_up(index: Tensor, by: Tensor | int) -> Tensor:
+def _moved_up(rows: Tensor, by: int, for_each_sample: int) -> Tensor:
     """Dropped tokens stay dropped."""
-    return torch.where(index < 0, index, index + by)
+    return torch.where(rows < 0, rows, in_batch(rows, for_each_sample) + by)

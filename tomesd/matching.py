@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tomesd.partition import Partition, Windows
-from tomesd.token_map import TokenMap, flat, norms, rows
+from tomesd.token_map import TokenMap, in_batch, norms, select
 
 # As many tokens are compared at a time as fit in this, with their scores. All at once they would
 # take gigabytes for a 2048 px picture. On the CPU an allocation above 32 MB is mapped anew each
@@ -51,13 +51,13 @@ def bipartite_soft_matching(
     """
     batch, n, _ = metric.shape
     if isinstance(partition, Windows):
-        src, dst, padding = partition
+        windows = partition
     else:
-        src, dst, padding = partition.src[None], partition.dst[None], 0
-    n_src = src.numel() - padding
+        windows = Windows(torch.cat(partition)[None], len(partition.src), padding=0)
+    n_src = windows.src.numel() - windows.padding
     if not 0 <= r <= n_src:
         raise ValueError(f"r must be from 0 to the {n_src} sources, got {r}")
-    if r > 0 and dst.numel() == 0:
+    if r > 0 and windows.dst.numel() == 0:
         raise ValueError(f"r must be 0 where there is no destination, got {r}")
     if distance not in DISTANCES:
         raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
@@ -65,68 +65,63 @@ def bipartite_soft_matching(
         raise ValueError(
             f"refine must be 0 or, with distance 'cosine', more; got {refine} with {distance!r}"
         )
-    moved = src.flatten().expand(batch, -1)
     if r == 0:
-        return TokenMap.from_moves(n, moved[:, :0], moved[:, :0])
+        none = windows.order.new_empty(batch, 0)
+        return TokenMap.from_moved_rows(n, none, none)
 
-    similarity, target = _nearest(metric, src, dst, padding > 0, distance, refine)
-    if r < src.numel():
+    similarity, edges = _nearest(metric, windows, distance, refine)
+    if r < windows.src.numel():
         kept = similarity.topk(r, dim=1, sorted=False).indices
-        moved, target = moved.gather(1, kept), target.gather(1, kept)
-    return TokenMap.from_moves(n, moved, target)
+        edges = edges.gather(2, kept.expand(2, -1, -1))
+    return TokenMap.from_moved_rows(n, *edges.unbind())
 
 
-def _nearest(
-    metric: Tensor, src: Tensor, dst: Tensor, is_padded: bool, distance: str, refine: int
-) -> tuple[Tensor, Tensor]:
-    """Each source's similarity to its best destination, and which that is: [B, all sources]."""
+def _nearest(metric: Tensor, windows: Windows, distance: str, refine: int) -> tuple[Tensor, Tensor]:
+    """Each source's similarity to its best destination, [B, all sources], and the edge between
+    them, [2, B, all sources]: both as rows of the whole batch."""
     batch, _, channels = metric.shape
-    n_src, n_dst = src.shape[1], dst.shape[1]
+    n_src, n_dst = windows.src.shape[1], windows.dst.shape[1]
     room = CPU_CHUNK_BYTES if metric.device.type == "cpu" else CHUNK_BYTES
     room //= batch * metric.itemsize
     # So many windows at a time, and where a single one is too large, so many of its sources.
-    windows = max(1, room // ((n_src + n_dst) * channels + n_src * n_dst))
-    sources = max(1, room // (windows * n_dst))
+    count = max(1, room // ((n_src + n_dst) * channels + n_src * n_dst))
+    sources = max(1, room // (count * n_dst))
     found = [
-        _nearest_at_once(metric, *part, is_padded, distance, refine, sources)
-        for part in zip(src.split(windows), dst.split(windows), strict=True)
+        _nearest_at_once(metric, windows._replace(order=part), distance, refine, sources)
+        for part in windows.order.split(count)
     ]
     if len(found) == 1:
         return found[0]
-    similarity, target = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return similarity, target
+    similarity, edges = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return similarity, edges
 
 
 def _nearest_at_once(
-    metric: Tensor,
-    src: Tensor,
-    dst: Tensor,
-    is_padded: bool,
-    distance: str,
-    refine: int,
-    sources: int,
+    metric: Tensor, windows: Windows, distance: str, refine: int, sources: int
 ) -> tuple[Tensor, Tensor]:
     """`_nearest` of some windows, for so many sources of each at a time."""
-    order = torch.cat([src, dst], dim=1)
-    places = order.clamp(min=0) if is_padded else order
-    tokens = rows(metric, places.flatten().expand(len(metric), -1))
-    if is_padded:  # Padding adds nothing to a group, and counts for nothing below.
-        tokens.mul_((order >= 0).view(-1, 1))
-    tokens = tokens.unflatten(1, order.shape).flatten(0, 1)
+    order, n_src, padding = windows
+    sides = [n_src, order.shape[1] - n_src]
+    places = order.clamp(min=0) if padding else order
+    rows = in_batch(places.expand(len(metric), -1, -1), metric.shape[1])
+    tokens = select(metric, rows).flatten(0, 1)
+    if padding:  # It adds nothing to a group, and counts for nothing below.
+        tokens.unflatten(0, (len(metric), -1)).mul_((order >= 0)[..., None])
     if distance == "cosine":
         tokens.div_(norms(tokens))  # They are a copy.
-    left, right = tokens.split([src.shape[1], dst.shape[1]], dim=1)
-    away = dst < 0 if is_padded else None
+    left, right = tokens.split(sides, dim=1)
+    away = windows.dst < 0 if padding else None
     similarity, place = _best(left, right, away, distance, sources)
     for _ in range(refine):
-        into = flat(place, right.shape[1])
+        into = in_batch(place, right.shape[1]).flatten()
         groups = right.flatten(0, 1).index_add(0, into, left.flatten(0, 1)).view_as(right)
         similarity, place = _best(left, directions(groups), away, distance, sources)
     similarity, place = (of.unflatten(0, (len(metric), -1)) for of in (similarity, place))
-    if is_padded:
-        similarity = similarity.masked_fill(src < 0, -torch.inf)
-    target = dst.expand(len(metric), -1, -1).gather(2, place)
-    return similarity.flatten(1), target.flatten(1)
+    if padding:
+        similarity = similarity.masked_fill(windows.src < 0, -torch.inf)
+    own, others = rows.split(sides, dim=2)
+    edges = torch.stack([own, others.gather(2, place)])
+    return similarity.flatten(1), edges.flatten(2)
 
 
 def _best(

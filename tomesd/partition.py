@@ -21,13 +21,22 @@ class Partition(NamedTuple):
 class Windows(NamedTuple):
     """The same in windows: a source may merge into a destination of its own window only.
 
-    src, dst: int64 [windows, n_src] and [windows, n_dst]. padding: how many entries of src are −1,
-    where not all windows are of one size; dst may have some too.
+    order: int64 [windows, n_src + n_dst], in each window the sources, then the destinations; −1
+    fills up what is smaller than others. n_src: how many are sources. padding: how many −1 are
+    among all the sources.
     """
 
-    src: Tensor
-    dst: Tensor
+    order: Tensor
+    n_src: int
     padding: int
+
+    @property
+    def src(self) -> Tensor:
+        return self.order[:, : self.n_src]
+
+    @property
+    def dst(self) -> Tensor:
+        return self.order[:, self.n_src :]
 
 
 def alternating(n: int, *, prefix: int = 0, device=None) -> Partition:
@@ -144,7 +153,8 @@ def windowed(
     others = torch.arange(sy * sx - 1, device=device)
     others = others + (others >= (dy * sx + dx)[..., None]).long()
     src = _token(y[..., None] + others // sx, x[..., None] + others % sx, h, w).flatten(1)
-    return Windows(src, dst, src.numel() - (h * w - high * wide))
+    padding = src.numel() - (h * w - high * wide)
+    return Windows(torch.cat([src, dst], dim=1), src.shape[1], padding)
 
 
 def _even_split(count: int, most: int) -> tuple[int, int]:

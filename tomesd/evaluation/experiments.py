@@ -164,8 +164,7 @@ class MatchedSettings(DiffusionSettings):
             return make(features.to(torch.bfloat16), h, w, key)
         if self.on == "a quarter of the channels":
             return make(features[..., ::4].contiguous(), h, w, key)
-        one = make(features.unflatten(0, (2, -1)).mean(0), h, w, key)
-        return TokenMap(*(part.repeat(2, *[1] * (part.dim() - 1)) for part in vars(one).values()))
+        return make(features.unflatten(0, (2, -1)).mean(0), h, w, key).repeat(2)
 
 
 @dataclass(frozen=True)

@@ -190,14 +190,7 @@ class BlockHooks:
         if image_first and text:
             maps.append(nothing_merged(x[:, start:]))
         joined = maps[0] if len(maps) == 1 else side_by_side(maps)
-        if len(x) == batch:
-            return joined
-        return TokenMap(
-            joined.group.expand(batch, -1),
-            joined.head.expand(batch, -1),
-            joined.moved.expand(batch, -1),
-            joined.size.expand(batch, -1, -1),
-        )
+        return joined if len(x) == batch else joined.repeat(batch)
 
     def _heads_positions(self, tables: Any, token_map: TokenMap) -> Any:
         """The rotary tables of the merged tokens: a token turns by the angle of its head."""
@@ -264,9 +257,9 @@ def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
     """The rows of a table that belong to the heads, and all that come before the map's tokens."""
     lead = table.shape[dim] - token_map.n
     if dim == 0:
-        rows = token_map.head[0] + lead
+        rows = token_map.head_rows[0] + lead
         return table.index_select(0, torch.cat([torch.arange(lead, device=rows.device), rows]))
-    batch = len(token_map.head)
+    batch = len(token_map.size)
     rows = (token_map.head + lead).view(
         batch, *(1,) * (dim - 1), -1, *(1,) * (table.dim() - dim - 1)
     )
@@ -277,7 +270,7 @@ def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
 
 def _of_keys(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) -> Tensor:
     """A mask [B, ..., keys] of the merged keys; beside the image's are so many before and after."""
-    batch, (before, after) = len(token_map.head), beside
+    batch, (before, after) = len(token_map.size), beside
     keys = torch.arange(mask.shape[-1], device=mask.device).expand(batch, -1)
     end = mask.shape[-1] - after
     keys = torch.cat([keys[:, :before], token_map.head + before, keys[:, end:]], dim=1)

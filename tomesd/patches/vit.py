@@ -15,7 +15,7 @@ and MLP. A family's file says where these places are in its host's blocks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Run:
             self.hides_tokens = mask is not None
             if mask is not None:
                 size = _visible(mask, x).to(identity.size.dtype)[..., None]
-                identity = TokenMap(identity.group, identity.head, identity.moved, size)
+                identity = replace(identity, size=size)
             self.maps[0] = identity
         so_far = self.maps[layer]
         if so_far is None or so_far.size.shape[:2] != x.shape[:2]:

@@ -29,6 +29,11 @@ class Threads(threading.local, Generic[Run]):
         return Threads, (self.make,)
 
 
+def by_name(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments of a call by their names, which are given in order."""
+    return dict(zip(names[: len(args)], args, strict=True)) | kwargs
+
+
 class Row(NamedTuple):
     """One line of a report: a place in a model and what merging does there.
 

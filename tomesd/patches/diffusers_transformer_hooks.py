@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tomesd.map_joining import nothing_merged, side_by_side
 from tomesd.partition import make_key
-from tomesd.patches.common import Threads, is_cached
+from tomesd.patches.common import Threads, by_name, is_cached
 from tomesd.patches.diffusers_bias import fit_bias
 from tomesd.patches.diffusers_guidance import check_guidance, is_skipped
 from tomesd.patches.diffusers_transformer_family import Blocks, Family, Grid
@@ -68,7 +68,7 @@ class ModelHooks:
         noted, self.run.grids = self.run.grids, None
         if getattr(model, "is_cache_enabled", False):
             raise ValueError(_CACHED)
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = by_name(self.names, args, kwargs)
         timestep = given[self.family.timestep]
         grids = noted or self.family.grids(model, given)
         place = _Place(grids, timestep, self.run.stage)
@@ -109,7 +109,7 @@ class BlockHooks:
 
     def merge(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         kind, run = self.kind, self.model.run
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = by_name(self.names, args, kwargs)
         x = given[kind.tokens]
         if is_cached(block, *block.children()):
             raise ValueError(_CACHED)
@@ -202,7 +202,7 @@ class BlockHooks:
     def weigh_keys(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple:
         if self.model.run.map is None:
             return args, kwargs
-        given = dict(zip(self.attention_names, args, strict=False)) | kwargs
+        given = by_name(self.attention_names, args, kwargs)
         mask, bias = given.get("attention_mask"), self.model.run.bias
         if mask is not None and not self.kind.mask:
             raise ValueError(_MASKED)
@@ -255,6 +255,7 @@ def _followed(tables: Any, token_map: TokenMap, dim: int) -> Any:
 
 def _heads(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
     """The rows of a table that belong to the heads, and all that come before the map's tokens."""
+    table = table.to(token_map.size.device)  # CogView4 makes its angles on the CPU.
     lead = table.shape[dim] - token_map.n
     if dim == 0:
         rows = token_map.head_rows[0] + lead

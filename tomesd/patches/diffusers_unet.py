@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tomesd.partition import make_key
-from tomesd.patches.common import Patch, Row, Threads
+from tomesd.patches.common import Patch, Row, Threads, by_name
 from tomesd.patches.diffusers_bias import check_takes_bias, fit_bias
 from tomesd.patches.diffusers_unet_places import FUSED, Run, Transformer, find_transformers
 from tomesd.ratio_schedule import RatioPlan
@@ -59,7 +59,7 @@ class _Block:
         return self.transformer.threads.run.map
 
     def match(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        given = dict(zip(_BLOCK_ARGUMENTS, args, strict=False)) | kwargs
+        given = by_name(_BLOCK_ARGUMENTS, args, kwargs)
         place = self.transformer.place(given)
         features = given.pop("hidden_states")
         if (given.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:

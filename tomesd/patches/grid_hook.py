@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tomesd.patches.common import by_name
+
 
 # A model's own hooks are no part of its graph, so that this may look at the data. The compiled code
 # depends on the grid alone: there is a version for each, or one for all of them.
@@ -15,7 +17,7 @@ from torch import nn
 def note_grids(model: Any, args: tuple, kwargs: dict) -> None:
     """Note the grids for the thread that calls the model, before it runs."""
     hooks = model._tomesd_patch.hooks
-    given = dict(zip(hooks.names, args, strict=False)) | kwargs
+    given = by_name(hooks.names, args, kwargs)
     hooks.run.grids = hooks.family.grids(model, given)
 
 

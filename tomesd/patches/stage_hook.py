@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tomesd.patches.common import Threads
+from tomesd.patches.common import Threads, by_name
 from tomesd.ratio_schedule import RatioPlan
 
 
@@ -30,7 +30,7 @@ class StageHook:
     # A model's own hooks are no part of its graph, so that this may look at the scheduler.
     @torch.compiler.disable
     def note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = by_name(self.names, args, kwargs)
         self.threads.run.stage = self.plan.stage(given[self.timestep])
         why_idle = "" if self.warned else self.plan.why_idle()
         if why_idle:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tomesd.patches.common import by_name
 from tomesd.patches.vit import Layer, Seams, ViTPatch
 
 MODELS = ("VisionTransformer",)
@@ -32,7 +33,7 @@ class _Layer(Layer):
         return output.view(batch, n, 3, self.attention.num_heads, -1)[:, :, 2]
 
     def weigh_keys(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        given = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+        given = by_name(_ATTENTION_ARGUMENTS, args, kwargs)
         if given.get("is_causal"):
             raise ValueError("is_causal must be False where tokens merge, got True")
         bias = self.run.key_bias(self.index, given["x"], given.get("attn_mask"))
@@ -66,4 +67,4 @@ def _seams(index: int, block: Any) -> Seams:
         (block.norm1, block.norm2, block.mlp) if kind == "Block" else (attn, block.mlp, block.norm2)
     )
     features = {"q": attn.q_norm, "k": attn.k_norm, "v": attn.qkv}
-    return Seams(block, enter, attn, merge, unmerge, features, attn.attn_dim)
+    return Seams(block, enter, attn, merge, unmerge, features, attn.num_heads * attn.head_dim)

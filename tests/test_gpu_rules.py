@@ -1,0 +1,79 @@
+"""What a GPU asks of a patched model, seen without one: nothing waits for it, nothing is elsewhere.
+
+The tensors of these tests have no values; see `tests.fake_gpu`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+import tomesd
+from tests import tiny_transformers, tiny_unets, tiny_vits
+from tests.fake_gpu import run_on_gpu
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "quality": {"preset": "quality"},
+    "everywhere": {"max_downsample": 8},
+    "paper": {"preset": "paper"},
+    "drawn": {"use_rand": True},
+    "pruned": {"method": "prune"},
+    "refined": {"merge_queries": False, "refine": 1},
+}
+# Those of whole blocks: no others merge in diffusion transformers.
+OF_BLOCKS = ("default", "drawn", "pruned")
+
+# These look at the masks of their texts, patched or not.
+WAITING = {
+    "HunyuanVideo15Transformer3DModel",
+    "Lumina2Transformer2DModel",
+    "MochiTransformer3DModel",
+}
+TRANSFORMERS = sorted(set(tiny_transformers.TINY) - WAITING)
+
+
+def assert_same_on_gpu(patched, unpatched, inputs: dict, dtype=torch.float32) -> None:
+    got = run_on_gpu(patched, inputs, dtype)
+    assert {device for device, _, _ in got} == {"cuda"}
+    assert got == run_on_gpu(unpatched, inputs, dtype)
+
+
+def _unet(name: str) -> tuple[Any, dict]:
+    tiny = tiny_unets.TINY[name]
+    inputs = {"timestep": torch.tensor(500)} | tiny.inputs(2, 6, 10, torch.randn)
+    return tiny.model(), inputs | {"return_dict": False}
+
+
+def _transformer(name: str, **settings) -> tuple[Any, Any, dict]:
+    tiny = tiny_transformers.TINY[name]
+    patched = tomesd.apply_patch(tiny.model(), **settings)
+    hooks = patched._tomesd_patch.hooks
+    if hooks.family.in_data:  # The one look at the data that the README tells of.
+        grids = hooks.family.grids(patched, tiny.given())
+        hooks.family = hooks.family._replace(grids=lambda model, given: grids)
+    return patched, tiny.model(), tiny.given() | {"return_dict": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", tiny_unets.TINY)
+def test_a_unet_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, settings, dtype):
+    unpatched, inputs = _unet(name)
+    patched = tomesd.apply_patch(_unet(name)[0], **SETTINGS[settings])
+    assert_same_on_gpu(patched, unpatched, inputs, dtype)
+
+
+@pytest.mark.parametrize("settings", OF_BLOCKS)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, settings):
+    patched, unpatched, inputs = _transformer(name, **SETTINGS[settings])
+    assert_same_on_gpu(patched, unpatched, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", tiny_vits.FAMILIES)
+def test_a_vit_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, dtype):
+    vit, patched = tiny_vits.build(name), tiny_vits.build(name)
+    tomesd.apply_patch(patched.model, r=2)
+    assert_same_on_gpu(patched.model, vit.model, vit.inputs, dtype)

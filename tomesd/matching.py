@@ -4,6 +4,8 @@ Every function here returns a map of exactly `n - r` groups. r is a Python integ
 settings; nothing depends on the data but the values of the indices.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def _nearest(metric: Tensor, windows: Windows, distance: str, refine: int) -> tu
     count = max(1, room // ((n_src + n_dst) * channels + n_src * n_dst))
     sources = max(1, room // (count * n_dst))
     found = [
-        _nearest_at_once(metric, windows._replace(order=part), distance, refine, sources)
+        _nearest_at_once(metric, replace(windows, order=part), distance, refine, sources)
         for part in windows.order.split(count)
     ]
     if len(found) == 1:
@@ -100,8 +102,8 @@ def _nearest_at_once(
     metric: Tensor, windows: Windows, distance: str, refine: int, sources: int
 ) -> tuple[Tensor, Tensor]:
     """`_nearest` of some windows, for so many sources of each at a time."""
-    order, n_src, padding = windows
-    sides = [n_src, order.shape[1] - n_src]
+    order, padding = windows.order, windows.padding
+    sides = [windows.src.shape[1], windows.dst.shape[1]]
     places = order.clamp(min=0) if padding else order
     rows = in_batch(places.expand(len(metric), -1, -1), metric.shape[1])
     tokens = select(metric, rows).flatten(0, 1)

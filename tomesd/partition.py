@@ -5,6 +5,7 @@ is random, it is a pure function of a key: never of the global random state, so 
 repeats, and is the same for both halves of a guidance batch.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ class Partition(NamedTuple):
     dst: Tensor
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Windows:
     """The same in windows: a source may merge into a destination of its own window only.
 
     order: int64 [windows, n_src + n_dst], in each window the sources, then the destinations; −1

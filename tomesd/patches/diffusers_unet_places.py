@@ -92,10 +92,11 @@ class Transformer:
     may have come in between: what is not in the arguments would then be another pass's. Only a
     TransformerSpatioTemporalModel has no argument for it; there, the last pass counts.
 
-    of_model: what threads are doing in all of it. settings: of each stage. skipped: why nothing
-    merges here. last: batch, height and width of its tokens and the kind of device in the last
-    forward pass of any thread, zeros before the first. last_place: of that pass, for a block that
-    is called again in a thread of autograd's own. threads: what they are doing here.
+    of_model: what threads are doing in all of it. settings: of each stage. most: those of the stage
+    in which most merges. skipped: why nothing merges here. last: batch, height and width of its
+    tokens and the kind of device in the last forward pass of any thread, zeros before the first.
+    last_place: of that pass, for a block that is called again in a thread of autograd's own.
+    threads: what they are doing here.
     """
 
     of_model: Threads[Run]
@@ -103,10 +104,14 @@ class Transformer:
     downsample: int
     module: Any
     settings: tuple[DiffusionSettings, ...]
+    most: DiffusionSettings = field(init=False)
     skipped: str = ""
     last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
     last_place: Place | None = None
     threads: Threads[Run] = field(default_factory=lambda: Threads(Run))
+
+    def __post_init__(self) -> None:
+        self.most = max(self.settings, key=lambda settings: settings.ratio)
 
     @property
     def h(self) -> int:
@@ -115,11 +120,6 @@ class Transformer:
     @property
     def w(self) -> int:
         return self.last[2]
-
-    @property
-    def most(self) -> DiffusionSettings:
-        """The settings of the stage in which most merges."""
-        return max(self.settings, key=lambda settings: settings.ratio)
 
     def why_not(self) -> str:
         """Why nothing merges here in a picture like the last one; empty if it does."""

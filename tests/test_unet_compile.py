@@ -30,7 +30,7 @@ SETTINGS = [
     {"merge_queries": False},
     {"preset": "paper"},
     {"preset": "quality"},
-    {"preset": "fast", "min_tokens": 0, "only_where_it_pays": False},
+    {"preset": "fast", "only_where_it_pays": False},
     {"window": 4, "refine": 2},
     EVERYTHING,
 ]

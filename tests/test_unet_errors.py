@@ -2,6 +2,7 @@
 
 import re
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,18 @@ def test_a_model_that_is_not_supported_is_named_beside_those_that_are(make, name
 
 def _blocks(unet) -> list:
     return [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+
+
+def test_a_model_of_a_release_that_changed_its_parts_is_refused_with_those_that_are_known():
+    unet = sd_unet()
+    block = _blocks(unet)[0]
+    block.self_attention = block.attn1
+    del block.attn1
+    with pytest.raises(TypeError) as caught:
+        tomesd.apply_patch(unet)
+    for words in ("UNet2DConditionModel", "diffusers 0.36 to 0.42", diffusers.__version__, "attn1"):
+        assert words in str(caught.value)
+    assert hooks(unet) == 0
 
 
 def test_feed_forward_chunking_together_with_a_merged_mlp_is_refused():

@@ -68,6 +68,20 @@ def test_what_would_not_pay_is_left_alone_and_the_report_says_why():
             assert rows(unet)["1/1 down_blocks.0"][2] == note
 
 
+def test_the_fast_preset_merges_whole_blocks_at_every_level_where_that_pays():
+    unet = tomesd.apply_patch(sd_unet(), preset="fast")
+    predict(unet, batch=1, h=64, w=64)
+    dear = "would cost more time than it saves"
+    assert rows(unet) == {
+        "1/1 down_blocks.0": (4096, 2048, ""),
+        "1/2 down_blocks.1": (1024, 512, ""),
+        "1/4 mid_block": (256, 256, dear),
+        "1/2 up_blocks.1": (1024, 512, ""),
+        "1/1 up_blocks.2": (4096, 2048, ""),
+    }
+    assert unet._tomesd_patch.settings.merge_block
+
+
 @pytest.mark.parametrize("name", ["min_tokens", "window"])
 def test_negative_numbers_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be 0 or more, got -1"):

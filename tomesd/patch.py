@@ -87,6 +87,14 @@ _VITS = (
     ),
 )
 
+# The releases of each host with which the tests passed.
+_TESTED = {
+    "diffusers": "0.36 to 0.42",
+    "transformers": "5.9 to 5.24, for DINOv2 5.20 to 5.24",
+    "timm": "1.0.22 to 1.0.31",
+    "torchvision": "0.24 to 0.29",
+}
+
 
 def apply_patch(
     model: Model, ratio: Ratio | None = None, *, preset: str | None = None, **settings: Any
@@ -115,12 +123,18 @@ def apply_patch(
         given, and where it is, denoisers are left as they are.
 
     What torch.compile made so far is forgotten, also of other models: it would not notice hooks.
-    Raises TypeError for a model that is not supported or an unknown setting, and ValueError for a
-    setting out of its range or if nothing at all would be merged; the model is then unchanged.
+    Raises TypeError for a model that is not supported, or of a release in which it has other parts
+    than are known, or for an unknown setting, and ValueError for a setting out of its range or if
+    nothing at all would be merged; the model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
     targets, chosen = _choose(model, ratio, preset, settings)
-    patches = [family.make_patch(target, *chosen) for target, family in targets]
+    patches = []
+    for target, family in targets:
+        try:
+            patches.append(family.make_patch(target, *chosen))
+        except (AttributeError, KeyError) as error:
+            raise TypeError(_why_changed(target, family, error)) from error
     for (target, _), patch in zip(targets, patches, strict=True):
         _remove(target)
         patch.install()
@@ -284,6 +298,16 @@ def _why_unsupported(model: Any) -> str:
         )
     names = [f"{name} ({host})" for host, models in supported().items() for name in models]
     return f"model must be or contain one of {', '.join(names)}, got {type(model).__name__}"
+
+
+def _why_changed(target: nn.Module, family: _Family, error: Exception) -> str:
+    """What to say of a model that has other parts than its class had in the tested releases."""
+    host, name = family.host, type(target).__name__
+    release = getattr(sys.modules.get(host), "__version__", "of an unknown release")
+    return (
+        f"model must be a {name} with the parts that it has in {host} {_TESTED[host]}, got one "
+        f"from {host} {release}: {error}"
+    )
 
 
 def _remove(target: nn.Module) -> None:

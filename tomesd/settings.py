@@ -240,7 +240,7 @@ def _kept_windows(h: int, w: int, sy: int, sx: int, window: int, device: torch.d
 PRESETS: dict[str, dict] = {
     # What the frontier of quality over speed offers on either side of the defaults.
     "quality": {"merge_block": False, "merge_queries": False},
-    "fast": {"max_downsample": 8, "min_tokens": 1024, "only_where_it_pays": True},
+    "fast": {"max_downsample": 8, "only_where_it_pays": True},
     # ToMe, Appendix F: every branch of every block, one matching for all three, plain means, no
     # proportional attention.
     "paper": {

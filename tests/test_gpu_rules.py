@@ -12,17 +12,19 @@ import tomesd
 from tests import tiny_transformers, tiny_unets, tiny_vits
 from tests.fake_gpu import run_on_gpu
 
-SETTINGS: dict[str, dict[str, Any]] = {
+# Of whole blocks: in diffusion transformers no others merge.
+OF_BLOCKS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quality": {"preset": "quality"},
-    "everywhere": {"max_downsample": 8},
-    "paper": {"preset": "paper"},
     "drawn": {"use_rand": True},
     "pruned": {"method": "prune"},
+}
+OF_VIDEOS = OF_BLOCKS | {"across frames": {"across_frames": True}}
+OF_UNETS = OF_BLOCKS | {
+    "everywhere": {"max_downsample": 8},
+    "quality": {"preset": "quality"},
+    "paper": {"preset": "paper"},
     "refined": {"merge_queries": False, "refine": 1},
 }
-# Those of whole blocks: no others merge in diffusion transformers.
-OF_BLOCKS = ("default", "drawn", "pruned")
 
 # These look at the masks of their texts, patched or not.
 WAITING = {
@@ -30,7 +32,11 @@ WAITING = {
     "Lumina2Transformer2DModel",
     "MochiTransformer3DModel",
 }
-TRANSFORMERS = sorted(set(tiny_transformers.TINY) - WAITING)
+TRANSFORMERS = {
+    name: tiny
+    for name, tiny in (tiny_transformers.TINY | tiny_transformers.CONTROLNETS).items()
+    if name not in WAITING
+}
 
 
 def assert_same_on_gpu(patched, unpatched, inputs: dict, dtype=torch.float32) -> None:
@@ -46,7 +52,7 @@ def _unet(name: str) -> tuple[Any, dict]:
 
 
 def _transformer(name: str, **settings) -> tuple[Any, Any, dict]:
-    tiny = tiny_transformers.TINY[name]
+    tiny = TRANSFORMERS[name]
     patched = tomesd.apply_patch(tiny.model(), **settings)
     hooks = patched._tomesd_patch.hooks
     if hooks.family.in_data:  # The one look at the data that the README tells of.
@@ -56,18 +62,18 @@ def _transformer(name: str, **settings) -> tuple[Any, Any, dict]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", OF_UNETS)
 @pytest.mark.parametrize("name", tiny_unets.TINY)
 def test_a_unet_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, settings, dtype):
     unpatched, inputs = _unet(name)
-    patched = tomesd.apply_patch(_unet(name)[0], **SETTINGS[settings])
+    patched = tomesd.apply_patch(_unet(name)[0], **OF_UNETS[settings])
     assert_same_on_gpu(patched, unpatched, inputs, dtype)
 
 
-@pytest.mark.parametrize("settings", OF_BLOCKS)
+@pytest.mark.parametrize("settings", OF_VIDEOS)
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, settings):
-    patched, unpatched, inputs = _transformer(name, **SETTINGS[settings])
+    patched, unpatched, inputs = _transformer(name, **OF_VIDEOS[settings])
     assert_same_on_gpu(patched, unpatched, inputs)
 
 

@@ -38,6 +38,8 @@ from tomesd.evaluation.peer import install_peer
 from tomesd.evaluation.variants import Variant
 from tomesd.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 def main() -> None:
     parser = build_parser()
@@ -101,7 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, help="default: bf16 or fp16 on cuda, fp32 elsewhere"
     )
     parser.add_argument("--device", help="default: cuda or mps if there is one, or cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        help="torch.compile every variant, in this mode (default); reduce-overhead: CUDA graphs",
+    )
     parser.add_argument(
         "--rounds", type=number(int, 1, 100_000), help="default: 5; 50 with --cost or --bias"
     )
@@ -210,9 +218,10 @@ def check_measurement(args: argparse.Namespace, denoiser: Denoiser) -> None:
 def headline(setup: Setup, timed: bool = True) -> str:
     about = environment(setup)
     where = about["accelerator"] or f"{about['cpu']}, {about['threads']} threads"
+    how = f"compiled ({setup.compiled})" if setup.compiled else "eager"
     return (
         f"{setup.denoiser.name}, batch {setup.batch}, {setup.precision}, "
-        f"{'compiled' if setup.compiled else 'eager'}, on {setup.device} ({where}), "
+        f"{how}, on {setup.device} ({where}), "
         f"torch {about['torch_version']}"
         + (f", {setup.rounds} rounds; medians (quartiles)" if timed else "")
     )

@@ -79,7 +79,7 @@ def prepare(args: argparse.Namespace) -> frontier.Plan:
         rounds=args.rounds,
         device=device,
         precision=precision,
-        compiled=False,
+        compiled=None,
         measures_memory=False,
         peer=None,
         peer_name="",

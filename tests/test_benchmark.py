@@ -95,20 +95,20 @@ def test_full_size_models_are_those_that_were_published(name, parameters, levels
 def test_random_weights_give_finite_predictions_of_a_sensible_size(dtype):
     unet = full_size.build_unet(UNET, CPU, dtype)
     inputs = full_size.unet_inputs(UNET, 2, 8, CPU, dtype)
-    (sample,) = forward(unet, inputs, compiled=False)()
+    (sample,) = forward(unet, inputs, compiled=None)()
     assert sample.dtype == dtype
     assert sample.shape == (2, 4, 8, 8)
     assert 0.1 < sample.float().std() < 10
 
 
 def test_models_that_share_weights_are_patched_one_by_one(unet, inputs):
-    before = forward(unet, inputs, compiled=False)()[0]
+    before = forward(unet, inputs, compiled=None)()[0]
     twin = full_size.share_weights(unet)
     assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in unet.parameters()}
-    assert torch.equal(forward(twin, inputs, compiled=False)()[0], before)
+    assert torch.equal(forward(twin, inputs, compiled=None)()[0], before)
     tomesd.apply_patch(twin, ratio=0.5)
-    assert not torch.equal(forward(twin, inputs, compiled=False)()[0], before)
-    assert torch.equal(forward(unet, inputs, compiled=False)()[0], before)
+    assert not torch.equal(forward(twin, inputs, compiled=None)()[0], before)
+    assert torch.equal(forward(unet, inputs, compiled=None)()[0], before)
 
 
 def branch_shapes(unet, inputs) -> list[tuple]:
@@ -128,7 +128,7 @@ def branch_shapes(unet, inputs) -> list[tuple]:
         for name, module in unet.named_modules()
         if name.split(".")[-1] in ("attn1", "attn2", "ff")
     ]
-    forward(unet, inputs, compiled=False)()
+    forward(unet, inputs, compiled=None)()
     for handle in handles:
         handle.remove()
     return seen
@@ -171,7 +171,7 @@ def test_the_ideal_neither_matches_nor_touches_other_tokens(inputs, monkeypatch)
     install_ideal(unet, DiffusionSettings(ratio=0.5))
     block.attn1.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     block.norm1.register_forward_hook(lambda module, args, output: seen.append(output))
-    forward(unet, inputs, compiled=False)()
+    forward(unet, inputs, compiled=None)()
     normed, (merged, output) = seen
     assert torch.equal(merged, normed[:, :32])
     assert merged.data_ptr() == normed.data_ptr()
@@ -181,11 +181,18 @@ def test_the_ideal_neither_matches_nor_touches_other_tokens(inputs, monkeypatch)
 
 def test_removing_the_ideal_restores_the_output_bit_for_bit(unet, inputs):
     twin = full_size.share_weights(unet)
-    before = forward(twin, inputs, compiled=False)()[0]
+    before = forward(twin, inputs, compiled=None)()[0]
     handle = install_ideal(twin, DiffusionSettings(ratio=0.5))
-    assert not torch.equal(forward(twin, inputs, compiled=False)()[0], before)
+    assert not torch.equal(forward(twin, inputs, compiled=None)()[0], before)
     handle.remove()
-    assert torch.equal(forward(twin, inputs, compiled=False)()[0], before)
+    assert torch.equal(forward(twin, inputs, compiled=None)()[0], before)
+
+
+def test_the_compilers_mode_is_the_one_that_was_asked_for(unet, inputs, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.compile", lambda f, mode, **how: asked.append(mode) or f)
+    forward(unet, inputs, compiled="reduce-overhead")()
+    assert asked == ["reduce-overhead"]
 
 
 def test_each_compiled_variant_runs_its_own_graph(unet, inputs, monkeypatch):
@@ -196,8 +203,8 @@ def test_each_compiled_variant_runs_its_own_graph(unet, inputs, monkeypatch):
     settings = DiffusionSettings(ratio=0.5)
     variants = [Variant("unpatched", "unpatched"), Variant("tome", "patched", settings)]
     models = [prepare(full_size.share_weights(unet), variant) for variant in variants]
-    eager = [forward(model, inputs, compiled=False)()[0] for model in models]
-    compiled = [forward(model, inputs, compiled=True)()[0] for model in models]
+    eager = [forward(model, inputs, compiled=None)()[0] for model in models]
+    compiled = [forward(model, inputs, compiled="default")()[0] for model in models]
     for expected, got in zip(eager, compiled, strict=True):
         torch.testing.assert_close(got, expected)
     assert not torch.allclose(eager[0], eager[1], atol=1e-4)

@@ -35,7 +35,10 @@ STEPS = ("match", "merge", "unmerge")
 
 @dataclass(frozen=True)
 class Setup:
-    """What all measurements share, checked."""
+    """What all measurements share, checked.
+
+    compiled: torch.compile's mode; None runs eagerly.
+    """
 
     denoiser: full_size.Denoiser
     sizes: list[int]
@@ -44,7 +47,7 @@ class Setup:
     rounds: int
     device: torch.device
     precision: str
-    compiled: bool
+    compiled: str | None
     measures_memory: bool
     peer: Path | None
     peer_name: str
@@ -52,6 +55,12 @@ class Setup:
     @property
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
+
+    @property
+    def warm_ups(self) -> int:
+        """Forwards before the first that counts. "reduce-overhead" runs once as usual and once more
+        to record its CUDA graphs."""
+        return 3 if self.compiled and self.device.type == "cuda" else 1
 
     def latents(self, size: int) -> int:
         """The side of a picture in latents, or in a transformer's tokens."""
@@ -221,7 +230,8 @@ def new_row(variant: Variant, size: int) -> dict[str, Any]:
 def our_run(setup: Setup, model: Any, size: int, row: dict) -> Callable[[], float]:
     """What times one forward, warmed up; on CUDA its memory goes into the row."""
     call = forward(model, setup.inputs(size), setup.compiled)
-    call()
+    for _ in range(setup.warm_ups):
+        call()
     if setup.measures_memory and setup.device.type == "cuda":
         row["memory"] = peak_memory(call, setup.device)._asdict()
     return partial(seconds, call, setup.device)
@@ -234,7 +244,8 @@ def peer_run(
     asked = {"variant": variant.name, "batch": setup.batch, "size": setup.latents(size)}
     row["patch"] = patch_peer(setup, peer, variant)
     row["blocks_merged"] = peer.ask("matches", **asked)
-    peer.ask("forward", **asked)
+    for _ in range(setup.warm_ups):
+        peer.ask("forward", **asked)
     if setup.measures_memory and setup.device.type == "cuda":
         before, peak = peer.ask("peak", **asked)
         row["memory"] = {"before": before, "peak": peak}

@@ -45,11 +45,13 @@ class Worker:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.unet = full_size.build_unet(config, self.device, self.dtype)
 
-    def patch(self, variant: str, settings: dict, compiled: bool) -> None:
+    def patch(self, variant: str, settings: dict, compiled: str | None) -> None:
         """Patch a model of the variant's own."""
         twin = full_size.share_weights(self.unet)
         tomesd.apply_patch(twin, **settings)
-        self.models[variant] = torch.compile(twin, dynamic=False) if compiled else twin
+        if compiled:
+            twin = torch.compile(twin, dynamic=False, mode=compiled)
+        self.models[variant] = twin
 
     def forward(self, variant: str, batch: int, size: int) -> float:
         """Seconds of one forward."""

@@ -44,10 +44,12 @@ def prepare(unet: Any, variant: Variant) -> Any:
     return unet
 
 
-def forward(unet: Any, inputs: tuple[tuple, dict], compiled: bool) -> Callable[[], Any]:
+def forward(unet: Any, inputs: tuple[tuple, dict], compiled: str | None) -> Callable[[], Any]:
     """A function that runs the UNet once on these inputs, without gradients.
 
-    >>> sample, = forward(unet, unet_inputs(SD15, 2, 64, device, dtype), compiled=False)()
+    >>> sample, = forward(unet, unet_inputs(SD15, 2, 64, device, dtype), compiled=None)()
+
+    compiled: torch.compile's mode; None runs eagerly.
     """
     args, kwargs = inputs
 
@@ -58,7 +60,7 @@ def forward(unet: Any, inputs: tuple[tuple, dict], compiled: bool) -> Callable[[
         # Dynamo keeps compiled code by code object and does not notice that hooks differ: with one
         # code object for all, every variant would run the first one's graph.
         own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
-        call = torch.compile(own, fullgraph=True, dynamic=False)
+        call = torch.compile(own, fullgraph=True, dynamic=False, mode=compiled)
 
     def run() -> Any:
         with torch.no_grad():

@@ -30,8 +30,10 @@ class Threads(threading.local, Generic[Run]):
 
 
 def by_name(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """All arguments of a call by their names, which are given in order."""
-    return dict(zip(names[: len(args)], args, strict=True)) | kwargs
+    """The arguments of a call by their names, as far as these are told, in order."""
+    # The compiler of torch 2.9 takes zip's strict=False for True.
+    known = min(len(names), len(args))
+    return dict(zip(names[:known], args[:known], strict=True)) | kwargs
 
 
 class Row(NamedTuple):

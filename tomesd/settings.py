@@ -179,33 +179,12 @@ class DiffusionSettings:
             return "ratio is 0"
         if tokens < self.min_tokens:
             return f"fewer than min_tokens={self.min_tokens}"
-        if not self.only_where_it_pays or self._pays(device_kind, batch, h, w, channels, joint):
+        # Kept from call to call: to count it out takes as long as several kernels. A graph keeps it
+        # by itself, and what compiles it cannot look into a cache.
+        pays = _pays if torch.compiler.is_compiling() else _kept_pays
+        if not self.only_where_it_pays or pays(self, device_kind, batch, h, w, channels, joint):
             return ""
         return "would cost more time than it saves"
-
-    def _pays(
-        self, device_kind: str, batch: int, h: int, w: int, channels: int, joint: bool
-    ) -> bool:
-        r = self.merged(h, w)
-        return balance(
-            device_kind,
-            batch,
-            h * w,
-            r,
-            channels,
-            branches=Branches(
-                merge_attn=self.merge_attn,
-                merge_crossattn=self.merge_crossattn,
-                merge_mlp=self.merge_mlp,
-                merge_queries=self.merge_queries,
-                merge_block=self.merge_block,
-            ),
-            destinations=h * w - self._allowed(h, w),
-            window=self.window or None,
-            refine=self.refine,
-            keep_norm=self.keep_norm,
-            joint=joint,
-        ).pays
 
     def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> TokenMap:
         """The token map of one block: features [B, h·w, C]; a key where `is_random`."""
@@ -227,6 +206,40 @@ class DiffusionSettings:
         else:
             sides = partition.strided(h, w, self.sy, self.sx, key=key, device=device)
         return bipartite_soft_matching(features, sides, r, refine=self.refine)
+
+
+def _pays(
+    settings: DiffusionSettings,
+    device_kind: str,
+    batch: int,
+    h: int,
+    w: int,
+    channels: int,
+    joint: bool,
+) -> bool:
+    r = settings.merged(h, w)
+    return balance(
+        device_kind,
+        batch,
+        h * w,
+        r,
+        channels,
+        branches=Branches(
+            merge_attn=settings.merge_attn,
+            merge_crossattn=settings.merge_crossattn,
+            merge_mlp=settings.merge_mlp,
+            merge_queries=settings.merge_queries,
+            merge_block=settings.merge_block,
+        ),
+        destinations=h * w - settings._allowed(h, w),
+        window=settings.window or None,
+        refine=settings.refine,
+        keep_norm=settings.keep_norm,
+        joint=joint,
+    ).pays
+
+
+_kept_pays = lru_cache(maxsize=1024)(_pays)
 
 
 @lru_cache(maxsize=64)

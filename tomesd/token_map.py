@@ -219,10 +219,14 @@ class TokenMap:
         needed, got = self.head_rows.shape, other.group_rows.shape
         if got != needed:
             raise ValueError(f"other must map [batch, tokens] {list(needed)}, got {list(got)}")
-        group = _pick(other.group_rows, self.group_rows.clamp(min=0))
+        if self.drops:
+            group = _pick(other.group_rows, self.group_rows.clamp(min=0))
+            group = group.masked_fill(self.group_rows < 0, -1)
+        else:
+            group = _pick(other.group_rows, self.group_rows)
         moved = _pick(self.head_rows, other.moved_rows)
         return TokenMap(
-            group.masked_fill(self.group_rows < 0, -1) if self.drops else group,
+            group,
             _pick(self.head_rows, other.head_rows),
             torch.cat([self.moved_rows, moved], dim=1),
             other.merge(self.size, how="sum"),

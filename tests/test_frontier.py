@@ -16,6 +16,7 @@ from tests.tiny_shapes import save_untrained, untrained_pipeline
 from tomesd.evaluation import full_size
 from tomesd.evaluation.candidates import CANDIDATES, FAMILIES, chosen
 from tomesd.evaluation.frontier import frontier, mark
+from tomesd.settings import PRESETS
 
 # As in the peer's process: the number of threads touches the rounding.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,6 +151,11 @@ def test_the_frontier_is_what_nothing_beats():
     for index, (x, y) in enumerate(points):
         beaten = [a for a in points if a[0] >= x and a[1] >= y and a != (x, y)]
         assert (index in best) == (not beaten)
+
+
+def test_the_default_and_every_preset_are_candidates():
+    shipped = [each.shipped_as for each in CANDIDATES if each.shipped_as]
+    assert sorted(shipped) == ["default", *(f"preset {name}" for name in sorted(PRESETS))]
 
 
 def test_settings_have_a_frontier_of_their_own():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tomesd.evaluation.experiments import (
@@ -15,7 +15,7 @@ from tomesd.evaluation.experiments import (
     install,
 )
 from tomesd.evaluation.run import UNPATCHED, Row
-from tomesd.settings import DiffusionSettings, diffusion_settings
+from tomesd.settings import PRESETS, DiffusionSettings, diffusion_settings
 
 PEER = "tomesd==0.1.3"
 
@@ -44,6 +44,18 @@ class Candidate(Row):
     def is_setting(self) -> bool:
         """Whether `apply_patch` can do it, alike in every step."""
         return type(self.settings) is DiffusionSettings and not self.is_peer
+
+    @property
+    def shipped_as(self) -> str:
+        """What `apply_patch` calls these settings, where all levels pay: "default" or a preset."""
+        for name, preset in {
+            "default": None,
+            **{f"preset {each}": each for each in PRESETS},
+        }.items():
+            chosen = diffusion_settings(0.5, preset, {})
+            if self.is_setting and self.settings == replace(chosen, only_where_it_pays=False):
+                return name
+        return ""
 
     @property
     def period(self) -> int:

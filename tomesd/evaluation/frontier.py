@@ -257,6 +257,7 @@ def results(plan: Plan) -> dict[str, Any]:
             "name": name,
             "family": candidate.family,
             "is_setting": candidate.is_setting,
+            "shipped_as": candidate.shipped_as,
             "settings": asdict(settings) if settings else None,
             "attention_left": {size: shares[name] for size, shares in left.items()},
         }

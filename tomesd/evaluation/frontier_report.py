@@ -56,7 +56,7 @@ def table(results: Mapping[str, Any]) -> str:
     for number, row in enumerate(results["rows"]):
         figures = [
             str(number),
-            row["name"],
+            _title(row),
             _speed(row),
             "–" if row.get("psnr") is None else f"{row['psnr']:.1f}",
             "–" if row.get("frechet") is None else f"{row['frechet']:.2f}",
@@ -78,6 +78,10 @@ def table(results: Mapping[str, Any]) -> str:
             "the Fréchet distance is too large: compare rows of this table alone."
         )
     return "\n".join(lines)
+
+
+def _title(row: Record) -> str:
+    return f"{row['name']} ({row['shipped_as']})" if row["shipped_as"] else row["name"]
 
 
 def _speed(row: Record) -> str:
@@ -130,9 +134,12 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
     >>> plot(results, Path("frontier.png"))
 
-    Points have the numbers of the table, and a key beside the panels.
+    Points have the numbers of the table, and a key beside the panels; the default and the presets
+    are named.
     """
-    figure = Figure(figsize=(11, 13), layout="constrained")
+    timed = [(number, row) for number, row in enumerate(results["rows"]) if "speedup" in row]
+    # As high as the key.
+    figure = Figure(figsize=(11, max(8, 0.2 * len(timed))), layout="constrained")
     panels = figure.subplots(len(_MEASURES), 1)
     for axes, (measure, name, more_is_better) in zip(panels, _MEASURES, strict=True):
         _panel(axes, results["rows"], measure, more_is_better)
@@ -140,9 +147,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel(name)
     panels[0].legend(loc="upper right")
     key = [
-        Line2D([], [], linestyle="", **_look(row), label=f"{number}  {row['name']}")
-        for number, row in enumerate(results["rows"])
-        if "speedup" in row
+        Line2D([], [], linestyle="", **_look(row), label=f"{number}  {_title(row)}")
+        for number, row in timed
     ]
     figure.legend(handles=key, loc="outside right center", fontsize="small", frameon=False)
     figure.savefig(path, format="png", dpi=120)
@@ -166,17 +172,21 @@ def _panel(axes: Axes, rows: Sequence[Record], measure: str, more_is_better: boo
         best = [among[i] for i in frontier([(_x(row), sign * row[measure]) for row in among])]
         line = ([_x(row) for row in best], [row[measure] for row in best])
         axes.plot(*line, color=color, linestyle=style, linewidth=1, label=f"frontier {name}")
-    for number, row in enumerate(rows):
-        if row in points:
-            axes.plot(_x(row), row[measure], zorder=3, **_look(row))
-            axes.annotate(
-                str(number),
-                (_x(row), row[measure]),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize="small",
-                color=_LOOKS[row["family"]][0],
-            )
+    numbered = [(number, row) for number, row in enumerate(rows) if row in points]
+    for _, row in numbered:
+        axes.plot(_x(row), row[measure], zorder=3, **_look(row))
+    middle = sum(axes.get_xlim()) / 2
+    for number, row in numbered:
+        is_right = _x(row) > middle
+        axes.annotate(
+            f"{number} {row['shipped_as']}".strip(),
+            (_x(row), row[measure]),
+            xytext=(-5 if is_right else 5, 4),
+            textcoords="offset points",
+            ha="right" if is_right else "left",
+            fontsize="small",
+            color=_LOOKS[row["family"]][0],
+        )
     axes.grid(alpha=0.3)
     if not more_is_better:
         axes.invert_yaxis()

@@ -72,7 +72,7 @@ def frame_by_frame(token_map: TokenMap, frames: int) -> TokenMap:
 
 def side_by_side(maps: list[TokenMap]) -> TokenMap:
     """The map of the first map's tokens, then the second's, and so on; none merge across."""
-    all_n, all_m = (sum(each) for each in zip(*((one.n, one.m) for one in maps), strict=True))
+    all_n, all_m = sum(one.n for one in maps), sum(one.m for one in maps)
     n = m = 0
     group, head, moved = [], [], []
     for one in maps:

@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
+def can_be_faked() -> bool:
+    """Whether this torch wants no driver for it: 2.14 does not, 2.9 does."""
+    try:
+        with FakeTensorMode() as mode:
+            mode.from_tensor(torch.ones(1)).to("cuda").neg()
+    except RuntimeError:
+        return False
+    return True
+
+
 @torch.no_grad()  # Autograd wants the real thing.
 def run_on_gpu(
     model: nn.Module, inputs: dict, dtype: torch.dtype

@@ -10,7 +10,9 @@ import torch
 
 import tomesd
 from tests import tiny_transformers, tiny_unets, tiny_vits
-from tests.fake_gpu import run_on_gpu
+from tests.fake_gpu import can_be_faked, run_on_gpu
+
+pytestmark = pytest.mark.skipif(not can_be_faked(), reason="this torch wants a GPU's driver")
 
 # Of whole blocks: in diffusion transformers no others merge.
 OF_BLOCKS: dict[str, dict[str, Any]] = {

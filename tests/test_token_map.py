@@ -199,6 +199,18 @@ def test_a_mean_direction_is_as_long_as_the_head_and_points_where_the_mean_does(
     assert_close(directions[0].to(dtype), directions[1].to(dtype), torch.ones(()))
 
 
+@given(cases(fates), st.integers(1, 3))
+def test_a_repeated_map_does_to_every_copy_what_it_does_to_the_first(case, times):
+    of, batch, n, channels, token_map = case
+    x = of.values(times * batch, n, channels)
+    repeated = token_map.repeat(times)
+    merged = torch.cat([token_map.merge(each) for each in x.chunk(times)])
+    assert torch.equal(repeated.merge(x), merged)
+    unmerged = torch.cat([token_map.unmerge(each) for each in merged.chunk(times)])
+    assert torch.equal(repeated.unmerge(merged), unmerged)
+    assert repeated.drops == token_map.drops
+
+
 def test_groups_are_numbered_by_their_first_tokens_whatever_their_labels():
     token_map = TokenMap.from_groups([[7, 3, 7, 0], [5, 5, -1, 2]])
     assert token_map.group.tolist() == [[0, 1, 0, 2], [0, 0, 1, 2]]

@@ -90,6 +90,8 @@ class TokenMap:
         >>> TokenMap.from_moved_rows(3, moved, target).group
         tensor([[1, 0, 1],
                 [0, 0, 1]])
+
+        n: the number of tokens of each sample. moved, target: int64 [B, k], rows of the batch.
         """
         batch, count = moved.shape
         left = batch * (n - count)

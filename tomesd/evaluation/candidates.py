@@ -48,13 +48,10 @@ class Candidate(Row):
     @property
     def shipped_as(self) -> str:
         """What `apply_patch` calls these settings, where all levels pay: "default" or a preset."""
-        for name, preset in {
-            "default": None,
-            **{f"preset {each}": each for each in PRESETS},
-        }.items():
+        for preset in (None, *PRESETS):
             chosen = diffusion_settings(0.5, preset, {})
             if self.is_setting and self.settings == replace(chosen, only_where_it_pays=False):
-                return name
+                return f"preset {preset}" if preset else "default"
         return ""
 
     @property

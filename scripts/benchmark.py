@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tomesd.evaluation import full_size_transformers, key_bias
-from tomesd.evaluation.arguments import number, run_script
-from tomesd.evaluation.benchmark import (
+from benchmarks.common.arguments import number, run_script
+from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
+from benchmarks.common.files import check_file, whole
+from benchmarks.speed import full_size_transformers, key_bias
+from benchmarks.speed.benchmark import (
     STEPS,
     Setup,
     environment,
@@ -29,14 +31,12 @@ from tomesd.evaluation.benchmark import (
     measure_memory,
     ready,
 )
-from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
-from tomesd.evaluation.full_size import Denoiser
-from tomesd.evaluation.full_size_transformers import Transformer
-from tomesd.evaluation.image_file import check_file, whole
-from tomesd.evaluation.lora_training import check_peft, measure_training
-from tomesd.evaluation.peer import install_peer
-from tomesd.evaluation.variants import Variant
-from tomesd.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
+from benchmarks.speed.full_size import Denoiser
+from benchmarks.speed.full_size_transformers import Transformer
+from benchmarks.speed.lora_training import check_peft, measure_training
+from benchmarks.speed.peer import install_peer
+from benchmarks.speed.variants import Variant
+from tomesd.diffusion.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from tomesd.evaluation import classify, classify_report, fid
-from tomesd.evaluation.arguments import number, run_script, script_parser
-from tomesd.evaluation.classifiers import check_model, load_classifier
-from tomesd.evaluation.device import PRECISIONS, choose_device
-from tomesd.evaluation.image_file import check_folder, versions
-from tomesd.evaluation.quality import run_folder
-from tomesd.patch import patched
+from benchmarks.classifier import classify, classify_report
+from benchmarks.classifier.classifiers import check_model, load_classifier
+from benchmarks.common.arguments import number, run_script, script_parser
+from benchmarks.common.device import PRECISIONS, choose_device
+from benchmarks.common.files import check_folder, versions
+from benchmarks.fid import fid
+from benchmarks.quality.quality import run_folder
+from tomesd.api import patched
 from tomesd.shapes.pipeline import ASSETS
 
 PICTURES = 1000

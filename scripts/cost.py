@@ -7,8 +7,8 @@ computed but shapes, so that any machine gives the same tables. See docs/perform
 
 import argparse
 
-from tomesd.evaluation.arguments import number, run_script
-from tomesd.evaluation.cost_table import (
+from benchmarks.common.arguments import number, run_script
+from benchmarks.cost.cost_table import (
     MODELS,
     STEP,
     budget_table,
@@ -17,7 +17,7 @@ from tomesd.evaluation.cost_table import (
     levels_table,
     shares_table,
 )
-from tomesd.workload import WINDOW
+from tomesd.core.workload import WINDOW
 
 TABLES = ("levels", "shares", "ideal", "budget")
 

@@ -24,17 +24,17 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 
-from tomesd.evaluation import fid, report
-from tomesd.evaluation.arguments import number, run_script, script_parser, size
-from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
-from tomesd.evaluation.frechet import Features
-from tomesd.evaluation.image_file import check_folder, save_image, versions, whole
-from tomesd.evaluation.limits import check_limit
-from tomesd.evaluation.quality import run_folder
-from tomesd.evaluation.reference import drawn, from_folder
-from tomesd.evaluation.run import Model, Run, rows
-from tomesd.evaluation.sampling import SCHEDULERS, check_model, choose, native_side
-from tomesd.settings import PRESETS
+from benchmarks.common.arguments import number, run_script, script_parser, size
+from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
+from benchmarks.common.files import check_folder, save_image, versions, whole
+from benchmarks.fid import fid, report
+from benchmarks.fid.frechet import Features
+from benchmarks.fid.limits import check_limit
+from benchmarks.pictures.reference import drawn, from_folder
+from benchmarks.pictures.run import Model, Run, rows
+from benchmarks.pictures.sampling import SCHEDULERS, check_model, choose, native_side
+from benchmarks.quality.quality import run_folder
+from tomesd.diffusion.settings import PRESETS
 
 
 def main(argv: list[str] | None = None) -> None:

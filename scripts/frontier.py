@@ -22,18 +22,19 @@ from typing import Any
 
 import transformers
 
-from tomesd.evaluation import fid, frontier, frontier_report
-from tomesd.evaluation.arguments import number, run_script
-from tomesd.evaluation.benchmark import Setup
-from tomesd.evaluation.candidates import CANDIDATES, PEER, chosen
-from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
-from tomesd.evaluation.full_size import denoiser
-from tomesd.evaluation.image_file import check_folder, whole
-from tomesd.evaluation.peer import PeerError, install_peer
-from tomesd.evaluation.quality import run_folder
-from tomesd.evaluation.reference import drawn
-from tomesd.evaluation.run import Model, Run
-from tomesd.evaluation.sampling import EMBEDDED, Sampling, check_model
+from benchmarks.common.arguments import number, run_script
+from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
+from benchmarks.common.files import check_folder, whole
+from benchmarks.fid import fid
+from benchmarks.frontier import frontier, frontier_report
+from benchmarks.frontier.candidates import CANDIDATES, PEER, chosen
+from benchmarks.pictures.reference import drawn
+from benchmarks.pictures.run import Model, Run
+from benchmarks.pictures.sampling import EMBEDDED, Sampling, check_model
+from benchmarks.quality.quality import run_folder
+from benchmarks.speed.benchmark import Setup
+from benchmarks.speed.full_size import denoiser
+from benchmarks.speed.peer import PeerError, install_peer
 from tomesd.shapes.pipeline import ASSETS
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import tomesd
-from tomesd.evaluation import comparison, sampling
-from tomesd.evaluation.arguments import number, run_script, script_parser, size
-from tomesd.evaluation.device import PRECISIONS, choose_device, choose_precision
-from tomesd.evaluation.image_file import check_output, destination, save_image, versions
-from tomesd.evaluation.sampling import Sampling
-from tomesd.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
+from benchmarks.common.arguments import number, run_script, script_parser, size
+from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
+from benchmarks.common.files import check_output, destination, save_image, versions
+from benchmarks.pictures import comparison, sampling
+from benchmarks.pictures.sampling import Sampling
+from tomesd.diffusion.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,12 +17,14 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from tomesd.evaluation import classifiers, fid, quality
-from tomesd.evaluation.arguments import number, run_script, script_parser
-from tomesd.evaluation.image_file import check_folder, whole
-from tomesd.evaluation.quality import CASES, Case, held_out, run_folder, shown_right
-from tomesd.evaluation.run import UNPATCHED, Model, Row, Run, make
-from tomesd.evaluation.sampling import EMBEDDED, check_model, choose, native_side
+from benchmarks.classifier import classifiers
+from benchmarks.common.arguments import number, run_script, script_parser
+from benchmarks.common.files import check_folder, whole
+from benchmarks.fid import fid
+from benchmarks.pictures.run import UNPATCHED, Model, Row, Run, make
+from benchmarks.pictures.sampling import EMBEDDED, check_model, choose, native_side
+from benchmarks.quality import quality
+from benchmarks.quality.quality import CASES, Case, held_out, run_folder, shown_right
 from tomesd.shapes.pipeline import ASSETS
 
 MODEL = Model(None, "cpu", torch.float32, None)

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from tomesd.evaluation import classify, fid, merged_training
-from tomesd.evaluation.arguments import number, run_script, script_parser
-from tomesd.evaluation.classifiers import check_model
-from tomesd.evaluation.device import choose_device
-from tomesd.evaluation.image_file import check_folder, versions
-from tomesd.evaluation.quality import run_folder
+from benchmarks.classifier import classify
+from benchmarks.classifier.classifiers import check_model
+from benchmarks.common.arguments import number, run_script, script_parser
+from benchmarks.common.device import choose_device
+from benchmarks.common.files import check_folder, versions
+from benchmarks.fid import fid
+from benchmarks.quality.quality import run_folder
+from benchmarks.training import merged_training
+from benchmarks.training.shapes import Stage, labelled_pictures
 from tomesd.shapes import pipeline as shapes
-from tomesd.shapes.training import Stage, labelled_pictures
 
 
 def main(argv: list[str] | None = None) -> None:

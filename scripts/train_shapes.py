@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tomesd.evaluation.arguments import number, run_script, script_parser
-from tomesd.evaluation.device import choose_device
-from tomesd.evaluation.image_file import check_folder
-from tomesd.shapes import pipeline as shapes
-from tomesd.shapes.training import (
+from benchmarks.common.arguments import number, run_script, script_parser
+from benchmarks.common.device import choose_device
+from benchmarks.common.files import check_folder
+from benchmarks.training.shapes import (
     CheckpointError,
     MaskedClassifier,
     Stage,
@@ -36,6 +35,7 @@ from tomesd.shapes.training import (
     train,
     whole_folder,
 )
+from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, scene
 
 STAGES = ("autoencoder", "denoiser", "classifier")

@@ -16,13 +16,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 import tomesd
+from benchmarks.classifier import classifiers
+from benchmarks.common.arguments import number, run_script, script_parser
+from benchmarks.common.files import check_output, destination, save_image, versions
+from benchmarks.pictures import sampling
 from tomesd import visualize
-from tomesd.evaluation import classifiers, sampling
-from tomesd.evaluation.arguments import number, run_script, script_parser
-from tomesd.evaluation.image_file import check_output, destination, save_image, versions
-from tomesd.settings import DiffusionSettings
+from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.shapes.world import HELD_OUT, draw, scene
-from tomesd.vit_settings import METHODS, ViTSettings
+from tomesd.vit.settings import METHODS, ViTSettings
 
 # So many pixels for a token make its border easy to see.
 PIXELS_PER_TOKEN = 12

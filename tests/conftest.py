@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 import tomesd
-from tomesd import matching, partition
+from tomesd.core import matching, partition
 
 # Workers side by side (pytest -n auto) share the cores, and so do the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:

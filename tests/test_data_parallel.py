@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 import tomesd
-from tests.data_parallel import KINDS, SETTINGS, WAYS, build, gradients
+from tests.support.data_parallel import KINDS, SETTINGS, WAYS, build, gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,8 @@ import doctest
 
 import pytest
 
-from tomesd import matching, partition, settings, token_map
+from tomesd.core import matching, partition, token_map
+from tomesd.diffusion import settings
 
 
 # Those whose examples need no model.

@@ -1,6 +1,6 @@
 """What a GPU asks of a patched model, seen without one: nothing waits for it, nothing is elsewhere.
 
-The tensors of these tests have no values; see `tests.fake_gpu`.
+The tensors of these tests have no values; see `tests.support.fake_gpu`.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tomesd
-from tests import tiny_transformers, tiny_unets, tiny_vits
-from tests.fake_gpu import can_be_faked, run_on_gpu
+from tests.support import tiny_transformers, tiny_unets, tiny_vits
+from tests.support.fake_gpu import can_be_faked, run_on_gpu
 
 pytestmark = pytest.mark.skipif(not can_be_faked(), reason="this torch wants a GPU's driver")
 

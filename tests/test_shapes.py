@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny_shapes import untrained_pipeline
+from benchmarks.training.shapes import MaskedClassifier, Stage, masks, pictures, train
+from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
-from tomesd.shapes.training import MaskedClassifier, Stage, masks, pictures, train
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tomesd
-from tests.tiny_models import TEXT_WIDTH, hooks, predict, sd_pipeline, sd_unet, unet_inputs
-from tests.tiny_vits import FAMILIES, Vit, build
-from tests.vit_reference import encode
+from tests.support.tiny_models import TEXT_WIDTH, hooks, predict, sd_pipeline, sd_unet, unet_inputs
+from tests.support.tiny_vits import FAMILIES, Vit, build
+from tests.support.vit_reference import encode
 
 R = [3, 0, 9]
 

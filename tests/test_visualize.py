@@ -11,7 +11,7 @@ import transformers as hf
 from PIL import Image
 
 import tomesd
-from tests.tiny_vits import build
+from tests.support.tiny_vits import build
 from tomesd import visualize
 from tomesd.shapes import pipeline as shapes
 from tomesd.visualize import draw_frames, draw_groups, layers_picture, steps_picture

@@ -4,12 +4,14 @@
 >>> vit = tomesd.apply_patch(vit, r=8)
 """
 
-from tomesd.patch import apply_patch, patched, remove_patch, report, supported
-from tomesd.ratio_schedule import RatioSchedule
-from tomesd.settings import DiffusionSettings
-from tomesd.token_map import TokenMap
+from tomesd.api import apply_patch, patched, remove_patch, report, supported
+from tomesd.core.token_map import TokenMap
+from tomesd.diffusion.ratio_schedule import RatioSchedule
+from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.tracing import TokenGroups, trace
-from tomesd.vit_settings import ViTSettings
+from tomesd.vit.settings import ViTSettings
+
+__version__ = "1.0.0"
 
 __all__ = [
     "DiffusionSettings",

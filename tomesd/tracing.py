@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tomesd.patch import _PATCH, _patched
-from tomesd.patches.diffusers_transformer import TransformerPatch
-from tomesd.patches.diffusers_unet import UNetPatch
-from tomesd.patches.vit import ViTPatch
+from tomesd.api import _PATCH, _patched
+from tomesd.diffusion.dit.patch import TransformerPatch
+from tomesd.diffusion.unet.patch import UNetPatch
+from tomesd.vit.patch import ViTPatch
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,9 @@ from transformers import (
 
 from tomesd.shapes.world import COLORS, KINDS, SHAPES, Scene
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+# In a wheel they are installed beside this file; in a clone they stay at its top level.
+_INSTALLED, _IN_CLONE = (Path(__file__).resolve().parents[up] / "assets" for up in (0, 2))
+ASSETS = _INSTALLED if _INSTALLED.exists() else _IN_CLONE
 
 # A prompt of the Shapes world is 11 words; with the start and end tokens 13.
 _PROMPT_LENGTH = 16

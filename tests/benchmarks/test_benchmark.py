@@ -1,0 +1,394 @@
+"""What the benchmark compares is comparable: full-size models, the ideal, another release."""
+
+import json
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import tomesd
+from benchmarks.common.memory import Peak
+from benchmarks.speed import full_size
+from benchmarks.speed.benchmark import child_peak
+from benchmarks.speed.ideal import install_ideal
+from benchmarks.speed.peer import Peer, PeerError, install_peer
+from benchmarks.speed.variants import Variant, forward, prepare
+from tests.support.benchmark_script import UNET, load, run
+from tomesd.diffusion.settings import DiffusionSettings
+
+CPU = torch.device("cpu")
+# Stands in for a release on PyPI, so that the tests need no network: the same two entry points.
+PEER = {
+    "__init__.py": "from tomesd.api import apply_patch\n",
+    "patch.py": """
+from tomesd import merge
+
+def apply_patch(model, ratio, **settings):
+    if ratio == 0.25:
+        raise AttributeError("this host is too new")
+    def hook(module, args):
+        merge.bipartite_soft_matching_random2d(args[0], 4, 4, 2, 2, 8, no_rand=True)
+    model.mid_block.register_forward_pre_hook(hook)
+""",
+    "merge.py": """
+def bipartite_soft_matching_random2d(metric, w, h, sx, sy, r, no_rand=False, generator=None):
+    print("libraries may print")
+    return lambda x: x[:, r:], lambda y: y
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return full_size.build_unet(UNET, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return full_size.unet_inputs(UNET, 2, 8, CPU, torch.float32)
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "unet" / "config.json").write_text(json.dumps(UNET))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def peer_cache(tmp_path) -> Path:
+    package = tmp_path / "peers" / "tomesd-9.9" / "tomesd"
+    package.mkdir(parents=True)
+    for name, source in PEER.items():
+        (package / name).write_text(source)
+    return tmp_path / "peers"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load()
+
+
+@pytest.fixture
+def benchmark(script, monkeypatch, tmp_path):
+    """Runs the command and returns what it wrote."""
+    return partial(run, script, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "levels"),
+    [
+        ("sd15", 859_520_964, [(4096, 320, 5), (1024, 640, 5), (256, 1280, 5), (64, 1280, 1)]),
+        ("sdxl", 2_567_463_684, [(1024, 640, 10), (256, 1280, 60)]),
+    ],
+)
+def test_full_size_models_are_those_that_were_published(name, parameters, levels):
+    config = full_size.denoiser(name).config
+    assert sum(p.numel() for p in full_size.empty_unet(config).parameters()) == parameters
+    found = full_size.levels(config, 64)
+    assert [(level.h * level.w, level.channels, level.blocks) for level in found] == levels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_give_finite_predictions_of_a_sensible_size(dtype):
+    unet = full_size.build_unet(UNET, CPU, dtype)
+    inputs = full_size.unet_inputs(UNET, 2, 8, CPU, dtype)
+    (sample,) = forward(unet, inputs, compiled=None)()
+    assert sample.dtype == dtype
+    assert sample.shape == (2, 4, 8, 8)
+    assert 0.1 < sample.float().std() < 10
+
+
+def test_models_that_share_weights_are_patched_one_by_one(unet, inputs):
+    before = forward(unet, inputs, compiled=None)()[0]
+    twin = full_size.share_weights(unet)
+    assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in unet.parameters()}
+    assert torch.equal(forward(twin, inputs, compiled=None)()[0], before)
+    tomesd.apply_patch(twin, ratio=0.5)
+    assert not torch.equal(forward(twin, inputs, compiled=None)()[0], before)
+    assert torch.equal(forward(unet, inputs, compiled=None)()[0], before)
+
+
+def branch_shapes(unet, inputs) -> list[tuple]:
+    """The shapes with which every branch of every block ran: tokens in, keys, tokens out."""
+    seen = []
+
+    def note(name):
+        def hook(module, args, kwargs, output):
+            keys = kwargs.get("encoder_hidden_states")
+            shape = None if keys is None else tuple(keys.shape)
+            seen.append((name, tuple(args[0].shape), shape))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name), with_kwargs=True)
+        for name, module in unet.named_modules()
+        if name.split(".")[-1] in ("attn1", "attn2", "ff")
+    ]
+    forward(unet, inputs, compiled=None)()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": 0.5},
+        {"ratio": 0.3, "max_downsample": 2},
+        {"ratio": 0.5, "merge_block": False},
+        {"ratio": 0.75, "merge_block": False, "merge_queries": False},
+        {
+            "ratio": 0.5,
+            "merge_block": False,
+            "merge_attn": False,
+            "merge_mlp": True,
+            "merge_crossattn": True,
+        },
+        {"ratio": 0.6, "method": "prune"},
+    ],
+)
+def test_the_ideal_runs_the_same_blocks_on_as_many_tokens_as_the_patch(unet, inputs, settings):
+    chosen = DiffusionSettings(**settings)
+    patched = prepare(full_size.share_weights(unet), Variant("tome", "patched", chosen))
+    ideal = prepare(full_size.share_weights(unet), Variant("ideal", "ideal", chosen))
+    shapes = branch_shapes(ideal, inputs)
+    assert shapes == branch_shapes(patched, inputs)
+    assert shapes != branch_shapes(unet, inputs)
+
+
+def test_the_ideal_neither_matches_nor_touches_other_tokens(inputs, monkeypatch):
+    def no_matching(*args):
+        raise AssertionError("the ideal must not match")
+
+    monkeypatch.setattr("tomesd.diffusion.settings.bipartite_soft_matching", no_matching)
+    unet = full_size.build_unet(UNET, CPU, torch.float32)
+    seen = []
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    install_ideal(unet, DiffusionSettings(ratio=0.5))
+    block.attn1.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    block.norm1.register_forward_hook(lambda module, args, output: seen.append(output))
+    forward(unet, inputs, compiled=None)()
+    normed, (merged, output) = seen
+    assert torch.equal(merged, normed[:, :32])
+    assert merged.data_ptr() == normed.data_ptr()
+    assert output.shape == normed.shape
+    assert not output[:, 32:].any()
+
+
+def test_removing_the_ideal_restores_the_output_bit_for_bit(unet, inputs):
+    twin = full_size.share_weights(unet)
+    before = forward(twin, inputs, compiled=None)()[0]
+    handle = install_ideal(twin, DiffusionSettings(ratio=0.5))
+    assert not torch.equal(forward(twin, inputs, compiled=None)()[0], before)
+    handle.remove()
+    assert torch.equal(forward(twin, inputs, compiled=None)()[0], before)
+
+
+def test_the_compilers_mode_is_the_one_that_was_asked_for(unet, inputs, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.compile", lambda f, mode, **how: asked.append(mode) or f)
+    forward(unet, inputs, compiled="reduce-overhead")()
+    assert asked == ["reduce-overhead"]
+
+
+def test_each_compiled_variant_runs_its_own_graph(unet, inputs, monkeypatch):
+    # The eager backend: what is tested is which graph runs, not how fast.
+    compile_ = torch.compile
+    monkeypatch.setattr("torch.compile", lambda f, **how: compile_(f, backend="eager", **how))
+    torch.compiler.reset()
+    settings = DiffusionSettings(ratio=0.5)
+    variants = [Variant("unpatched", "unpatched"), Variant("tome", "patched", settings)]
+    models = [prepare(full_size.share_weights(unet), variant) for variant in variants]
+    eager = [forward(model, inputs, compiled=None)()[0] for model in models]
+    compiled = [forward(model, inputs, compiled="default")()[0] for model in models]
+    for expected, got in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert not torch.allclose(eager[0], eager[1], atol=1e-4)
+
+
+def test_every_variant_is_timed_in_every_round_and_all_settings_are_kept(
+    benchmark, model_folder, capsys
+):
+    record = benchmark(
+        *("--model", model_folder, "--size", 64, 128, "--ratio", 0.5, 0.25, "--rounds", 2),
+        *("--no-merge-queries", "--method", "tome", "prune", "--no-memory"),
+    )
+    table = capsys.readouterr().out
+    names = ["unpatched"]
+    for ratio in ("0.5", "0.25"):
+        names += [f"tome {ratio}", f"prune {ratio}", f"ideal {ratio}"]
+    assert [(row["size"], row["variant"]) for row in record["forward"]] == [
+        (size, name) for size in (64, 128) for name in names
+    ]
+    for row in record["forward"]:
+        assert len(row["seconds"]) == 2
+        assert row["median_seconds"]["median"] == pytest.approx(sum(row["seconds"]) / 2)
+        assert row["variant"] in table
+        assert row["kind"] == "unpatched" or row["patch"]["merge_queries"] is False
+    assert record["forward"][0]["speedup"]["median"] == 1
+    assert record["settings"]["ratio"] == [0.5, 0.25]
+    assert record["environment"]["threads"] == torch.get_num_threads()
+    assert record["environment"]["torch_version"] == version("torch")
+
+
+def test_memory_on_the_cpu_is_that_of_one_forward_in_a_process_of_its_own(script, model_folder):
+    line = ["--model", str(model_folder), "--size", "512", "--device", "cpu"]
+    setup = script.check(script.build_parser().parse_args(line))
+    memory = child_peak(setup, setup.variants[1], 512)
+    # More than the tokens of one block that are there at once: input, output and the residual.
+    assert memory["peak"] - memory["before"] > 3 * (2 * 64 * 64 * 8 * 4)
+
+
+def test_memory_alone_is_measured_without_times(benchmark, model_folder, monkeypatch, capsys):
+    peaks = {
+        (size, name): Peak(before=size, peak=size + more)
+        for size in (64, 128)
+        for name, more in (("unpatched", 2), ("tome 0.5", 1))
+    }
+    monkeypatch.setattr(
+        "benchmarks.speed.benchmark.in_child",
+        lambda function, setup, variant, size: peaks[size, variant.name],
+    )
+    record = benchmark("--model", model_folder, "--size", 64, 128, "--memory")
+    found = {(row["size"], row["variant"]): Peak(**row["memory"]) for row in record["memory"]}
+    assert list(found.items()) == list(peaks.items())
+    assert not any("seconds" in row for row in record["memory"])
+    assert capsys.readouterr().out.count(" GiB before)") == 4
+
+
+@pytest.mark.parametrize("only", [(), ("--memory",)])
+def test_what_does_not_fit_into_memory_is_said_and_the_rest_is_measured(
+    benchmark, model_folder, monkeypatch, only
+):
+    def killed_where_patched(function, setup, variant, size):
+        if variant.kind == "patched":
+            raise MemoryError("forward_peak was killed in its process (exit code -9)")
+        return Peak(before=1, peak=2)
+
+    monkeypatch.setattr("benchmarks.speed.benchmark.in_child", killed_where_patched)
+    record = benchmark("--model", model_folder, "--size", 64, "--rounds", 1, *only)
+    unpatched, patched, *_ = record["memory" if only else "forward"]
+    assert unpatched["memory"]["peak"] == 2
+    assert ("seconds" in unpatched) == (not only)
+    assert patched["error"] == "forward_peak was killed in its process (exit code -9)"
+    assert "seconds" not in patched
+
+
+def fails_at_128_px(monkeypatch, fail) -> None:
+    def made(model, inputs, compiled):
+        return forward(model, inputs, compiled) if inputs[0][0].shape[-1] == 8 else fail
+
+    monkeypatch.setattr("benchmarks.speed.benchmark.forward", made)
+
+
+def test_a_forward_that_finds_no_memory_costs_its_own_row_alone(
+    benchmark, model_folder, monkeypatch
+):
+    fails_at_128_px(monkeypatch, lambda: torch.empty(2**50))
+    rows = benchmark(
+        *("--model", model_folder, "--size", 128, 64, "--rounds", 1, "--no-memory"),
+    )["forward"]
+    assert all("can't allocate memory" in row["error"] for row in rows[:3])
+    assert all(len(row["seconds"]) == 1 for row in rows[3:])
+
+
+def test_a_run_that_is_interrupted_keeps_the_sizes_that_are_done(
+    benchmark, model_folder, monkeypatch, tmp_path, capsys
+):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    fails_at_128_px(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("--model", model_folder, "--size", 64, 128, "--rounds", 1, "--no-memory")
+    written = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [row["size"] for row in written["forward"]] == [64] * 3
+    assert "   64 unpatched" in capsys.readouterr().out
+
+
+def test_the_cost_is_split_into_steps_at_every_level(benchmark, model_folder, capsys):
+    record = benchmark("--model", model_folder, "--size", 64, "--cost", "--rounds", 2)
+    found = [(row["h"] * row["w"], row["channels"], row["blocks"]) for row in record["cost"]]
+    assert found == [(64, 8, 3), (16, 16, 4)]
+    for row in record["cost"]:
+        total = [sum(times.values()) for times in row["seconds"]]
+        assert row["all"]["median"] == pytest.approx(sum(total) / 2)
+    assert "64 × 8" in capsys.readouterr().out
+
+
+def test_another_release_is_timed_in_its_own_process(benchmark, model_folder, peer_cache):
+    common = ("--model", model_folder, "--size", 64, "--rounds", 2, "--no-memory")
+    peer = ("--peer", "tomesd==9.9", "--peer-cache", peer_cache)
+    record = benchmark(*common, *peer, "--ratio", 0.5, 0.25)
+    works, fails = (row for row in record["forward"] if row["kind"] == "peer")
+    assert len(works["seconds"]) == 2
+    assert works["blocks_merged"] == 1
+    # What the peer cannot do is said, and the rest is measured all the same.
+    assert fails["error"] == "AttributeError: this host is too new"
+    assert sum("seconds" in row for row in record["forward"]) == 6
+
+
+def test_the_cost_is_compared_with_another_release(benchmark, model_folder, peer_cache):
+    common = ("--model", model_folder, "--size", 64, "--rounds", 2, "--cost")
+    record = benchmark(*common, "--peer", "tomesd==9.9", "--peer-cache", peer_cache)
+    ours, theirs = record["cost"][:2]
+    assert theirs["kind"] == "peer"
+    ratios = [
+        sum(a.values()) / sum(b.values())
+        for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)
+    ]
+    assert ours["share_of_peer"]["median"] == pytest.approx(sum(ratios) / 2)
+
+
+def test_a_peer_that_dies_is_reported(peer_cache):
+    init = peer_cache / "tomesd-9.9" / "tomesd" / "__init__.py"
+    init.write_text("import os\nos._exit(3)\n")
+    with pytest.raises(PeerError, match="its process ended with exit code 3"):
+        Peer(install_peer("tomesd==9.9", peer_cache))
+
+
+@pytest.mark.parametrize("name", ["torch==2.15.0", "tomesd", "tomesd>=0.1", "tomesd==0.1 evil"])
+def test_only_an_exact_release_of_tomesd_is_installed(name, tmp_path):
+    with pytest.raises(ValueError, match=r"peer must be tomesd==<version>"):
+        install_peer(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere"], "model must be sd15, sdxl, sd3, sd35, flux or a folder"),
+        (["--size", "100"], "--size must be a multiple of 8, got 100"),
+        (["--batch", "0"], "--batch: must be a whole number from 1 to 1024, got '0'"),
+        (["--rounds", "0"], "--rounds: must be a whole number from 1 to 100000, got '0'"),
+        (["--ratio", "0"], "--ratio must be above 0, got 0.0"),
+        (["--ratio", "0.8"], "ratio must be at most 0.75, got 0.8"),
+        (["--no-merge-attn"], "nothing would be merged"),
+        (["--blocks", "2"], "blocks must not be given for 'sd15'"),
+        (["--memory", "--no-memory"], "nothing would be measured"),
+        (["--memory", "--cost"], "not allowed with argument"),
+        (["--cost", "--compile"], "--compile must not be given with --cost"),
+        (["--bias", "--compile"], "--compile must not be given with --bias"),
+        (["--output", "/proc/nowhere/x.json"], "output must be in a writable folder"),
+        (["--peer", "timm==1.0"], "peer must be tomesd==<version>, got 'timm==1.0'"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_input_is_named_before_any_work_is_done(script, monkeypatch, capsys, args, message):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match="must hold a UNet2DConditionModel, got 'AutoencoderKL'"):
+        full_size.denoiser(str(tmp_path))

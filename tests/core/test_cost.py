@@ -1,0 +1,379 @@
+"""What merging saves and costs is known from shapes alone, and rightly."""
+
+import doctest
+import importlib.util
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import tomesd
+from benchmarks.cost import cost_table
+from tests.support.tiny_models import TEXT_LENGTH, TEXT_WIDTH, sd_unet, unet_inputs
+from tomesd.core import cost, workload
+from tomesd.core.workload import Branches
+from tomesd.diffusion.settings import DiffusionSettings
+
+ROOT = Path(__file__).parents[2]
+
+BATCH = 2
+
+ROOM = {
+    "batch": st.integers(1, 4),
+    "tokens": st.integers(4, 5000),
+    "channels": st.sampled_from([8, 64, 320, 1280]),
+    "kind": st.sampled_from(["cpu", "cuda", "mps"]),
+    "branches": st.builds(Branches, st.just(True), *[st.booleans()] * 4),
+}
+
+
+@pytest.mark.parametrize("module", [cost, workload])
+def test_every_example_gives_what_its_docstring_says(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(("tokens", "channels", "text"), [(64, 32, 12), (48, 64, 7), (1, 16, 1)])
+def test_a_block_s_flops_are_those_that_torch_counts(tokens, channels, text):
+    with torch.device("meta"):
+        block = BasicTransformerBlock(channels, 2, channels // 2, cross_attention_dim=24)
+        x, prompt = torch.empty(BATCH, tokens, channels), torch.empty(BATCH, text, 24)
+    with FlopCounterMode(display=False) as counter:
+        block(x, encoder_hidden_states=prompt)
+    work = workload.block(BATCH, tokens, channels, text_tokens=text, text_channels=24)
+    assert workload.flops(work) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"merge_queries": False, "ratio": 0.75},
+        {"merge_crossattn": True, "merge_mlp": True, "ratio": 0.3},
+        {"merge_attn": False, "merge_mlp": True},
+        {"merge_block": True},
+        {"max_downsample": 8},
+        {"window": 8},
+        {"window": 0},
+        {"refine": 2, "ratio": 0.75},
+    ],
+)
+def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings):
+    unet = sd_unet().to("meta")
+    before = _unet_flops(unet)
+    chosen = DiffusionSettings(**{"merge_block": False, "max_downsample": 1} | settings)
+    tomesd.apply_patch(unet, **asdict(chosen))
+    saved = 0
+    levels = ((16, 16, 3), (8, 32, 3), (4, 32, 1))
+    for side, channels, blocks in levels if chosen.max_downsample > 1 else levels[:1]:
+        at = (BATCH, side * side, channels)
+        text = {"text_tokens": TEXT_LENGTH, "text_channels": TEXT_WIDTH}
+        branches = Branches(
+            merge_attn=chosen.merge_attn,
+            merge_crossattn=chosen.merge_crossattn,
+            merge_mlp=chosen.merge_mlp,
+            merge_queries=chosen.merge_queries,
+            merge_block=chosen.merge_block,
+        )
+        r = chosen.merged(side, side)
+        less = workload.block(*at, r=r, branches=branches, **text)
+        window, refine = chosen.window or None, chosen.refine
+        own = workload.patch(*at, r, branches=branches, window=window, refine=refine)
+        gain = (
+            workload.flops(workload.block(*at, **text)) - workload.flops(less) - workload.flops(own)
+        )
+        saved += blocks * gain
+    assert before - _unet_flops(unet) == saved
+
+
+def _unet_flops(unet) -> int:
+    inputs = {name: x.to("meta") for name, x in unet_inputs(unet, BATCH, 16, 16).items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(**inputs)
+    return counter.get_total_flops()
+
+
+TINY_SD3 = cost_table.Model(
+    "tiny SD3",
+    "SD3Transformer2DModel",
+    cost_table.SD3
+    | {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "caption_projection_dim": 16,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 12,
+    },
+    batch=2,
+    text_tokens=5,
+)
+TINY_FLUX = cost_table.Model(
+    "tiny Flux",
+    "FluxTransformer2DModel",
+    {
+        "guidance_embeds": True,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 12,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    batch=1,
+    text_tokens=5,
+)
+
+
+@pytest.mark.parametrize("model", [TINY_SD3, TINY_FLUX], ids=lambda model: model.title)
+def test_a_joint_block_s_flops_are_those_that_torch_counts_without_its_modulation(model):
+    denoiser, args, kwargs = cost_table._empty(model, 128, model.batch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(*args, **kwargs)
+    [level] = cost_table._joint_levels(denoiser, 128)
+    expected = workload.flops(
+        workload.joint_block(model.batch, 64, level.channels, text_tokens=model.text_tokens)
+    )
+    counted = counter.get_flop_counts()
+    root = type(denoiser).__name__
+    # SD3's last block gives its text to nobody and leaves out a part of it.
+    names = ["transformer_blocks.0", "single_transformer_blocks.1"]
+    found = [name for name in names if f"{root}.{name}" in counted]
+    assert level.blocks == {"tiny SD3": 2, "tiny Flux": 3}[model.title]
+    assert len(found) == {"tiny SD3": 1, "tiny Flux": 2}[model.title]
+    for name in found:
+        norms = [f"{root}.{name}.{norm}" for norm in ("norm", "norm1", "norm1_context")]
+        modulation = sum(sum(counted[norm].values()) for norm in norms if norm in counted)
+        assert modulation > 0
+        assert sum(counted[f"{root}.{name}"].values()) - modulation == expected
+
+
+def test_a_whole_model_is_counted_as_torch_counts_it_and_its_levels_are_all_there():
+    config = dict(sd_unet().config)
+    tiny = cost_table.Model("tiny", "UNet2DConditionModel", config, 2, 77)
+    small, large = (cost_table.count(tiny, size) for size in (128, 256))
+    # Convolutions are linear in pixels and attention to the text in tokens; self-attention is not.
+    assert large.convolutions == 4 * small.convolutions
+    assert 4 * small.attention < large.attention < 16 * small.attention
+    assert [(level.h, level.channels, level.blocks) for level in large.levels] == [
+        (32, 16, 3),
+        (16, 32, 3),
+        (8, 32, 1),
+    ]
+    inside = sum(level.blocks * workload.flops(large.block(level)) for level in large.levels)
+    # Besides there are time embeddings and the projections around blocks.
+    assert 0 < large.attention < inside < large.attention + large.linear
+    assert large.ideal(0.0, Branches()) == 1
+    finest, everywhere = (large.ideal(0.5, Branches(), where) for where in (False, True))
+    assert 1 < finest < everywhere < large.flops / large.convolutions
+
+
+def test_the_operators_that_are_charged_for_are_those_that_are_called():
+    settings, x = DiffusionSettings(ratio=0.5), torch.randn(2, 16, 8)
+    made = settings.token_map(x, 4, 4, None)
+    merged = made.merge(x)
+    again, norms = DiffusionSettings(ratio=0.5, refine=2), workload.NORM_CALLS
+    for charged, call in (
+        (workload.MATCH_CALLS, lambda: settings.token_map(x, 4, 4, None)),
+        (
+            workload.MATCH_CALLS + 2 * workload.REFINE_CALLS,
+            lambda: again.token_map(x, 4, 4, None),
+        ),
+        (workload.MERGE_CALLS, lambda: made.merge(x)),
+        (workload.MERGE_CALLS + norms, lambda: made.merge(x, how="direction")),
+        (workload.UNMERGE_CALLS, lambda: made.unmerge(merged)),
+    ):
+        with _Calls() as seen:
+            call()
+        assert seen.count == pytest.approx(charged, rel=0.2)
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the operators that compute tensors: neither views nor questions about dtypes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += isinstance(result, (torch.Tensor, tuple)) and not function.is_view
+        return result
+
+
+@given(**ROOM)
+def test_merging_more_tokens_never_saves_less(batch, tokens, channels, kind, branches):
+    saved = [
+        cost.balance(kind, batch, tokens, r, channels, branches=branches).saved
+        for r in (0, tokens // 4, tokens // 2, tokens - 1)
+    ]
+    assert saved[0] == 0
+    assert all(less <= more * (1 + 1e-9) + 1e-12 for less, more in pairwise(saved))
+
+
+@given(**ROOM)
+def test_more_branches_never_save_less(batch, tokens, channels, kind, branches):
+    def saved(chosen: Branches) -> float:
+        return cost.balance(kind, batch, tokens, tokens // 2, channels, branches=chosen).saved
+
+    assert saved(replace(branches, merge_queries=False)) <= saved(branches) + 1e-12
+    assert saved(branches) <= saved(Branches(merge_block=True)) * (1 + 1e-9) + 1e-12
+
+
+@given(**ROOM)
+def test_fewer_tokens_fewer_samples_and_fewer_channels_are_never_slower(
+    batch, tokens, channels, kind, branches
+):
+    def time(batch: int, tokens: int, channels: int) -> float:
+        r = tokens // 2
+        work = workload.block(batch, tokens, channels, r=r, branches=branches)
+        return cost.seconds(work + workload.patch(batch, tokens, channels, r), kind)
+
+    most = time(batch, tokens, channels) * (1 + 1e-9)
+    assert 0 < time(batch, tokens // 2, channels) <= most
+    assert time(1, tokens, channels) <= most
+    assert time(batch, tokens, channels // 2) <= most
+
+
+@given(side=st.sampled_from([32, 64, 128, 256]), channels=st.sampled_from([8, 320]))
+def test_matching_in_windows_grows_with_the_tokens_and_without_with_their_square(side, channels):
+    def flops(side: int, window: int | None) -> int:
+        tokens = side * side
+        return workload.flops(workload.patch(2, tokens, channels, tokens // 2, window=window))
+
+    assert flops(2 * side, 32) == 4 * flops(side, 32)
+    assert flops(2 * side, None) == 16 * flops(side, None)
+
+
+@given(tokens=st.integers(2, 70000), window=st.integers(1, 300), data=st.data())
+def test_a_window_never_holds_more_candidates_than_there_are(tokens, window, data):
+    destinations = data.draw(st.integers(1, tokens))
+    near = workload.candidates(tokens, destinations, window)
+    assert 1 <= near <= destinations
+    assert workload.candidates(tokens, destinations, None) == destinations
+
+
+@given(**ROOM)
+def test_a_device_twice_as_fast_in_everything_takes_half_as_long(
+    batch, tokens, channels, kind, branches
+):
+    rates = cost.rates(kind)
+    rest = ("matmul", "attention", "memory", "rows", "best", "topk")
+    twice = replace(rates, call=rates.call / 2, **{name: 2 * getattr(rates, name) for name in rest})
+    for work in workload.patch(batch, tokens, channels, tokens // 2, branches=branches):
+        assert cost.slowest(work, rates) == pytest.approx(2 * cost.slowest(work, twice))
+
+
+@pytest.mark.parametrize("branches", [Branches(), Branches(merge_queries=False)])
+def test_merging_few_tokens_does_not_pay(branches):
+    for channels in (64, 320):
+        assert not cost.balance("cpu", 2, 16, 8, channels, branches=branches).pays
+    for channels in (64, 320, 1280):
+        assert not cost.balance("cuda", 2, 64, 32, channels, branches=branches).pays
+
+
+@pytest.mark.parametrize(
+    "branches", [Branches(), Branches(merge_queries=False), Branches(merge_block=True)]
+)
+@pytest.mark.parametrize("joint", [False, True])
+def test_merging_half_of_many_tokens_pays(branches, joint):
+    assert cost.balance("cpu", 2, 4096, 2048, 320, branches=branches, joint=joint).pays
+    assert cost.balance("cuda", 2, 16384, 8192, 320, branches=branches, joint=joint).pays
+
+
+@given(**ROOM)
+def test_merging_nothing_never_pays(batch, tokens, channels, kind, branches):
+    assert not cost.balance(kind, batch, tokens, 0, channels, branches=branches).pays
+
+
+@given(**ROOM)
+def test_an_unknown_device_merges_where_a_fast_gpu_would(batch, tokens, channels, kind, branches):
+    at = (batch, tokens, tokens // 2, channels)
+    got = cost.balance("xpu", *at, branches=branches).pays
+    assert got == cost.balance("cuda", *at, branches=branches).pays
+
+
+def test_whether_it_pays_is_decided_while_compiling():
+    def choose(x):
+        batch, tokens, channels = x.shape
+        return x + cost.balance(x.device.type, batch, tokens, tokens // 2, channels).pays
+
+    torch.compiler.reset()
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert [compiled(torch.zeros(2, n, 320)).mean() for n in (16, 1024)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"device_kind": None}, TypeError, 'device_kind must be a string such as "cuda", got None'),
+        ({"batch": 0}, ValueError, "batch must be 1 or more, got 0"),
+        ({"tokens": 0}, ValueError, "tokens must be 1 or more, got 0"),
+        ({"tokens": 64.0}, TypeError, "tokens must be a whole number, 1 or more, got 64.0"),
+        ({"r": -1}, ValueError, "r must be from 0 to 63, got -1"),
+        ({"r": 64}, ValueError, "r must be from 0 to 63, got 64"),
+        ({"r": True}, TypeError, "r must be a whole number, from 0 to 63, got True"),
+        ({"channels": -320}, ValueError, "channels must be 1 or more, got -320"),
+        ({"destinations": 0}, ValueError, "destinations must be from 1 to 32, got 0"),
+        ({"destinations": 33}, ValueError, "destinations must be from 1 to 32, got 33"),
+        ({"window": 0}, ValueError, "window must be 1 or more, got 0"),
+        ({"text_tokens": "77"}, TypeError, "text_tokens must be a whole number"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changed, error, message):
+    given = {"device_kind": "cpu", "batch": 2, "tokens": 64, "r": 32, "channels": 320} | changed
+    with pytest.raises(error, match=message):
+        cost.balance(**given)
+
+
+@pytest.mark.parametrize("size", [0, 500, -64])
+def test_a_size_that_models_cannot_take_is_refused(size):
+    with pytest.raises(ValueError, match=f"size must be a positive multiple of 64, got {size}"):
+        cost_table.count(TINY_SD3, size)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    found = importlib.util.spec_from_file_location("cost_script", ROOT / "scripts" / "cost.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    monkeypatch.setitem(module.MODELS, "sd3", TINY_SD3)
+    return module
+
+
+def test_the_command_prints_a_table_of_each_kind(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cost.py", "--model", "sd3", "--size", "128", "256"])
+    script.main()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    # A line for each size, for what is merged in three ways each; a heading; a line below it.
+    assert [len(table.splitlines()) for table in tables] == [2 + 2, 2 + 2, 2 + 2, 2 + 6]
+    for table in tables:
+        widths = {line.count("|") for line in table.splitlines()}
+        assert len(widths) == 1
+
+
+def test_the_command_refuses_a_size_before_any_work(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cost.py", "--size", "512", "500"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--size must be a multiple of 64, got 500" in capsys.readouterr().err
+
+
+def test_the_documentation_shows_what_the_command_prints():
+    shown = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    counts = [cost_table.count(cost_table.MODELS["sd15"], 512)]
+    for table in (
+        cost_table.levels_table(counts, 0.5, workload.WINDOW),
+        cost_table.shares_table(counts),
+        cost_table.ideal_table(counts, [0.25, 0.5, 0.75]),
+        cost_table.budget_table(counts, 0.5, workload.WINDOW),
+    ):
+        for line in table.splitlines():
+            assert line in shown

@@ -1,0 +1,122 @@
+"""Threads that share a patched UNet do not mix their sizes; copies of it merge for themselves."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+import tomesd
+from tests.support.tiny_unets import TINY
+
+SIZES = [
+    {"h": 6, "w": 10, "timestep": torch.tensor(900)},
+    {"h": 8, "w": 4, "batch": 1, "timestep": torch.tensor(20)},
+]
+SETTINGS = [{}, {"use_rand": True}, {"merge_attn": True}, {"merge_queries": False}]
+
+
+@pytest.fixture(params=TINY)
+def tiny(request):
+    return TINY[request.param]
+
+
+@torch.no_grad()
+def _predict(tiny, model, **given) -> torch.Tensor:
+    return tiny.call(model, **given)
+
+
+def _together(tiny, model, watched) -> list[torch.Tensor]:
+    """Each size's output, from threads that enter and leave the watched modules together."""
+    outputs: dict[int, torch.Tensor] = {}
+    meeting = threading.Barrier(len(SIZES), timeout=20)
+
+    def meet(*_) -> None:
+        meeting.wait()
+
+    handles = [module.register_forward_pre_hook(meet) for module in watched]
+    handles += [module.register_forward_hook(meet) for module in watched]
+
+    def run(index: int) -> None:
+        outputs[index] = _predict(tiny, model, **SIZES[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(SIZES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    return [outputs[index] for index in sorted(outputs)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(tiny, settings):
+    model = tomesd.apply_patch(tiny.model(), max_downsample=8, **settings)
+    alone = [_predict(tiny, model, **size) for size in SIZES]
+    # In every transformer, block and attention, one thread goes on when the other is there too.
+    kinds = (*tomesd.supported()["diffusers"], "BasicTransformerBlock", "Attention")
+    watched = [module for module in model.modules() if type(module).__name__ in kinds]
+    watched += [found.module for found in model._tomesd_patch.transformers]
+    together = _together(tiny, model, watched)
+    assert len(together) == len(alone)
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+def test_threads_that_share_a_unet_train_with_checkpointing(tiny):
+    model = tomesd.apply_patch(tiny.model().train(), use_rand=True)
+    if not model._supports_gradient_checkpointing:
+        pytest.skip("diffusers' own model knows no gradient checkpointing")
+    model.enable_gradient_checkpointing()
+
+    def gradient(size: dict, before_backward) -> torch.Tensor:
+        loss = tiny.call(model, **size).square().mean()
+        before_backward()
+        weight = next(iter(model._tomesd_patch.blocks)).attn1.to_q.weight
+        return torch.autograd.grad(loss, weight)[0]
+
+    expected = [gradient(size, lambda: None) for size in SIZES]
+    meeting, got = threading.Barrier(len(SIZES), timeout=20), {}
+
+    def run(index: int) -> None:
+        got[index] = gradient(SIZES[index], meeting.wait)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(SIZES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, want in enumerate(expected):
+        torch.testing.assert_close(got[index], want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"]
+)
+def test_a_copy_of_a_patched_unet_merges_for_itself(tiny, copied):
+    model = tomesd.apply_patch(tiny.model(), use_rand=True)
+    expected = _predict(tiny, model)
+    other = copied(model)
+    tomesd.remove_patch(model)
+    unpatched = _predict(tiny, model)
+    assert torch.equal(_predict(tiny, other), expected)
+    assert torch.equal(_predict(tiny, model), unpatched)
+    assert torch.equal(_predict(tiny, tomesd.remove_patch(other)), unpatched)
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing_that_the_next_one_sees(tiny):
+    model = tiny.model()
+    small = _predict(tiny, model, **SIZES[1])
+    tomesd.apply_patch(model, min_tokens=40)
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    first = next(iter(model._tomesd_patch.blocks))
+    handle = first.ff.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _predict(tiny, model, **SIZES[0])
+    handle.remove()
+    with pytest.warns(UserWarning, match="fewer than min_tokens=40"):
+        assert torch.equal(_predict(tiny, model, **SIZES[1]), small)

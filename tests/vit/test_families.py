@@ -1,0 +1,375 @@
+"""What every family of Vision Transformers promises, with merging on and off."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import tomesd
+from tests.support.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
+from tests.support.vit_reference import encode, features, merge_into, unmerge
+
+families = pytest.mark.parametrize("name", FAMILIES)
+
+# More than half of what is left in the last layer of the smaller models: clipped there.
+R = [3, 0, 9]
+
+
+def run_patched(vit: Vit, **settings) -> tuple[Tensor, Tensor]:
+    """With the patch: what goes into the first block, and what comes out of the last.
+
+    The patch is gone afterwards, so that the reference can call the model's own modules.
+    """
+    tomesd.apply_patch(vit.model, **settings)
+    seen = {}
+    hooks = [
+        vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0])),
+        vit.blocks[-1].register_forward_hook(lambda _, args, out: seen.update(last=out)),
+    ]
+    try:
+        vit.output()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        tomesd.remove_patch(vit.model)
+    return seen["first"], seen["last"]
+
+
+def patched_encoder(vit: Vit):
+    return next(m for m in vit.model.modules() if "_tomesd_patch" in m.__dict__)
+
+
+def groups_of_last_run(vit: Vit) -> list[list[int]]:
+    return patched_encoder(vit)._tomesd_patch.run.maps[-1].group.tolist()
+
+
+@families
+@torch.no_grad()
+def test_r_0_changes_nothing_bit_for_bit(name):
+    vit = build(name)
+    expected = vit.output()
+    tomesd.apply_patch(vit.model, r=0)
+    assert torch.equal(vit.output(), expected)
+
+
+@families
+@torch.no_grad()
+def test_merged_blocks_compute_what_the_paper_says(name):
+    vit = build(name)
+    first, last = run_patched(vit, r=R)
+    for tokens, got in zip(first, last, strict=True):
+        merged, groups = encode(tokens, vit.reference, R, vit.prefix)
+        assert len(groups) < len(tokens) - 3
+        torch.testing.assert_close(got, unmerge(merged, groups), atol=1e-4, rtol=1e-4)
+
+
+# What decodes or maps patches needs them all.
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("ViTMAE", "DINOv2 backbone")])
+@torch.no_grad()
+def test_without_unmerge_the_merged_tokens_are_handed_on(name):
+    vit = build(name)
+    first, last = run_patched(vit, r=R, unmerge=False, prop_attn=False)
+    for tokens, got in zip(first, last, strict=True):
+        merged, _ = encode(tokens, vit.reference, R, vit.prefix, prop_attn=False)
+        torch.testing.assert_close(got, merged, atol=1e-4, rtol=1e-4)
+
+
+@families
+@torch.no_grad()
+def test_removing_the_patch_restores_the_output_bit_for_bit(name):
+    vit = build(name)
+    expected, hooks = vit.output(), count_hooks(vit.model)
+    tomesd.apply_patch(vit.model, r=3)
+    assert not torch.equal(vit.output(), expected)
+    tomesd.remove_patch(vit.model)
+    assert torch.equal(vit.output(), expected)
+    assert count_hooks(vit.model) == hooks
+
+
+def count_hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@families
+@torch.no_grad()
+def test_class_distillation_and_register_tokens_never_merge(name):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=100)
+    vit.output()
+    assert patched_encoder(vit)._tomesd_patch.prefix == vit.prefix
+    for group in groups_of_last_run(vit):
+        for special in range(vit.prefix):
+            assert group.count(group[special]) == 1
+        assert len(set(group[vit.prefix :])) < len(group) - vit.prefix
+
+
+def first_block_run(vit: Vit, **settings) -> tuple[Tensor, Tensor]:
+    """What goes into the first block, and in which groups it comes out."""
+    seen = {}
+    vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
+    tomesd.apply_patch(vit.model, r=[5, 0, 0], **settings)
+    vit.output()
+    group = patched_encoder(vit)._tomesd_patch.run.maps[1].group
+    tomesd.remove_patch(vit.model)
+    return seen["first"], group
+
+
+@families
+@pytest.mark.parametrize("heads", ["mean", "concatenate"])
+@pytest.mark.parametrize("which", ["x_pre", "x", "q", "k", "v"])
+@torch.no_grad()
+def test_tokens_are_compared_by_the_features_that_are_asked_for(name, which, heads):
+    vit = build(name)
+    first, group = first_block_run(vit, features=which, heads=heads)
+    for tokens, got in zip(first, group, strict=True):
+        feature = features(tokens, vit.reference[0])[which]
+        metric = feature.mean(0) if heads == "mean" else feature.transpose(0, 1).flatten(1)
+        into = merge_into(metric, 5, vit.prefix)
+        stay = [i for i in range(len(tokens)) if i not in into]
+        assert got.tolist() == [stay.index(into.get(i, i)) for i in range(len(tokens))]
+
+
+@families
+@torch.no_grad()
+def test_attention_pruning_drops_what_gets_the_least_attention(name):
+    vit = build(name)
+    first, group = first_block_run(vit, method="prune_attention")
+    for tokens, got in zip(first, group, strict=True):
+        known = features(tokens, vit.reference[0])
+        logits = known["q"] @ known["k"].transpose(1, 2) / known["q"].shape[-1] ** 0.5
+        attention = logits.softmax(-1)[:, : 1 if vit.prefix else None].mean((0, 1))
+        dropped = (attention[vit.prefix :].argsort()[:5] + vit.prefix).tolist()
+        assert sorted(dropped) == (got == -1).nonzero().flatten().tolist()
+
+
+CHOICES = [
+    {"combine": "mean"},
+    {"combine": "max"},
+    {"combine": "head"},
+    {"distance": "dot"},
+    {"distance": "euclidean"},
+    {"distance": "softmax"},
+    {"partition": "sequential"},
+    {"partition": "random"},
+    {"method": "greedy"},
+    {"method": "kmeans", "kmeans_iterations": 5},
+    {"method": "energy"},
+    {"method": "prune_random"},
+    {"method": "prune_attention"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+@pytest.mark.parametrize("name", ["timm with registers", "ViT", "VideoMAE", "torchvision"])
+def test_every_choice_of_the_paper_leaves_as_many_tokens_and_trains(name, choice):
+    vit = build(name)
+    default = build(name)
+    tomesd.apply_patch(default.model, r=[5, 5, 2])
+    tomesd.apply_patch(vit.model, r=[5, 5, 2], **choice)
+    out = vit.output()
+    out.square().mean().backward()
+    assert patched_encoder(vit)._tomesd_patch.run.maps[-1].m == first_tokens(vit) - 12
+    assert not torch.equal(out, default.output())
+    assert all(p.grad.isfinite().all() for p in vit.blocks[0].parameters())
+
+
+def first_tokens(vit: Vit) -> int:
+    return patched_encoder(vit)._tomesd_patch.run.maps[0].n
+
+
+@families
+def test_gradients_are_those_of_the_reference(name):
+    vit = build(name)
+    first, last = run_patched(vit, r=R)
+    weight = vit.blocks[0].get_parameter(next(n for n, p in vit.blocks[0].named_parameters()))
+    (got,) = torch.autograd.grad(last.square().sum(), weight, retain_graph=True)
+    rows = [unmerge(*encode(tokens, vit.reference, R, vit.prefix)) for tokens in first]
+    (expected,) = torch.autograd.grad(torch.stack(rows).square().sum(), weight)
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-3)
+
+
+def assert_merges_by_itself(twin: Vit, expected: Tensor, plain: Tensor) -> None:
+    assert torch.equal(twin.output(), expected)
+    tomesd.remove_patch(twin.model)
+    assert torch.equal(twin.output(), plain)
+
+
+@families
+@torch.no_grad()
+def test_deep_copies_merge_by_themselves(name):
+    vit = build(name)
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=3)
+    expected = vit.output()
+    assert_merges_by_itself(copy.deepcopy(vit), expected, plain)
+    assert torch.equal(vit.output(), expected)
+
+
+# The hooks with which transformers' backbones collect feature maps do not pickle.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "backbone" not in name])
+@torch.no_grad()
+def test_pickles_merge_by_themselves(name):
+    vit = build(name)
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=3)
+    expected = vit.output()
+    loaded = pickle.loads(pickle.dumps(vit.model))
+    assert_merges_by_itself(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
+
+
+@families
+@torch.no_grad()
+def test_what_blocks_give_is_saved_and_loaded_like_any_tensor(name, tmp_path):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=3)
+    given = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, args, out: given.append(out))
+    vit.output()
+    for i, tensor in enumerate(given):
+        torch.save(tensor, tmp_path / str(i))
+        assert torch.equal(torch.load(tmp_path / str(i), weights_only=True), tensor)
+        assert not vars(tensor)
+
+
+def test_a_callers_own_tensor_goes_through_the_blocks_of_several_forwards():
+    vit = build("timm", drop_path_rate=0.5)
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=R)
+    tokens = torch.randn(8, 37, 24)
+
+    def gradient(call) -> Tensor:
+        torch.manual_seed(0)
+        loss = 0
+        for weight in (1, 2):  # Other paths are dropped each time, so other tokens merge.
+            x = tokens
+            for block in vit.blocks:
+                x = call(block, x)
+            loss = loss + weight * x.square().mean()
+        return torch.autograd.grad(loss, vit.blocks[0].attn.qkv.weight)[0]
+
+    expected = gradient(lambda block, x: block(x))
+    got = gradient(partial(checkpoint, use_reentrant=False))
+    torch.testing.assert_close(got, expected)
+    assert not vars(tokens)
+
+
+@families
+@torch.no_grad()
+def test_a_block_that_gets_other_tokens_than_its_model_gives_it_is_an_error(name):
+    vit, given = build(name), {}
+    hook = vit.blocks[1].register_forward_pre_hook(
+        lambda block, args, kwargs: given.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    vit.output()
+    hook.remove()
+    x, *rest = given["args"]
+    tomesd.apply_patch(vit.model, r=3)
+    message = r"block 1 of a patched Vision Transformer must be called by its model, .*remove_patch"
+    for run in (lambda: None, vit.output):  # Before the first forward, and after one.
+        run()
+        with pytest.raises(RuntimeError, match=message):
+            vit.blocks[1](x.clone(), *rest, **given["kwargs"])
+    expected = vit.output()
+    assert torch.equal(vit.output(), expected)
+    tomesd.remove_patch(vit.model)
+    vit.blocks[1](x, *rest, **given["kwargs"])
+
+
+@torch.no_grad()
+def test_what_a_run_leaves_is_not_saved():
+    vit = build("timm")
+    tomesd.apply_patch(vit.model, r=3)
+    before = pickle.dumps(vit.model)
+    vit.output()
+    assert len(pickle.dumps(vit.model)) == len(before)
+
+
+@families
+def test_the_state_dict_keeps_its_keys(name):
+    vit = build(name)
+    keys = list(vit.model.state_dict())
+    tomesd.apply_patch(vit.model, r=3)
+    vit.output()
+    assert list(vit.model.state_dict()) == keys
+
+
+@families
+def test_autocast_trains_with_merging(name):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vit.output().float().square().mean().backward()
+    assert len(set(groups_of_last_run(vit)[0])) == len(groups_of_last_run(vit)[0]) - 9
+    gradients = [p.grad for p in vit.blocks[0].parameters()]
+    assert all(g.isfinite().all() for g in gradients)
+    assert any(g.count_nonzero() for g in gradients)
+
+
+@families
+@torch.no_grad()
+def test_bfloat16_models_merge_in_bfloat16(name):
+    vit = build(name)
+    vit.model.bfloat16()
+    vit.inputs = {key: value.bfloat16() for key, value in vit.inputs.items()}
+    dtype = vit.output().dtype
+    tomesd.apply_patch(vit.model, r=3)
+    out = vit.output()
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+    run = patched_encoder(vit)._tomesd_patch.run
+    assert run.maps[-1].m == run.maps[0].n - 9
+    assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
+
+
+@families
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    vit = build(name)
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=R)
+    expected = gradients(vit)
+    enable_checkpointing(name, vit)
+    got = gradients(vit)
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+
+
+def test_reentrant_checkpointing_gives_the_same_gradients():
+    vit = build("ViT")
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=R)
+    expected = gradients(vit)
+    vit.model.gradient_checkpointing_enable({"use_reentrant": True})
+    got = gradients(vit)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+
+
+@pytest.mark.parametrize("name", ["timm", "ViT", "CLIP", "VideoMAE", "torchvision"])
+def test_gradient_checkpointing_goes_back_through_two_forwards(name):
+    vit = build(name)
+    vit.model.train()
+    tomesd.apply_patch(vit.model, r=[5, 5, 2])
+    expected = gradients(vit, forwards=2)
+    enable_checkpointing(name, vit)
+    got = gradients(vit, forwards=2)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+
+
+def gradients(vit: Vit, forwards: int = 1) -> dict[str, Tensor]:
+    """Of one loss on several inputs."""
+    vit.model.zero_grad()
+    (name, first), *_ = vit.inputs.items()
+    loss = 0
+    for i in range(forwards):
+        vit.inputs[name] = first.roll(5 * i, dims=-1) * (1 + i)
+        loss = loss + vit.output().square().mean()
+    vit.inputs[name] = first
+    loss.backward()
+    return {n: p.grad.clone() for n, p in vit.model.named_parameters() if p.grad is not None}

@@ -1,0 +1,288 @@
+"""What transformers' Vision Transformers do beyond a forward, with merging on."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+import tomesd
+from tests.support.tiny_vits import TRANSFORMERS, build
+from tests.support.vit_reference import encode
+from tomesd.vit.schedule import tokens_after
+
+families = pytest.mark.parametrize("name", TRANSFORMERS)
+R = [3, 0, 9]
+
+
+@families
+@torch.no_grad()
+def test_eager_and_sdpa_attention_give_the_same(name):
+    eager = build(name, attn_implementation="eager")
+    sdpa = build(name, attn_implementation="sdpa")
+    for vit in (eager, sdpa):
+        tomesd.apply_patch(vit.model, r=R)
+    torch.testing.assert_close(eager.output(), sdpa.output(), atol=1e-4, rtol=1e-4)
+
+
+def states(name: str, **settings) -> tuple:
+    vit = build(name)
+    if settings:
+        tomesd.apply_patch(vit.model, **settings)
+    return vit.model(**vit.inputs, output_hidden_states=True).hidden_states
+
+
+@families
+@torch.no_grad()
+def test_hidden_states_hold_all_tokens_of_every_layer(name):
+    plain, merged = states(name), states(name, r=R)
+    assert [x.shape for x in merged] == [x.shape for x in plain]
+    assert torch.equal(merged[0], plain[0])
+    left = tokens_after(R, plain[0].shape[1], build(name).prefix)
+    assert [len(x[0].unique(dim=0)) for x in merged[1:]] == left
+
+
+@torch.no_grad()
+def test_hidden_states_without_unmerge_are_those_that_the_layers_get():
+    assert [x.shape[1] for x in states("ViT", r=R, unmerge=False)] == [37, 34, 34, 25]
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_same_whether_they_were_asked_for_before_patching():
+    vit = build("ViT")
+    vit.model(**vit.inputs, output_hidden_states=True)
+    tomesd.apply_patch(vit.model, r=R)
+    got = vit.model(**vit.inputs, output_hidden_states=True).hidden_states
+    for a, b in zip(got, states("ViT", r=R), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_hidden_states_come_whole_in_plain_tuples_too():
+    vit = build("ViT")
+    tomesd.apply_patch(vit.model, r=R)
+    named = vit.model.vit(**vit.inputs, output_hidden_states=True)
+    plain = vit.model.vit(**vit.inputs, output_hidden_states=True, return_dict=False)
+    for a, b in zip(plain[-1], named.hidden_states, strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_attentions_are_those_that_were_computed():
+    vit = build("ViT", attn_implementation="eager")
+    tomesd.apply_patch(vit.model, r=R)
+    attentions = vit.model(**vit.inputs, output_attentions=True).attentions
+    assert [x.shape[-1] for x in attentions] == [37, 34, 34]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("prop_attn", [True, False])
+@torch.no_grad()
+def test_tokens_that_an_attention_mask_hides_count_for_nothing(attention, prop_attn):
+    vit = build("ViT", attn_implementation=attention)
+    mask = torch.ones(2, 37)
+    mask[0, 20:30] = 0
+    vit.inputs["attention_mask"] = mask
+    seen = {}
+    hook = vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
+    tomesd.apply_patch(vit.model, r=R, prop_attn=prop_attn)
+    out = vit.model.vit(**vit.inputs).last_hidden_state
+    hook.remove()
+    tomesd.remove_patch(vit.model)
+    for i, tokens in enumerate(seen["first"]):
+        merged, groups = encode(tokens, vit.reference, R, 1, prop_attn, mask[i] == 0)
+        for token, members in zip(vit.model.vit.layernorm(merged), groups, strict=True):
+            visible = [j for j in members if mask[i, j]]
+            expected = token.expand(len(visible), -1)
+            torch.testing.assert_close(out[i, visible], expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_what_an_attention_mask_hides_cannot_change_the_rest():
+    vit = build("ViT")
+    mask = torch.ones(2, 37)
+    mask[:, 20:] = 0
+    vit.inputs["attention_mask"] = mask
+    tomesd.apply_patch(vit.model, r=3)
+    expected = vit.output()
+    vit.inputs["pixel_values"][:, :, 16:] += 10  # Rows of patches that are hidden altogether.
+    group = vit.model.vit._tomesd_patch.run.maps[-1].group
+    assert group.unique().numel() < 37
+    changed = vit.output()
+    same = (vit.model.vit._tomesd_patch.run.maps[-1].group[:, :20] == group[:, :20]).all(1)
+    torch.testing.assert_close(changed[same], expected[same], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_attention_mask_that_differs_between_queries_is_refused():
+    vit = build("ViT")
+    tomesd.apply_patch(vit.model, r=3)
+    mask = torch.ones(37, 37).tril().bool().expand(2, 1, 37, 37)
+    with pytest.raises(ValueError, match="attention_mask must hide the same tokens from all"):
+        vit.model(**vit.inputs, attention_mask=mask)
+
+
+@families
+@torch.no_grad()
+def test_saved_models_load_without_the_patch(name, tmp_path):
+    vit = build(name)
+    expected = vit.output()
+    tomesd.apply_patch(vit.model, r=3)
+    vit.output()
+    vit.model.save_pretrained(tmp_path)
+    loaded = type(vit.model).from_pretrained(tmp_path).eval()
+    vit.model = loaded
+    assert torch.equal(vit.output(), expected)
+
+
+@families
+def test_the_configuration_is_left_alone(name):
+    vit = build(name)
+    before = copy.deepcopy(vit.model.config)
+    tomesd.apply_patch(vit.model, r=3)
+    vit.output()
+    assert vit.model.config.to_dict() == before.to_dict()
+    assert vit.model.config._attn_implementation == before._attn_implementation
+    assert all(
+        m.config._attn_implementation == before._attn_implementation
+        for m in vit.model.modules()
+        if hasattr(m, "config")
+    )
+
+
+@torch.no_grad()
+def test_a_video_model_s_attention_is_chosen_while_it_is_patched_as_before():
+    vit = build("VideoMAE")
+    attention = vit.blocks[0].attention.attention
+    own = attention.config
+    tomesd.apply_patch(vit.model, r=3)
+    merged = vit.output()
+    assert attention.config.hidden_size == own.hidden_size
+    vit.model.set_attn_implementation("eager")
+    assert attention.config._attn_implementation == "eager"
+    torch.testing.assert_close(vit.output(), merged, atol=1e-4, rtol=1e-4)
+    tomesd.remove_patch(vit.model)
+    assert attention.config is own
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@torch.no_grad()
+def test_an_interrupted_video_model_merges_on_and_keeps_its_own_attention(error):
+    vit = build("VideoMAE")
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=3)
+    merged = vit.output()
+
+    def interrupt(module, args):
+        raise error
+
+    def run_interrupted():
+        hook = vit.blocks[2].attention.attention.value.register_forward_pre_hook(interrupt)
+        with pytest.raises(error):
+            vit.output()
+        hook.remove()
+
+    run_interrupted()
+    assert torch.equal(vit.output(), merged)
+    run_interrupted()
+    tomesd.remove_patch(vit.model)
+    assert torch.equal(vit.output(), plain)
+
+
+def test_attention_without_a_bias_is_refused_unless_proportional_attention_is_off():
+    vit = build("ViT")
+    vit.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"prop_attn must be False .*'flash_attention_2'"):
+        tomesd.apply_patch(vit.model, r=3)
+    tomesd.apply_patch(vit.model, r=3, prop_attn=False)
+
+
+def test_backbones_are_refused_unmerge_off_since_their_maps_have_a_place_for_every_token():
+    with pytest.raises(ValueError, match=r"unmerge must be True with Dinov2Backbone, .* got False"):
+        tomesd.apply_patch(build("DINOv2 backbone").model, r=3, unmerge=False)
+
+
+@torch.no_grad()
+def test_feature_maps_of_backbones_keep_their_shape():
+    vit = build("DINOv2 backbone")
+    tomesd.apply_patch(vit.model, r=R)
+    maps = vit.model(**vit.inputs).feature_maps
+    assert [x.shape for x in maps] == [(2, 24, 6, 6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[2])), "windows"),
+        (
+            lambda: hf.BeitModel(
+                hf.BeitConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            "bias by token positions",
+        ),
+        (
+            lambda: hf.DINOv3ViTModel(
+                hf.DINOv3ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            "rotates",
+        ),
+    ],
+)
+def test_models_that_need_token_positions_in_every_layer_are_refused_with_the_reason(model, why):
+    with pytest.raises(TypeError, match=f"model must not be a .*{why}"):
+        tomesd.apply_patch(model(), r=3)
+
+
+@torch.no_grad()
+def test_only_the_vision_half_of_clip_merges():
+    config = hf.CLIPConfig(
+        text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "image_size": 24,
+            "patch_size": 4,
+        },
+    )
+    clip = hf.CLIPModel(config).eval()
+    ids, images = torch.randint(0, 100, (1, 7)), torch.randn(1, 3, 24, 24)
+    text = clip.get_text_features(ids).pooler_output
+    image = clip.get_image_features(images).pooler_output
+    tomesd.apply_patch(clip, r=6)
+    assert torch.equal(clip.get_text_features(ids).pooler_output, text)
+    assert not torch.equal(clip.get_image_features(images).pooler_output, image)
+    assert list(tomesd.report(clip).rows) == ["vision_model"]
+
+
+@torch.no_grad()
+def test_vit_compiles_to_one_graph_with_merging():
+    vit = build("ViT", num_hidden_layers=2)
+    tomesd.apply_patch(vit.model, r=9)
+    expected = vit.output()
+    vit.model = torch.compile(vit.model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(vit.output(), expected)
+
+
+@torch.no_grad()
+def test_an_attention_mask_compiles_to_one_graph_with_merging():
+    vit = build("ViT", num_hidden_layers=2)
+    vit.inputs["attention_mask"] = torch.ones(2, 37)
+    vit.inputs["attention_mask"][:, 30:] = 0
+    tomesd.apply_patch(vit.model, r=9)
+    expected = vit.output()
+    vit.model = torch.compile(vit.model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(vit.output(), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_model_notices_that_it_is_patched_and_restored():
+    vit = build("ViT", num_hidden_layers=2)
+    plain = vit.output()
+    vit.model = torch.compile(vit.model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(vit.output(), plain)
+    tomesd.apply_patch(vit.model, r=9)
+    assert not torch.allclose(vit.output(), plain)
+    tomesd.remove_patch(vit.model)
+    torch.testing.assert_close(vit.output(), plain)

@@ -1,0 +1,198 @@
+"""What token merging saves and costs in seconds: an estimate from shapes and a device's rates.
+
+Each operation of `tomesd.core.workload` takes as long as the slowest of its arithmetic, its traffic and
+its calls. Nothing is ever timed here, so a model behaves the same in every run. See
+docs/performance.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tomesd.core.workload import TEXT_TOKENS, WINDOW, Branches, Work, block, joint_block, patch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is.
+
+    matmul, attention: FLOPs per second of matrix products and of fused attention.
+    memory: bytes per second, read and written, of what goes through memory in order.
+    rows: the same of rows that are read or written by an index, as merging and unmerging do.
+    best, topk: bytes per second of similarities, looking for the best of each row and for the
+        largest r of all.
+    call: seconds that an operator takes however small it is.
+    itemsize: bytes of a number in the precision that these rates are for.
+    """
+
+    matmul: float
+    attention: float
+    memory: float
+    rows: float
+    best: float
+    topk: float
+    call: float
+    itemsize: int
+
+
+# Measured: one thread of an AMD EPYC (Zen 4, AVX-512), torch 2.15, fp32, the best of 20 interleaved
+# rounds, rounded. matmul: Linear 8192×320→320 and →2560, 2048×640→5120: 77 to 100 GFLOP/s.
+# attention: scaled_dot_product_attention, batch 2, 8 heads, 4,096 tokens of 320 channels: 72.
+# memory: x + x, 8192×320: 67 GB/s. rows: index_select of 8,192 rows of 320: 15. best: max(-1) of
+# 2×2048×1024: 4.4. topk: two thirds of 2×12288, 0.097 G numbers a second. call: the operators of
+# one match, merge and unmerge of 16 tokens, with cold caches as inside of a model: 16 to 34 µs.
+CPU = Rates(
+    matmul=90e9,
+    attention=72e9,
+    memory=60e9,
+    rows=15e9,
+    best=4.4e9,
+    topk=0.39e9,
+    call=16e-6,
+    itemsize=4,
+)
+
+# Published, not measured: the peaks of an RTX 4090 in half precision, 165.2 TFLOP/s of its tensor
+# cores with sums in fp32 and 1,008 GB/s (NVIDIA, "Ada GPU Architecture", appendix A). Real kernels
+# stay below the peaks, which understates what merging saves. call: launching a kernel takes 4 to
+# 6 µs (measured by others on an RTX 5070 Ti: susun-blog.com/blog/pegainfer-3-cuda-graph).
+CUDA = Rates(
+    matmul=165.2e12,
+    attention=165.2e12,
+    memory=1008e9,
+    rows=1008e9,
+    best=1008e9,
+    topk=1008e9,
+    call=5e-6,
+    itemsize=2,
+)
+
+
+class Balance(NamedTuple):
+    """Seconds that merging saves in one block, and seconds that it spends on that."""
+
+    saved: float
+    spent: float
+
+    @property
+    def pays(self) -> bool:
+        return self.saved > self.spent
+
+
+def rates(device_kind: str) -> Rates:
+    """The rates of a kind of device.
+
+    >>> rates("cpu").itemsize
+    4
+
+    device_kind: torch.device's type. For one that is neither "cpu" nor "cuda" the rates are those
+        of "cuda": fast arithmetic and dear calls make merging pay last of all.
+    Raises TypeError if it is not a string.
+    """
+    if not isinstance(device_kind, str):
+        raise TypeError(f'device_kind must be a string such as "cuda", got {device_kind!r}')
+    return CPU if device_kind == "cpu" else CUDA
+
+
+def seconds(work: Iterable[Work], device_kind: str) -> float:
+    """An estimate, from the rates of the device alone: one operation after the other.
+
+    >>> from tomesd.core.workload import self_attention
+    >>> f"{seconds(self_attention(2, 4096, 4096, 320), 'cpu'):.2f}"
+    '0.67'
+
+    Raises TypeError if device_kind is not a string.
+    """
+    speed = rates(device_kind)
+    return sum(slowest(each, speed) for each in work)
+
+
+def slowest(work: Work, speed: Rates) -> float:
+    """Seconds of one operation: those of its arithmetic, its traffic or its calls."""
+    return max(
+        work.flops / getattr(speed, work.arithmetic),
+        work.elements * speed.itemsize / getattr(speed, work.traffic),
+        work.calls * speed.call,
+    )
+
+
+def balance(
+    device_kind: str,
+    batch: int,
+    tokens: int,
+    r: int,
+    channels: int,
+    *,
+    branches: Branches | None = None,
+    destinations: int | None = None,
+    window: int | None = WINDOW,
+    refine: int = 0,
+    keep_norm: bool = True,
+    text_tokens: int = TEXT_TOKENS,
+    joint: bool = False,
+) -> Balance:
+    """What merging saves and spends in blocks of this shape, in seconds: an estimate.
+
+    >>> balance("cpu", 2, 4096, 2048, 320).pays, balance("cpu", 2, 16, 8, 320).pays
+    (True, False)
+
+    device_kind: torch.device's type: see `rates`.
+    batch, tokens, channels: the shape of the block's input.
+    r: how many of the tokens merge, 0 (which never pays) to tokens − 1.
+    branches: default: self-attention with its queries.
+    destinations: how many of the tokens others may merge into, at most tokens − r; default one in
+        four, as in cells of 2×2, or what r leaves of that.
+    window: the side of the windows in which matches are looked for, in tokens; None: no windows.
+    refine, keep_norm: as in `DiffusionSettings`.
+    text_tokens: how many tokens the text has.
+    joint: whether it is a block of SD3's or Flux's kind (see `joint_block`), not a UNet's.
+
+    From shapes and rates alone, so that it is the same in every run. A GPU's rates are its peaks,
+    with which what is saved, arithmetic, looks smaller than it is; what is spent is mostly calls.
+    Raises TypeError for what is no whole number, ValueError for one out of its range.
+    """
+    _check(batch, tokens, r, channels, destinations, window, text_tokens)
+    kind = joint_block if joint else block
+    full = kind(batch, tokens, channels, text_tokens=text_tokens)
+    less = kind(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
+    own = patch(
+        batch,
+        tokens,
+        channels,
+        r,
+        branches=branches,
+        destinations=destinations,
+        window=window,
+        refine=refine,
+        keep_norm=keep_norm,
+    )
+    saved = seconds(full, device_kind) - seconds(less, device_kind)
+    return Balance(saved, seconds(own, device_kind))
+
+
+def _check(
+    batch: int,
+    tokens: int,
+    r: int,
+    channels: int,
+    destinations: int | None,
+    window: int | None,
+    text_tokens: int,
+) -> None:
+    _require("batch", batch, 1)
+    _require("tokens", tokens, 1)
+    _require("r", r, 0, tokens - 1)
+    _require("channels", channels, 1)
+    if destinations is not None:
+        _require("destinations", destinations, 1, tokens - r)
+    if window is not None:
+        _require("window", window, 1)
+    _require("text_tokens", text_tokens, 1)
+
+
+def _require(name: str, value: object, low: int, high: int | None = None) -> None:
+    allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, {allowed}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -1,1 +1,0 @@
-"""What the scripts share: sampling, distances, timing, memory and reports."""

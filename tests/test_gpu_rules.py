@@ -49,18 +49,17 @@ def assert_same_on_gpu(patched, unpatched, inputs: dict, dtype=torch.float32) ->
 
 def _unet(name: str) -> tuple[Any, dict]:
     tiny = tiny_unets.TINY[name]
-    inputs = {"timestep": torch.tensor(500)} | tiny.inputs(2, 6, 10, torch.randn)
-    return tiny.model(), inputs | {"return_dict": False}
+    return tiny.build(), tiny.inputs() | {"return_dict": False}
 
 
 def _transformer(name: str, **settings) -> tuple[Any, Any, dict]:
     tiny = TRANSFORMERS[name]
-    patched = tomesd.apply_patch(tiny.model(), **settings)
+    patched = tomesd.apply_patch(tiny.build(), **settings)
     hooks = patched._tomesd_patch.hooks
     if hooks.family.in_data:  # The one look at the data that the README tells of.
-        grids = hooks.family.grids(patched, tiny.given())
+        grids = hooks.family.grids(patched, tiny.inputs())
         hooks.family = hooks.family._replace(grids=lambda model, given: grids)
-    return patched, tiny.model(), tiny.given() | {"return_dict": False}
+    return patched, tiny.build(), tiny.inputs() | {"return_dict": False}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

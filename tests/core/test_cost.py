@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
 from benchmarks.cost import cost_table
-from tests.support.tiny_models import TEXT_LENGTH, TEXT_WIDTH, sd_unet, unet_inputs
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_unets import SD_TEXT_TOKENS, sd_unet, unet_inputs
 from tomesd.core import cost, workload
 from tomesd.core.workload import Branches
 from tomesd.diffusion.settings import DiffusionSettings
@@ -75,7 +76,7 @@ def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings)
     levels = ((16, 16, 3), (8, 32, 3), (4, 32, 1))
     for side, channels, blocks in levels if chosen.max_downsample > 1 else levels[:1]:
         at = (BATCH, side * side, channels)
-        text = {"text_tokens": TEXT_LENGTH, "text_channels": TEXT_WIDTH}
+        text = {"text_tokens": SD_TEXT_TOKENS, "text_channels": WIDTH}
         branches = Branches(
             merge_attn=chosen.merge_attn,
             merge_crossattn=chosen.merge_crossattn,

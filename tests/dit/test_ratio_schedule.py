@@ -17,7 +17,7 @@ class _Pipeline:
 
     def __init__(self, tiny) -> None:
         self.tiny = tiny
-        self.transformer = tiny.model()
+        self.transformer = tiny.build()
         self.scheduler = FlowMatchEulerDiscreteScheduler()
 
     @property
@@ -62,12 +62,12 @@ def test_a_compiled_transformer_is_compiled_once_for_each_ratio():
 
 
 def test_a_ratio_by_level_is_refused_where_there_is_one_level():
-    model = TINY["PixArtTransformer2DModel"].model()
+    model = TINY["PixArtTransformer2DModel"].build()
     with pytest.raises(TypeError, match="ratio must not be given by level for PixArtTransformer"):
         tomesd.apply_patch(model, ratio={1: 0.5})
 
 
 def test_a_schedule_without_a_pipeline_is_refused():
-    model = TINY["PixArtTransformer2DModel"].model()
+    model = TINY["PixArtTransformer2DModel"].build()
     with pytest.raises(TypeError, match="a schedule needs apply_patch"):
         tomesd.apply_patch(model, ratio=RatioSchedule.first(0.5, until=0.5))

@@ -7,8 +7,9 @@ from diffusers import StableDiffusionPipeline
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
-from tests.support import tiny_models
-from tests.support.tiny_models import build, controlnet, predict, sd_components, unet_inputs
+from tests.support import tiny_unets
+from tests.support.tiny_pipelines import build_pipeline, sd_components
+from tests.support.tiny_unets import controlnet, predict, unet_inputs
 
 # Three blocks at one level, so that it compiles in seconds.
 _ONE_LEVEL = {
@@ -42,7 +43,7 @@ def _nothing_compiled_before():
 
 
 def sd_unet(**config):
-    return tiny_models.sd_unet(**_ONE_LEVEL | config)
+    return tiny_unets.sd_unet(**_ONE_LEVEL | config)
 
 
 def _compile(unet, backend: str = "eager", **options):
@@ -70,8 +71,8 @@ def test_one_graph_serves_all_steps_and_equals_eager(settings):
 
 
 def test_a_compiled_unet_of_several_levels_may_be_patched():
-    expected = _steps(tomesd.apply_patch(tiny_models.sd_unet(), **EVERYTHING))
-    unet, counter = _compile(tiny_models.sd_unet())
+    expected = _steps(tomesd.apply_patch(tiny_unets.sd_unet(), **EVERYTHING))
+    unet, counter = _compile(tiny_unets.sd_unet())
     assert tomesd.apply_patch(unet, **EVERYTHING) is unet
     _close(_steps(unet), expected)
     assert counter.frame_count == 1
@@ -117,7 +118,7 @@ def test_a_pipeline_with_a_compiled_unet_makes_the_same_picture():
 
     def pipeline():
         components = sd_components(sd_unet()) | {"requires_safety_checker": False}
-        return build(StableDiffusionPipeline, components)
+        return build_pipeline(StableDiffusionPipeline, components)
 
     eager, pipe = tomesd.apply_patch(pipeline()), pipeline()
     unpatched = sample(pipe)
@@ -145,7 +146,7 @@ def test_a_compiled_controlnet_merges():
             down, middle = net(**unet_inputs(unet), controlnet_cond=picture, return_dict=False)
         return [*down, middle]
 
-    unet = tiny_models.sd_unet()
+    unet = tiny_unets.sd_unet()
     expected = run(tomesd.apply_patch(controlnet(unet)))
     net, counter = _compile(controlnet(unet))
     _close(run(tomesd.apply_patch(net)), expected)

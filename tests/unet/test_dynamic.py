@@ -4,7 +4,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import tomesd
-from tests.support.tiny_models import sd_unet, unet_inputs
+from tests.support.tiny_unets import sd_unet, unet_inputs
 
 SMALL = {
     "block_out_channels": (16,),

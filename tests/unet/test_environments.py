@@ -14,24 +14,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import tomesd
-from tests.support.tiny_models import (
-    build,
-    hooks,
-    predict,
-    sd_components,
-    sd_pipeline,
-    sd_unet,
-    unet_inputs,
-)
+from tests.support.recorders import count_hooks
+from tests.support.tiny_pipelines import build_pipeline, sample, sd_components, sd_pipeline
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 
 EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 PROCESSORS = [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)]
 SETTINGS = [{}, {"prop_attn": False}, {"merge_queries": False}, EVERYTHING]
-
-
-def _sample(pipe, **call) -> torch.Tensor:
-    call = {"num_inference_steps": 2, "output_type": "latent"} | call
-    return pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -54,11 +43,11 @@ def test_every_stock_attention_processor_gives_the_same_picture(processor, when,
 @pytest.mark.parametrize("slices", ["auto", "max", 1])
 def test_attention_slicing_gives_the_same_picture(slices):
     pipe = tomesd.apply_patch(sd_pipeline())
-    expected = _sample(pipe)
+    expected = sample(pipe)
     pipe.enable_attention_slicing(slices)
-    torch.testing.assert_close(_sample(pipe), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sample(pipe), expected, rtol=0, atol=1e-4)
     pipe.disable_attention_slicing()
-    assert torch.equal(_sample(pipe), expected)
+    assert torch.equal(sample(pipe), expected)
 
 
 def test_fused_projections_give_the_same_picture():
@@ -116,24 +105,24 @@ def test_offloading_gives_the_same_picture_bit_for_bit(offload, when, settings):
     # From the CPU to the CPU, but through the same hooks of accelerate; one by one, they keep the
     # weights on the meta device until they are needed.
     pipe = sd_pipeline()
-    unpatched = _sample(pipe)
+    unpatched = sample(pipe)
     with tomesd.patched(pipe, **settings):
-        expected = _sample(pipe)
+        expected = sample(pipe)
     if when == "before":
         offload(pipe)
     tomesd.apply_patch(pipe, **settings)
     if when == "after":
         offload(pipe)
-    assert torch.equal(_sample(pipe), expected)
+    assert torch.equal(sample(pipe), expected)
     tomesd.remove_patch(pipe)
-    assert hooks(pipe.unet) == 0
-    assert torch.equal(_sample(pipe), unpatched)
+    assert count_hooks(pipe.unet) == 0
+    assert torch.equal(sample(pipe), unpatched)
 
 
 def test_sequential_offloading_still_offloads():
     pipe = sd_pipeline()
     _offload_one_by_one(pipe)
-    _sample(tomesd.apply_patch(pipe, **EVERYTHING))
+    sample(tomesd.apply_patch(pipe, **EVERYTHING))
     assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
 
 
@@ -163,51 +152,51 @@ def _lora(folder) -> None:
 def test_lora_adapters_may_be_loaded_before_or_after_and_taken_off_again(tmp_path, settings):
     _lora(tmp_path)
     before, after = sd_pipeline(), sd_pipeline()
-    bare = _sample(before)
+    bare = sample(before)
 
     before.load_lora_weights(tmp_path)
-    adapted = _sample(before)
+    adapted = sample(before)
     tomesd.apply_patch(before, **settings)
 
     tomesd.apply_patch(after, **settings)
-    merged = _sample(after)
+    merged = sample(after)
     after.load_lora_weights(tmp_path)
 
-    both = _sample(before)
-    assert torch.equal(_sample(after), both)
+    both = sample(before)
+    assert torch.equal(sample(after), both)
     assert not torch.equal(both, merged)
     assert not torch.equal(both, adapted)
 
     after.unload_lora_weights()
-    assert torch.equal(_sample(after), merged)
-    assert torch.equal(_sample(tomesd.remove_patch(after)), bare)
-    assert torch.equal(_sample(tomesd.remove_patch(before)), adapted)
+    assert torch.equal(sample(after), merged)
+    assert torch.equal(sample(tomesd.remove_patch(after)), bare)
+    assert torch.equal(sample(tomesd.remove_patch(before)), adapted)
 
 
 def test_fused_lora_and_its_scale_work(tmp_path):
     _lora(tmp_path)
     pipe = tomesd.apply_patch(sd_pipeline())
     pipe.load_lora_weights(tmp_path)
-    adapted = _sample(pipe)
-    weaker = _sample(pipe, cross_attention_kwargs={"scale": 0.5})
+    adapted = sample(pipe)
+    weaker = sample(pipe, cross_attention_kwargs={"scale": 0.5})
     assert not torch.equal(weaker, adapted)
     pipe.fuse_lora()
-    torch.testing.assert_close(_sample(pipe), adapted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(pipe), adapted, rtol=0, atol=1e-3)
 
 
 def test_free_u_works():
     pipe = tomesd.apply_patch(sd_pipeline())
-    before = _sample(pipe)
+    before = sample(pipe)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-    assert not torch.equal(_sample(pipe), before)
+    assert not torch.equal(sample(pipe), before)
 
 
 @pytest.mark.parametrize("vae", ["enable_vae_slicing", "enable_vae_tiling"])
 def test_slicing_the_autoencoder_is_not_affected(vae):
     pipe = tomesd.apply_patch(sd_pipeline())
-    before = _sample(pipe)
+    before = sample(pipe)
     getattr(pipe.vae, vae.replace("vae_", ""))()
-    assert torch.equal(_sample(pipe), before)
+    assert torch.equal(sample(pipe), before)
 
 
 def test_a_callback_may_change_the_settings_between_steps():
@@ -219,19 +208,19 @@ def test_a_callback_may_change_the_settings_between_steps():
         tomesd.apply_patch(pipe, ratio=0.25)
         return tensors
 
-    _sample(pipe, callback_on_step_end=callback, height=80, width=112)
+    sample(pipe, callback_on_step_end=callback, height=80, width=112)
     assert merged == [70, 105]
 
 
 @pytest.mark.parametrize("config", [{"use_linear_projection": True}, {"layers_per_block": 2}])
 def test_variants_of_the_unet_merge_and_come_back(config):
-    pipe = build(
+    pipe = build_pipeline(
         StableDiffusionPipeline,
         sd_components(sd_unet(**config)) | {"requires_safety_checker": False},
     )
-    before = _sample(pipe)
-    assert not torch.equal(_sample(tomesd.apply_patch(pipe)), before)
-    assert torch.equal(_sample(tomesd.remove_patch(pipe)), before)
+    before = sample(pipe)
+    assert not torch.equal(sample(tomesd.apply_patch(pipe)), before)
+    assert torch.equal(sample(tomesd.remove_patch(pipe)), before)
 
 
 def test_the_unet_may_be_called_in_every_way():

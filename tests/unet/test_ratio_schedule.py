@@ -16,7 +16,8 @@ from diffusers import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
-from tests.support.tiny_models import build, predict, sd_components, sd_unet
+from tests.support.tiny_pipelines import build_pipeline, sd_components
+from tests.support.tiny_unets import predict, sd_unet
 from tomesd import RatioSchedule
 
 STEPS = 10
@@ -31,7 +32,7 @@ ONE_BLOCK = {
 
 
 def _pipe(scheduler=EulerDiscreteScheduler, unet=None) -> StableDiffusionPipeline:
-    pipe = build(StableDiffusionPipeline, sd_components(unet))
+    pipe = build_pipeline(StableDiffusionPipeline, sd_components(unet))
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import controlnet, sd_unet, unet_inputs
+from tests.support.tiny_unets import controlnet, sd_unet, unet_inputs
 
 EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 SETTINGS = [

@@ -5,6 +5,7 @@ import torch
 
 import tomesd
 from tests.support.recorders import count_hooks
+from tests.support.slow import slow
 from tests.support.tiny_model import WIDTH
 from tests.support.tiny_pipelines import sd_pipeline
 from tests.support.tiny_unets import predict, sd_unet, unet_inputs
@@ -151,6 +152,7 @@ def test_tracing_changes_no_output_and_leaves_no_hook():
     assert torch.equal(vit.output(), expected[0])
 
 
+@slow
 @torch.no_grad()
 def test_compiled_models_are_traced_too():
     vit = build("timm")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_transformers import TINY
+from tests.support.slow import slow, slow_but
+from tests.support.tiny_transformers import KINDS, TINY
 from tomesd.api import _TRANSFORMERS
 
 # Where diffusers' own forward looks at values, unpatched too.
@@ -26,6 +27,10 @@ ONE_OF_EACH = [
 ]
 
 
+# Joint attention, joint and single-stream blocks, cross-attention, and a video's.
+SAMPLE = KINDS
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled_yet():
     torch.compiler.reset()
@@ -33,7 +38,7 @@ def _nothing_is_compiled_yet():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", slow_but(SAMPLE, ONE_OF_EACH))
 @torch.no_grad()
 def test_one_graph(name):
     tiny = TINY[name]
@@ -67,6 +72,7 @@ def _in_place(model, **how):
     return model
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [
@@ -93,6 +99,7 @@ class _Around(torch.nn.Module):
         return self.model(**given)
 
 
+@slow
 @torch.no_grad()
 def test_a_model_inside_of_what_is_compiled_is_in_the_one_graph():
     tiny = TINY["FluxTransformer2DModel"]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import tomesd
 from tests.support.recorders import AttentionRecorder
+from tests.support.slow import slow
 from tests.support.tiny_transformers import TINY
 from tomesd.core.frames import clips, frame_by_frame, place_by_place
 from tomesd.core.matching import random_pruning
@@ -169,6 +170,7 @@ def test_every_family_of_videos_merges_across_frames(name):
     assert {row.tokens - row.merged for row in rows if not row.note.startswith("they")} == {gone}
 
 
+@slow
 @torch.no_grad()
 def test_merging_across_frames_is_one_graph():
     torch.compiler.reset()

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.tiny_transformers import TINY
 from tomesd import RatioSchedule
 
@@ -48,6 +49,7 @@ def test_each_step_is_that_of_its_ratio(name):
     assert "ratio 0.5, 0" in note
 
 
+@slow
 @torch.no_grad()
 def test_a_compiled_transformer_is_compiled_once_for_each_ratio():
     torch.compiler.reset()

@@ -1,5 +1,6 @@
 """Models whose linear layers are of bitsandbytes' eight or four bits merge like any other."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -48,8 +49,15 @@ def _both_orders(model: Any, when: str, kind: str, **settings) -> Any:
 
 
 @ORDERS
-@KINDS
-@pytest.mark.parametrize("settings", [{}, {"merge_queries": False}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *product(["int8", "nf4", "fp4"], [{}]),
+        ("int8", {"merge_queries": False}),
+        ("nf4", {"preset": "paper"}),
+    ],
+    ids=str,
+)
 def test_a_quantized_unet_merges(settings, kind, when):
     plain = sd_unet()
     exact = predict(plain)

@@ -23,9 +23,17 @@ PROCESSORS = [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)]
 SETTINGS = [{}, {"prop_attn": False}, {"merge_queries": False}, EVERYTHING]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+# Pairs: each setting and each processor in both orders, but not each setting with each of them.
+@pytest.mark.parametrize(
+    ("processor", "when", "settings"),
+    [
+        (processor, when, SETTINGS[(index + 2 * (when == "after") + shift) % len(SETTINGS)])
+        for index, processor in enumerate(PROCESSORS)
+        for when in ("before", "after")
+        for shift in (0, 1)
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict | str) else type(value).__name__,
+)
 def test_every_stock_attention_processor_gives_the_same_picture(processor, when, settings):
     expected = predict(tomesd.apply_patch(sd_unet(), **settings))
     unet = sd_unet()
@@ -57,9 +65,16 @@ def test_fused_projections_give_the_same_picture():
     torch.testing.assert_close(predict(tomesd.apply_patch(unet)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("upcast_attention", [False, True])
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+# Each processor in both precisions, upcast in one of them.
+@pytest.mark.parametrize(
+    ("processor", "dtype", "upcast_attention"),
+    [
+        (processor, dtype, (index % 2 == 0) == (dtype == torch.float16))
+        for index, processor in enumerate(PROCESSORS)
+        for dtype in (torch.float16, torch.bfloat16)
+    ],
+    ids=lambda value: str(value) if isinstance(value, bool | torch.dtype) else type(value).__name__,
+)
 def test_half_precision_changes_less_than_half_of_what_merging_does(
     dtype, upcast_attention, processor
 ):
@@ -98,9 +113,17 @@ def _offload_one_by_one(pipe) -> None:
         accelerate.cpu_offload(model, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("offload", [_offload_whole, _offload_one_by_one])
+# Each way in both orders with two settings each, and each setting with both ways.
+@pytest.mark.parametrize(
+    ("offload", "when", "settings"),
+    [
+        (offload, when, SETTINGS[2 * half + ((when == "after") != (offload is _offload_whole))])
+        for offload in (_offload_whole, _offload_one_by_one)
+        for when in ("before", "after")
+        for half in (0, 1)
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict | str) else value.__name__,
+)
 def test_offloading_gives_the_same_picture_bit_for_bit(offload, when, settings):
     # From the CPU to the CPU, but through the same hooks of accelerate; one by one, they keep the
     # weights on the meta device until they are needed.

@@ -16,6 +16,7 @@ from diffusers import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.tiny_pipelines import build_pipeline, sd_components
 from tests.support.tiny_unets import predict, sd_unet
 from tomesd import RatioSchedule
@@ -225,7 +226,8 @@ def test_removing_a_schedule_leaves_nothing():
 
 
 @pytest.mark.parametrize(
-    ("in_place", "scheduler"), [(False, EulerDiscreteScheduler), (True, DDIMScheduler)]
+    ("in_place", "scheduler"),
+    [(False, EulerDiscreteScheduler), pytest.param(True, DDIMScheduler, marks=slow)],
 )
 def test_a_compiled_unet_is_compiled_once_for_each_ratio(in_place, scheduler):
     torch.compiler.reset()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ SIZES = [
     {"h": 6, "w": 10, "timestep": torch.tensor(900)},
     {"h": 8, "w": 4, "batch": 1, "timestep": torch.tensor(20)},
 ]
-SETTINGS = [{}, {"use_rand": True}, {"merge_attn": True}, {"merge_queries": False}]
+OTHER_SETTINGS = [{}, {"merge_attn": True}, {"merge_queries": False}]
 
 
 @pytest.fixture(params=TINY)
@@ -34,8 +35,17 @@ def _together(tiny, model, watched) -> list[torch.Tensor]:
     return [output for (output,) in side_by_side(calls, meet_in=watched)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(tiny, settings):
+# How blocks merge is the same code in every kind of UNet; what travels to them is not.
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *product(TINY, [{"use_rand": True}]),
+        *product(["UNet2DConditionModel", "UNetSpatioTemporalConditionModel"], OTHER_SETTINGS),
+    ],
+    ids=str,
+)
+def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(name, settings):
+    tiny = TINY[name]
     model = tomesd.apply_patch(tiny.build(), max_downsample=8, **settings)
     alone = [_predict(tiny, model, **size) for size in SIZES]
     # In every transformer, block and attention, one thread goes on when the other is there too.

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.threads import meeting, replicate, side_by_side
 from tests.support.tiny_vits import FAMILIES, HEADS, WIDTH, Vit, build, enable_checkpointing
 
@@ -127,6 +128,7 @@ def test_each_forward_is_traced_with_its_own_tokens():
     assert all(torch.equal(got[key], alone[key]) for key in alone)
 
 
+@slow
 @pytest.mark.parametrize("name", ["ViT", "VideoMAE"])
 @torch.no_grad()
 def test_threads_share_a_compiled_model(name):

@@ -1,6 +1,5 @@
 """Ratios that differ from level to level and from step to step."""
 
-import doctest
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tomesd import RatioSchedule
-from tomesd.diffusion import ratio_schedule
 from tomesd.diffusion.ratio_schedule import MOST_PIECES, RatioPlan, Steps
 
 RATIOS = st.floats(0, 0.75)
@@ -23,15 +21,6 @@ RATIOS = st.floats(0, 0.75)
 
 class Pipe(SimpleNamespace):
     """All that a schedule needs of a pipeline."""
-
-
-def test_every_example_gives_what_its_docstring_says():
-    pipe = Pipe(scheduler=EulerDiscreteScheduler())
-    given_names = {**vars(ratio_schedule), "pipe": pipe}
-    for example in doctest.DocTestFinder().find(ratio_schedule, extraglobs=given_names):
-        if "tomesd." not in example.docstring and "timestep" not in example.docstring:
-            result = doctest.DocTestRunner().run(example)
-            assert result.failed == 0
 
 
 @given(start=RATIOS, end=RATIOS, pieces=st.integers(2, MOST_PIECES))

@@ -1,7 +1,5 @@
 """What Vision Transformers are told when a setting is wrong, and what the report says."""
 
-import doctest
-
 import numpy as np
 import pytest
 import torch
@@ -11,13 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import tomesd
 from tests.support import tiny_unets
 from tests.support.tiny_vits import build
-from tomesd.vit import settings as vit_settings
-
-
-def test_every_example_gives_what_its_docstring_says(doctest_namespace):
-    result = doctest.testmod(vit_settings, extraglobs=doctest_namespace)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 @pytest.mark.parametrize(

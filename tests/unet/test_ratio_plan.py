@@ -24,7 +24,7 @@ class Pipe(SimpleNamespace):
 
 
 @given(start=RATIOS, end=RATIOS, pieces=st.integers(2, MOST_PIECES))
-def test_a_ramp_begins_and_ends_at_its_ratios_and_never_turns_back(start, end, pieces):
+def test_a_ramp_begins_and_ends_at_its_ratios_and_is_monotonic(start, end, pieces):
     ratios = [ratio for _, ratio in RatioSchedule.ramp(start, end, pieces).pieces]
     assert ratios[0] == start
     assert ratios[-1] == pytest.approx(end)
@@ -102,7 +102,7 @@ def test_a_picture_that_starts_halfway_starts_halfway_in_the_schedule():
         ),
     ],
 )
-def test_a_ratio_that_cannot_be_is_named(ratio, error, words):
+def test_an_invalid_ratio_is_refused(ratio, error, words):
     with pytest.raises(error, match=words):
         RatioPlan(ratio, None)
 
@@ -119,13 +119,13 @@ def test_a_ratio_that_cannot_be_is_named(ratio, error, words):
         (tuple(((i + 1) / 7, 0.5) for i in range(7)), ValueError, "got 7"),
     ],
 )
-def test_pieces_that_cannot_be_are_named(pieces, error, words):
+def test_invalid_pieces_are_refused(pieces, error, words):
     with pytest.raises(error, match=words):
         RatioSchedule(pieces)
 
 
 @pytest.mark.parametrize("pieces", [0, 7, 1.5, "4"])
-def test_a_number_of_stairs_that_cannot_be_is_named(pieces):
+def test_a_number_of_pieces_out_of_range_is_refused(pieces):
     for make in (
         lambda: RatioSchedule.ramp(0.5, 0.1, pieces=pieces),
         lambda: RatioSchedule.of(lambda progress: 0.5, pieces=pieces),

@@ -30,7 +30,7 @@ def test_the_decreasing_schedule_falls_from_2r_to_0_on_a_line(r, layers):
 def test_an_inflection_merges_as_many_tokens_as_the_constant_schedule(r, inflection, layers):
     got = per_layer((r, inflection), layers)
     assert all(value >= 0 for value in got)
-    # Each layer is rounded by itself.
+    # Each layer is rounded separately.
     assert abs(sum(got) - r * layers) <= layers / 2
 
 
@@ -56,7 +56,7 @@ def test_inflection_0_is_constant_and_1_the_decreasing_schedule_turned_round():
         ((-8, -1), ValueError, "r must be 0 or more"),
     ],
 )
-def test_what_is_no_schedule_is_refused_with_what_is_one(r, error, message):
+def test_an_invalid_schedule_is_refused_with_the_valid_forms(r, error, message):
     with pytest.raises(error, match=message):
         per_layer(r, 3)
 

@@ -208,7 +208,7 @@ class DiTPatch(DenoiserPatch):
         """Those of the last image, or else of the model's own size, if it has one."""
         if self.hooks.last:
             return self.hooks.last.grids
-        config = self.model.config
+        config = getattr(self.model, "config", {})
         size, patch = config.get("sample_size"), config.get("patch_size")
         if isinstance(size, int) and isinstance(patch, int):
             return ((1, size // patch, size // patch),)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.frontier.experiments import (
+from benchmarks.frontier.matchers import (
     MATCHED_ON,
     GridSettings,
     KeptSettings,
@@ -14,7 +14,7 @@ from benchmarks.frontier.experiments import (
     RunSettings,
     install,
 )
-from benchmarks.pictures.run import UNPATCHED, Row
+from benchmarks.pictures.picture_set import UNPATCHED, Row
 from tomesd.diffusion.settings import PRESETS, DiffusionSettings, diffusion_settings
 
 PEER = "tomesd==0.1.3"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks.common.memory import Peak, in_child, peak_memory
 from benchmarks.common.timing import interleave, seconds
 from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import Setup, new_row, noting, summarize
+from benchmarks.speed.forwards import Setup, new_row, record_failure, summarize
 from benchmarks.speed.variants import Variant, prepare
 
 # What diffusers' own training scripts adapt, with their rank.
@@ -46,7 +46,7 @@ def measure_training(setup: Setup) -> Iterator[list[dict[str, Any]]]:
             for row, how in zip(same, _ways(setup), strict=True)
         ]
         for row, checkpointing, variant in tqdm(tasks, desc="memory", unit="process"):
-            with noting(row):
+            with record_failure(row):
                 peak = in_child(step_peak, setup, row["size"], variant, checkpointing)
                 row["memory"] = peak._asdict()
         if all("error" in row for row, *_ in tasks):
@@ -74,7 +74,7 @@ def _measure_size(setup: Setup, model: Any, rows: list[dict[str, Any]]) -> None:
     for row, (checkpointing, variant) in tqdm(tasks, desc=f"{size} px, warming up", unit="step"):
         if "error" in row:
             continue
-        with noting(row):
+        with record_failure(row):
             twin = full_size.share_weights(model)
             step = training_step(setup, twin, size, variant, checkpointing)
             step()

@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.fid.frechet import Features
+from benchmarks.fid.distances import Features
 from benchmarks.pictures.comparison import NAMES
 from benchmarks.pictures.reference import read
-from benchmarks.pictures.run import UNPATCHED, Row, Run
+from benchmarks.pictures.picture_set import UNPATCHED, Row, Run
 from tomesd.picture_grid import grid
 
 Record = Mapping[str, Any]

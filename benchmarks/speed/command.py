@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks.common.arguments import number, run_script
 from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
-from benchmarks.common.files import check_file, whole
+from benchmarks.common.files import check_file, atomic_write
 from benchmarks.speed import full_size_transformers, key_bias
-from benchmarks.speed.benchmark import (
+from benchmarks.speed.forwards import (
     STEPS,
     Setup,
     environment,
@@ -31,10 +31,10 @@ from benchmarks.speed.benchmark import (
     measure_memory,
     ready,
 )
-from benchmarks.speed.full_size import Denoiser
-from benchmarks.speed.full_size_transformers import Transformer
+from benchmarks.models.unets import Denoiser
+from benchmarks.models.transformers import Transformer
 from benchmarks.speed.lora_training import check_peft, measure_training
-from benchmarks.speed.peer import install_peer
+from benchmarks.peer.process import install_peer
 from benchmarks.speed.variants import Variant
 from tomesd.diffusion.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
 
@@ -60,7 +60,7 @@ def main() -> None:
         print(lines.partition("\n")[2] if record[name] else lines, flush=True)
         record[name] += rows
         if args.output:
-            with whole(args.output) as file:
+            with atomic_write(args.output) as file:
                 file.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 

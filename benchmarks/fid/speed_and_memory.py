@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from benchmarks.common.memory import Peak, in_child, peak_memory
 from benchmarks.common.timing import interleave, seconds
-from benchmarks.pictures.run import Model, Row, Run
+from benchmarks.pictures.picture_set import Model, Row, Run
 from benchmarks.pictures.sampling import sample
 
 # Steps that are enough to warm up and to know the memory, which does not grow with them.

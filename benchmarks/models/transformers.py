@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cost.cost_table import FLUX, MODELS, SD3
+from benchmarks.cost.tables import FLUX, MODELS, SD3
 from benchmarks.speed import full_size
-from benchmarks.speed.full_size import Denoiser, Level, noise
+from benchmarks.models.unets import Denoiser, Level, noise
 
 # Stable Diffusion 3.5 medium: 2,243,171,520 parameters. Its first blocks have a second attention,
 # of image tokens alone.

@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.common.arguments import number, run_script, script_parser
 from benchmarks.common.device import choose_device
 from benchmarks.common.files import check_folder
-from benchmarks.training.shapes import (
+from benchmarks.training.loop import (
     CheckpointError,
     MaskedClassifier,
     Stage,
@@ -33,7 +33,7 @@ from benchmarks.training.shapes import (
     pictures,
     to_unit,
     train,
-    whole_folder,
+    atomic_folder,
 )
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, scene
@@ -142,7 +142,7 @@ def train_autoencoder(args) -> None:
     # Scaled so that the latents have unit variance, as the denoiser expects.
     latents = encode(model, images[:1024], args)
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    with whole_folder(args.work / "autoencoder") as folder:
+    with atomic_folder(args.work / "autoencoder") as folder:
         model.save_pretrained(folder)
     held_out = to_unit(pictures(HELD_OUT[: min(256, args.pictures)], 128))
     with torch.no_grad(), autocast(args):
@@ -207,7 +207,7 @@ def train_denoiser(args) -> None:
         told = about(args) | {"autoencoder": made_by}
         train(stage, model, in_precision, args.work / f"denoiser-{size}.pt", told)
     pipeline = shapes.build_pipeline(autoencoder, model.text_encoder, model.unet, tokenizer)
-    with whole_folder(args.output / "pipeline") as folder:
+    with atomic_folder(args.output / "pipeline") as folder:
         pipeline.to(torch.float16).save_pretrained(folder)
 
 
@@ -233,7 +233,7 @@ def train_classifier(args) -> None:
         ]
     right = sum(a == scene(i).labels for a, i in zip(read, HELD_OUT, strict=False))
     print(f"classifier: all four right on {right} of {len(read)} held-out pictures")
-    with whole_folder(args.output / "classifier") as folder:
+    with atomic_folder(args.output / "classifier") as folder:
         model.to(torch.float16).save_pretrained(folder)
         shapes.build_image_processor().save_pretrained(folder)
 

@@ -19,18 +19,18 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from benchmarks.common.files import versions, whole
+from benchmarks.common.files import versions, atomic_write
 from benchmarks.common.timing import Spread, interleave, round_ratio
-from benchmarks.fid.fid import device_name, digest
-from benchmarks.fid.frechet import Features, distances
+from benchmarks.fid.measurements import device_name, digest
+from benchmarks.fid.distances import Features, distances
 from benchmarks.frontier.candidates import CANDIDATES, Candidate
-from benchmarks.frontier.experiments import install
-from benchmarks.pictures.changes import changes
+from benchmarks.frontier.matchers import install
+from benchmarks.pictures.differences import changes
 from benchmarks.pictures.reference import Pictures, Reference
-from benchmarks.pictures.run import UNPATCHED, Model, Run, make
+from benchmarks.pictures.picture_set import UNPATCHED, Model, Run, make
 from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import Setup, environment, our_run, peer_run, start_peer
-from benchmarks.speed.peer import Peer, PeerError, PeerPipeline
+from benchmarks.speed.forwards import Setup, environment, our_run, peer_run, start_peer
+from benchmarks.peer.process import Peer, PeerError, PeerPipeline
 from benchmarks.speed.variants import Variant
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.patch import UNetPatch
@@ -355,5 +355,5 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
-    with whole(file) as partial_file:
+    with atomic_write(file) as partial_file:
         partial_file.write_text(json.dumps(record, indent=1) + "\n")

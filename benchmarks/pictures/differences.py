@@ -1,23 +1,29 @@
-"""How much a picture differs from the one that it would have been without merging."""
+"""How much pictures differ from the unpatched ones of the same seeds."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from torch.nn import functional as F
-from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 
-from benchmarks.fid.frechet import Features, load_classifier, prepare
 from benchmarks.pictures.reference import as_tensor, read
-from benchmarks.quality.quality import psnr
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB, 8 bits; infinite for equal pictures.
+
+    >>> psnr(Image.new("L", (2, 2), 0), Image.new("L", (2, 2), 255))
+    0.0
+    """
+    difference = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    error = np.mean(difference**2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def ssim(image: Image.Image, reference: Image.Image) -> float:
@@ -38,42 +44,7 @@ def ssim(image: Image.Image, reference: Image.Image) -> float:
     )
 
 
-class ShapesDistance(torch.nn.Module):
-    """LPIPS's idea on the embedded classifier, without learned weights: [B], 0 for equal pictures.
-
-    After every layer each token is scaled to length 1; squared distances between the tokens at
-    the same place, averaged over places and layers.
-    """
-
-    def __init__(self, classifier: Any) -> None:
-        super().__init__()
-        self.classifier: Any = classifier.eval().requires_grad_(False)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        a, b = self._tokens(first), self._tokens(second)
-        return torch.stack(
-            [(x - y).square().sum(-1).mean(-1) for x, y in zip(a, b, strict=True)]
-        ).mean(0)
-
-    def _tokens(self, pixels: Tensor) -> list[Tensor]:
-        pixels = prepare(pixels, self.classifier)
-        states = self.classifier.vit(pixels, output_hidden_states=True).hidden_states
-        return [F.normalize(state, dim=-1) for state in states[1:]]
-
-
-def perceptual(features: Features, device: torch.device) -> Perceptual:
-    """The distance that goes with these features.
-
-    Beside InceptionV3 it is LPIPS (VGG16) as torch-fidelity has it, whose weights are downloaded.
-    Raises OSError if they cannot be.
-    """
-    if features.name == "shapes":
-        weights = str(features.weights) if features.weights else None
-        return ShapesDistance(load_classifier(weights)).to(device)
-    return SampleSimilarityLPIPS("lpips-vgg16").to(device)
-
-
-def changes(
+def differences(
     paths: Sequence[Path],
     unpatched: Sequence[Path],
     distance: Perceptual | None,
@@ -82,8 +53,11 @@ def changes(
 ) -> dict[str, float | int | None]:
     """Means over all pictures, each compared with the unpatched one of the same seed.
 
-    psnr is over the pictures that changed at all (it is infinite for the others), `equal` is how
-    many did not; psnr is None if none changed. distance: None leaves the perceptual one out.
+    >>> differences(paths, unpatched, None, torch.device("cpu"))["psnr"]
+    32.6
+
+    psnr: over the pictures that changed at all (it is infinite for the others); None if none did.
+    equal: how many did not change. distance: None leaves the perceptual one out.
     Raises BrokenPictureError.
     """
     ratios, similarities, far = [], [], []

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.common.files import whole
+from benchmarks.common.files import atomic_write
 
 Record = dict[str, Any]
 
@@ -88,6 +88,6 @@ def _axes(x: str, title: str) -> tuple[Figure, Any]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
     return path

@@ -159,10 +159,10 @@ def cached(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` on leaving; after an exception it is gone.
 
-    >>> with whole_folder(Path("assets/classifier")) as partial:
+    >>> with atomic_folder(Path("assets/classifier")) as partial:
     ...     model.save_pretrained(partial)
 
     What was at `path` before stays until the new folder is complete, and is then deleted.

@@ -26,14 +26,14 @@ from accelerate import PartialState
 
 from benchmarks.common.arguments import number, run_script, script_parser, size
 from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
-from benchmarks.common.files import check_folder, save_image, versions, whole
+from benchmarks.common.files import check_folder, save_image, versions, atomic_write
 from benchmarks.fid import fid, report
-from benchmarks.fid.frechet import Features
-from benchmarks.fid.limits import check_limit
+from benchmarks.fid.distances import Features
+from benchmarks.fid.memory_limits import check_limit
 from benchmarks.pictures.reference import drawn, from_folder
-from benchmarks.pictures.run import Model, Run, rows
+from benchmarks.pictures.picture_set import Model, Run, rows
 from benchmarks.pictures.sampling import SCHEDULERS, check_model, choose, native_side
-from benchmarks.quality.quality import run_folder
+from benchmarks.quality.cases import run_folder
 from tomesd.diffusion.settings import PRESETS
 
 
@@ -142,10 +142,10 @@ def write(plan: fid.Plan, results: dict[str, Any]) -> None:
     table = report.table(results["rows"], plan.features, len(plan.run.prompts))
     written["table.md"] = f"{table}\n\n{report.about(results)}\n"
     for name, text in written.items():
-        with whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
     if plan.rounds:
-        with whole(folder / "plot.png") as partial:
+        with atomic_write(folder / "plot.png") as partial:
             report.plot(results["rows"], plan.features.distance, partial)
     versions_used = versions("tomesd", "torch", "diffusers")
     save_image(report.figure_11(plan.run), folder / "methods.png", versions_used)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import tomesd
 from benchmarks.classifier.classifiers import Classifier
-from benchmarks.common.files import whole
+from benchmarks.common.files import atomic_write
 from benchmarks.common.timing import interleave, round_ratio, seconds
-from benchmarks.quality.quality import held_out
+from benchmarks.quality.cases import held_out
 from tomesd.api import _PATCH, _patched
 from tomesd.shapes.pipeline import LABELS
 from tomesd.shapes.world import draw
@@ -268,7 +268,7 @@ def _write(file: Path, records: list[Record], before: list[Record]) -> None:
 
     written = {identity(record) for record in records}
     kept = [record for record in before if identity(record) not in written]
-    with whole(file) as partial_file, partial_file.open("w", newline="") as out:
+    with atomic_write(file) as partial_file, partial_file.open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
         writer.writerows(records + kept)

@@ -14,15 +14,15 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from benchmarks.common.files import versions, whole
+from benchmarks.common.files import versions, atomic_write
 from benchmarks.fid import limits, speed
-from benchmarks.fid.frechet import Features, cache_reference, distances
-from benchmarks.pictures.changes import Perceptual, changes, perceptual
+from benchmarks.fid.distances import Features, cache_reference, distances
+from benchmarks.pictures.differences import Perceptual, changes, perceptual
 from benchmarks.pictures.reference import FEWEST, Pictures, Reference
-from benchmarks.pictures.run import Model, Row, Run, make
+from benchmarks.pictures.picture_set import Model, Row, Run, make
 from benchmarks.pictures.sampling import Sampling
-from benchmarks.quality.quality import held_out
-from benchmarks.speed.benchmark import cpu_name
+from benchmarks.quality.cases import held_out
+from benchmarks.speed.forwards import cpu_name
 from tomesd.diffusion.settings import diffusion_settings
 from tomesd.shapes.pipeline import ASSETS
 
@@ -271,7 +271,7 @@ def _remembered(file: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _remember(file: Path, about: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.common.timing import Spread, interleave, round_ratio, seconds
 from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import Setup
+from benchmarks.speed.forwards import Setup
 
 HEADS = 8
 

@@ -19,7 +19,7 @@ import torch
 
 import tomesd
 from benchmarks.common.memory import first_line, resident
-from benchmarks.pictures.run import Model
+from benchmarks.pictures.picture_set import Model
 from benchmarks.pictures.sampling import Sampling, sample
 from tomesd.diffusion.settings import DiffusionSettings
 

@@ -8,7 +8,7 @@ computed but shapes, so that any machine gives the same tables. See docs/perform
 import argparse
 
 from benchmarks.common.arguments import number, run_script
-from benchmarks.cost.cost_table import (
+from benchmarks.cost.tables import (
     MODELS,
     STEP,
     budget_table,

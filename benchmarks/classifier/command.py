@@ -23,7 +23,7 @@ from benchmarks.common.arguments import number, run_script, script_parser
 from benchmarks.common.device import PRECISIONS, choose_device
 from benchmarks.common.files import check_folder, versions
 from benchmarks.fid import fid
-from benchmarks.quality.quality import run_folder
+from benchmarks.quality.cases import run_folder
 from tomesd.api import patched
 from tomesd.shapes.pipeline import ASSETS
 

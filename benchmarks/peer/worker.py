@@ -1,6 +1,6 @@
 """The process in which PyPI's tomesd runs: answers requests, one line of JSON for each.
 
-Started by `benchmarks.speed.peer` with PyPI's package first on the path, so nothing that is imported
+Started by `benchmarks.peer.process` with PyPI's package first on the path, so nothing that is imported
 here may import this project's own `tomesd`.
 """
 

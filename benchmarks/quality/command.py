@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from benchmarks.classifier import classifiers
 from benchmarks.common.arguments import number, run_script, script_parser
-from benchmarks.common.files import check_folder, whole
+from benchmarks.common.files import check_folder, atomic_write
 from benchmarks.fid import fid
-from benchmarks.pictures.run import UNPATCHED, Model, Row, Run, make
+from benchmarks.pictures.picture_set import UNPATCHED, Model, Row, Run, make
 from benchmarks.pictures.sampling import EMBEDDED, check_model, choose, native_side
 from benchmarks.quality import quality
-from benchmarks.quality.quality import CASES, Case, held_out, run_folder, shown_right
+from benchmarks.quality.cases import CASES, Case, held_out, run_folder, shown_right
 from tomesd.shapes.pipeline import ASSETS
 
 MODEL = Model(None, "cpu", torch.float32, None)
@@ -74,7 +74,7 @@ def prepare(
 def write(file: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """The rows, and those that the file has of other cases and ratios."""
     before = json.loads(file.read_text())["rows"] if file.exists() else []
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         record = about | {"rows": quality.joined(before, rows)}
         partial.write_text(json.dumps(record, indent=1) + "\n")
 

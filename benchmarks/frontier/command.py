@@ -24,17 +24,17 @@ import transformers
 
 from benchmarks.common.arguments import number, run_script
 from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
-from benchmarks.common.files import check_folder, whole
+from benchmarks.common.files import check_folder, atomic_write
 from benchmarks.fid import fid
 from benchmarks.frontier import frontier, frontier_report
 from benchmarks.frontier.candidates import CANDIDATES, PEER, chosen
 from benchmarks.pictures.reference import drawn
-from benchmarks.pictures.run import Model, Run
+from benchmarks.pictures.picture_set import Model, Run
 from benchmarks.pictures.sampling import EMBEDDED, Sampling, check_model
-from benchmarks.quality.quality import run_folder
-from benchmarks.speed.benchmark import Setup
-from benchmarks.speed.full_size import denoiser
-from benchmarks.speed.peer import PeerError, install_peer
+from benchmarks.quality.cases import run_folder
+from benchmarks.speed.forwards import Setup
+from benchmarks.models.unets import denoiser
+from benchmarks.peer.process import PeerError, install_peer
 from tomesd.shapes.pipeline import ASSETS
 
 
@@ -117,12 +117,12 @@ def prepare(args: argparse.Namespace) -> frontier.Plan:
 def write(folder: Path, results: dict[str, Any]) -> None:
     """results.json, table.md and the picture, each written whole."""
     table = frontier_report.table(results)
-    with whole(folder / "results.json") as file:
+    with atomic_write(folder / "results.json") as file:
         file.write_text(json.dumps(results, indent=1) + "\n")
-    with whole(folder / "table.md") as file:
+    with atomic_write(folder / "table.md") as file:
         file.write_text(f"{table}\n\n{frontier_report.about(results)}\n")
     if frontier_report.can_plot(results):
-        with whole(folder / "frontier.png") as file:
+        with atomic_write(folder / "frontier.png") as file:
             frontier_report.plot(results, file)
     print(f"{table}\n\n{folder}")
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import tomesd
-from benchmarks.common.files import whole
-from benchmarks.pictures.run import Row, Run
+from benchmarks.common.files import atomic_write
+from benchmarks.pictures.picture_set import Row, Run
 from tomesd import RatioSchedule
 from tomesd.diffusion.settings import diffusion_settings
 from tomesd.shapes import pipeline as shapes
@@ -132,7 +132,7 @@ def run_folder(root: Path, settings: Mapping[str, Any]) -> Path:
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
     file = folder / "settings.json"
     if not file.exists():
-        with whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(text + "\n")
     return folder
 

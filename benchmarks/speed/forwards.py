@@ -25,7 +25,7 @@ from benchmarks.common.timing import (
 )
 from benchmarks.speed import full_size
 from benchmarks.speed.ideal_transformer import install_ideal
-from benchmarks.speed.peer import Peer, PeerError
+from benchmarks.peer.process import Peer, PeerError
 from benchmarks.speed.variants import Variant, forward, prepare
 from tomesd.core.partition import make_key
 from tomesd.diffusion.settings import DiffusionSettings
@@ -87,11 +87,11 @@ class Setup:
 
 
 @contextmanager
-def noting(row: dict[str, Any]) -> Iterator[None]:
+def record_failure(row: dict[str, Any]) -> Iterator[None]:
     """Where memory runs out or another release fails, the row says so, and all others go on.
 
     >>> row = {}
-    >>> with noting(row):
+    >>> with record_failure(row):
     ...     raise MemoryError("forward_peak was killed in its process (exit code -9)")
     >>> row["error"]
     'forward_peak was killed in its process (exit code -9)'
@@ -111,7 +111,7 @@ def measure_forwards(setup: Setup) -> Iterator[list[dict]]:
     if setup.measures_memory and setup.device.type == "cpu":
         tasks = [(size, *task) for size in rows for task in enumerate(setup.variants)]
         for size, index, variant in tqdm(tasks, desc="memory", unit="process"):
-            with noting(rows[size][index]):
+            with record_failure(rows[size][index]):
                 rows[size][index]["memory"] = child_peak(setup, variant, size)
         if all("error" in row for same in rows.values() for row in same):
             yield from rows.values()
@@ -165,7 +165,7 @@ def measure_memory(setup: Setup) -> Iterator[list[dict]]:
         rows = []
         for variant in tqdm(setup.variants, desc=f"{size} px, memory", unit="process"):
             rows.append(new_row(variant, size))
-            with noting(rows[-1]):
+            with record_failure(rows[-1]):
                 rows[-1]["memory"] = child_peak(setup, variant, size)
         yield rows
 
@@ -206,7 +206,7 @@ def measure_size(setup: Setup, rows: list[dict], twins: dict[str, Any], peer: Pe
     for variant, row in tqdm(tasks, desc=f"{size} px, warming up", unit="forward"):
         if "error" in row:
             continue
-        with noting(row):
+        with record_failure(row):
             if variant.kind == "peer":
                 assert peer is not None
                 runs[variant.name] = peer_run(setup, peer, variant, size, row)
@@ -307,7 +307,7 @@ def measure_level(setup: Setup, size: int, level: full_size.Level, peer: Peer | 
             "kind": variant.kind,
             "patch": asdict(settings),
         }
-        with noting(rows[variant.name]):
+        with record_failure(rows[variant.name]):
             runs[variant.name]()
     runs = {name: run for name, run in runs.items() if "error" not in rows[name]}
     name = f"{shape[1]} × {shape[2]}"

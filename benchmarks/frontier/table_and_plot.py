@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.frontier.candidates import PEER
-from benchmarks.frontier.frontier import FEATURES, frontier
+from benchmarks.frontier.measurements import FEATURES, frontier
 
 Record = Mapping[str, Any]
 

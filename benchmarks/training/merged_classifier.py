@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 import tomesd
 from benchmarks.classifier.classifiers import load_classifier
-from benchmarks.classifier.classify import Data, accuracy
-from benchmarks.common.files import whole
+from benchmarks.classifier.measurements import Data, accuracy
+from benchmarks.common.files import atomic_write
 from benchmarks.common.timing import interleave, round_ratio, seconds
-from benchmarks.training.shapes import (
+from benchmarks.training.loop import (
     LabelledPictures,
     MaskedClassifier,
     Stage,
@@ -32,7 +32,7 @@ UNTRAINED = "off the shelf"
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingSetup:
     """What all models have in common: only r differs.
 
     from_scratch: whether they begin with random weights; otherwise with those of the embedded
@@ -84,7 +84,7 @@ class Course:
 
 
 def run(
-    course: Course, values: Sequence[int], data: Data, rounds: int, batch: int, folder: Path
+    course: TrainingSetup, values: Sequence[int], data: Data, rounds: int, batch: int, folder: Path
 ) -> dict[str, Any]:
     """Train with each r and read with each r; what the folder's results.json has is kept.
 
@@ -97,7 +97,7 @@ def run(
     results = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "accuracy": {}}
 
     def keep() -> None:
-        with whole(file) as partial_file:
+        with atomic_write(file) as partial_file:
             partial_file.write_text(json.dumps(results, indent=1) + "\n")
 
     # In turns, so all of them or none.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.speed import full_size
-from benchmarks.speed.full_size import Level
+from benchmarks.models.unets import Level
 from tomesd.core import cost, workload
 from tomesd.core.workload import Branches, Work
 

@@ -18,9 +18,9 @@ from benchmarks.common.arguments import number, run_script, script_parser
 from benchmarks.common.device import choose_device
 from benchmarks.common.files import check_folder, versions
 from benchmarks.fid import fid
-from benchmarks.quality.quality import run_folder
+from benchmarks.quality.cases import run_folder
 from benchmarks.training import merged_training
-from benchmarks.training.shapes import Stage, labelled_pictures
+from benchmarks.training.loop import Stage, labelled_pictures
 from tomesd.shapes import pipeline as shapes
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(" ".join(str(error).split()))
     config = shapes.build_classifier().config
     drawn = labelled_pictures(args.pictures, config, args.output / "pictures", device)
-    course = merged_training.Course(stage, drawn, args.from_scratch)
+    course = merged_training.TrainingSetup(stage, drawn, args.from_scratch)
     data = classify.shapes_data(args.num_images)
     results = merged_training.run(course, values, data, args.rounds, stage.batch, folder)
     begin = "random weights" if args.from_scratch else "the embedded classifier's weights"

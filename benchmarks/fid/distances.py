@@ -1,7 +1,7 @@
-"""How far a set of pictures is from a reference set, by torch-fidelity.
+"""Fréchet and kernel distance, precision and recall against a reference set, by torch-fidelity.
 
-On InceptionV3's features the Fréchet distance is called FID. On the embedded classifier's it is
-not: its numbers can be compared with each other only.
+On InceptionV3's features the Fréchet distance is called FID. On the embedded classifier's it is not
+FID: its values can be compared with each other only.
 """
 
 from contextlib import nullcontext
@@ -20,15 +20,15 @@ from tqdm import tqdm
 from benchmarks.pictures.reference import FEWEST
 from tomesd.shapes import pipeline as shapes
 
-# How many pictures each of KID's subsets holds, as its authors and torch-fidelity have it.
+# The size of KID's subsets, as its authors and torch-fidelity have it.
 _KID_SUBSET = 1000
 
-# What torch-fidelity knows them as.
+# Their names in torch-fidelity.
 _EXTRACTORS = {"shapes": "shapes-classifier", "inception": "inception-v3-compat"}
 
 
 class ShapesFeatures(FeatureExtractorBase):
-    """What the embedded classifier judges by: its class token after the last norm, [B, 64].
+    """The embedded classifier's features: its class token after the last norm, [B, 64].
 
     feature_extractor_weights_path: the classifier's folder; None for the embedded one.
     """
@@ -58,19 +58,19 @@ class ShapesFeatures(FeatureExtractorBase):
         return False
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
-        """pixels: [B, 3, H, W], uint8. float64, so that means and covariances lose nothing."""
+        """pixels: [B, 3, H, W], uint8. Returns float64, so that means and covariances are exact."""
         states = self.classifier.vit(prepare(pixels, self.classifier)).last_hidden_state
         return (states[:, 0].double(),)
 
 
 def load_classifier(folder: str | None):
-    """A ViT of the Shapes world in float32; the embedded one if no folder is given."""
+    """A ViT of the Shapes world in float32; the embedded one for None."""
     model = shapes.load_classifier(Path(folder)) if folder else shapes.load_classifier()
     return model.float()
 
 
 def prepare(pixels: Tensor, classifier) -> Tensor:
-    """Pictures [B, 3, H, W] of bytes as the classifier has learned to see them."""
+    """Pictures [B, 3, H, W] of uint8, scaled and normalized as the classifier expects."""
     side = classifier.config.image_size
     pixels = pixels.float()
     if pixels.shape[-2:] != (side, side):
@@ -105,23 +105,23 @@ class Features:
 
     @property
     def perceptual(self) -> str:
-        """What the distance between two pictures is called."""
+        """The name of the perceptual distance between two pictures."""
         return "LPIPS" if self.name == "inception" else "token distance on Shapes features"
 
     @property
     def width(self) -> int:
-        """How many numbers describe a picture."""
+        """The number of features of a picture."""
         return 2048 if self.name == "inception" else 64
 
     @property
     def source(self) -> Path | None:
-        """Where the weights are; None if they are downloaded."""
+        """The file or folder of the weights; None if they are downloaded."""
         if self.weights is None and self.name == "shapes":
             return shapes.ASSETS / "classifier"
         return self.weights
 
     def check(self) -> None:
-        """Raises ValueError or FileNotFoundError if the weights are not what they should be."""
+        """Raises ValueError or FileNotFoundError if the weights are not those of this network."""
         if self.name == "shapes":
             try:
                 classifier = load_classifier(str(self.weights) if self.weights else None)
@@ -140,7 +140,7 @@ def _check_inception(path: Path) -> None:
         raise FileNotFoundError(f"inception weights: there is no file {path}")
     expected = "inception weights must be a file of torch-fidelity's InceptionV3"
     try:
-        # torch-fidelity unpickles whatever is there; what passes here is tensors only.
+        # torch-fidelity unpickles the file; with weights_only it can contain tensors only.
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -164,14 +164,14 @@ def distances(
     >>> distances(pictures, drawn, Features("shapes"), Path("cache"), "drawn", device)["frechet"]
 
     pictures, reference: datasets of uint8 tensors [3, H, W], at least FEWEST each.
-    cache, reference_name: where the reference's features are kept, and under which name; another
-        reference, or other weights, need another name.
-    precision: the share of pictures inside the reference's manifold; recall: the other way round.
+    cache, reference_name: the folder and the name under which the reference's features are kept;
+        another reference, or other weights, need another name.
+    precision: the share of pictures inside the reference's manifold; recall: vice versa.
     Raises ValueError for fewer pictures than FEWEST.
     """
     count = min(len(pictures), len(reference))  # type: ignore[arg-type]
     if count < FEWEST:
-        raise ValueError(f"there must be {FEWEST} pictures or more on both sides, got {count}")
+        raise ValueError(f"there must be {FEWEST} pictures or more in both sets, got {count}")
     found = _calculate(
         features,
         device,
@@ -200,7 +200,7 @@ def cache_reference(
     device: torch.device,
     batch: int = 32,
 ) -> float:
-    """Take the reference's features, as `distances` finds them; gives its distance to itself.
+    """Compute the reference's features for `distances`; returns its distance to itself.
 
     >>> cache_reference(drawn, Features("shapes"), Path("cache"), "drawn", device)
     0.0
@@ -208,7 +208,7 @@ def cache_reference(
     Raises BrokenPictureError for a picture that cannot be read, and OSError if weights cannot be
     downloaded.
     """
-    watched = _Watched(reference)
+    watched = _WithProgress(reference)
     found = _calculate(
         features,
         device,
@@ -224,7 +224,7 @@ def cache_reference(
 
 
 def _calculate(features: Features, device: torch.device, **inputs: Any) -> dict[str, float]:
-    # torch-fidelity knows CUDA and the CPU.
+    # torch-fidelity supports CUDA and the CPU.
     is_cuda = device.type == "cuda"
     with torch.cuda.device(device) if is_cuda else nullcontext():
         return torch_fidelity.calculate_metrics(
@@ -238,8 +238,8 @@ def _calculate(features: Features, device: torch.device, **inputs: Any) -> dict[
         )
 
 
-class _Watched(Dataset):
-    """Shows how far the reading is. torch-fidelity's own bar comes with much else."""
+class _WithProgress(Dataset):
+    """Shows a progress bar; torch-fidelity's own one prints much else."""
 
     def __init__(self, pictures: Dataset) -> None:
         self.pictures = pictures

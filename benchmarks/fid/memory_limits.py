@@ -1,7 +1,6 @@
-"""The largest batch and the largest picture that memory allows, found by trying in a child process.
+"""The largest batch and the largest picture that fit into memory, found by bisection.
 
-A try that fails may take its process with it (a CPU that runs out of memory does), so none is made
-in this one.
+Running out of memory may kill the process (on a CPU it does), so all trials run in a child process.
 """
 
 import gc
@@ -19,30 +18,31 @@ import torch
 
 import tomesd
 from benchmarks.common.memory import first_line, resident
-from benchmarks.pictures.picture_set import Model
+from benchmarks.pictures.picture_set import PipelineSpec
 from benchmarks.pictures.sampling import Sampling, sample
 from tomesd.diffusion.settings import DiffusionSettings
 
-# What batches and sides are multiples of, and where looking for the largest ends.
+# The search ends at these; sides are multiples of an eighth of the model's own side, 64 px for
+# Stable Diffusion 1.
 MOST_PICTURES = 4096
-UNITS_PER_SIDE = 8  # in the side that the model was made for: 64 px for Stable Diffusion 1
+UNITS_PER_SIDE = 8
 MOST_UNITS = 128
 
 
 class Largest(NamedTuple):
-    """The largest that fits, 0 if nothing does; and why the next one does not."""
+    """The largest value that fits, 0 if none does, and why the next one does not."""
 
     value: int
     reason: str
 
 
 def largest(fits: Callable[[int], str], most: int) -> Largest:
-    """The largest number from 1 to most that fits, if all below it do too, in O(log) tries.
+    """The largest number from 1 to most that fits, by bisection: all below it must fit too.
 
     >>> largest(lambda n: "" if n <= 27 else "too large", most=100)
     Largest(value=27, reason='too large')
 
-    fits: gives "" or the reason why it does not.
+    fits: returns "" or the reason why the number does not fit.
     """
     low, high, reason = 0, 1, ""
     while high <= most:
@@ -51,7 +51,7 @@ def largest(fits: Callable[[int], str], most: int) -> Largest:
             break
         low, high = high, min(2 * high, most) if high < most else most + 1
     else:
-        return Largest(low, f"{most} is the largest that was tried")
+        return Largest(low, f"{most} is the largest value tried")
     while high - low > 1:
         middle = (low + high) // 2
         why = fits(middle)
@@ -63,20 +63,20 @@ def largest(fits: Callable[[int], str], most: int) -> Largest:
 
 
 class Prober:
-    """A child process that tries pictures, and another one in its place if it dies.
+    """A child process for trials, replaced by a new one if it dies.
 
-    >>> with Prober(Model(None, "cuda", torch.float16, None)) as prober:
+    >>> with Prober(PipelineSpec(None, "cuda", torch.float16, None)) as prober:
     ...     prober.fits(DiffusionSettings(ratio=0.5), batch=8, side=512, guidance=7.5)
     ''
 
-    limit: bytes that it may take; None for all that there are.
+    limit: bytes that it may take; None for all of the device's.
     """
 
-    def __init__(self, model: Model, limit: int | None = None) -> None:
-        self.model = model
+    def __init__(self, spec: PipelineSpec, limit: int | None = None) -> None:
+        self.spec = spec
         self.limit = limit
         self._pool: ProcessPoolExecutor | None = None
-        self._tries = 0
+        self._trials = 0
 
     def __enter__(self) -> Self:
         return self
@@ -92,29 +92,29 @@ class Prober:
     def fits(
         self, settings: DiffusionSettings | None, batch: int, side: int, guidance: float
     ) -> str:
-        """Whether two steps and decoding go through: "", or in a line why they do not.
+        """Run two steps and decode: "" if that fits, or a line why it does not.
 
-        More steps need no more memory. What a process keeps of earlier tries (oneDNN, for one, its
-        kernels for every shape) is memory too: only what fails in a new one does not fit.
+        More steps need no more memory. Memory that a process keeps from earlier trials (oneDNN's
+        kernels for every shape, for example) counts too, so a failure is repeated in a new process.
         """
         reason = self._try(settings, batch, side, guidance)
-        if reason and self._tries > 1:
+        if reason and self._trials > 1:
             self._end()
             reason = self._try(settings, batch, side, guidance)
         return reason
 
-    def _try(self, *asked: Any) -> str:
+    def _try(self, *arguments: Any) -> str:
         if self._pool is None:
-            self._tries = 0
+            self._trials = 0
             self._pool = ProcessPoolExecutor(
                 1,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_load,
-                initargs=(self.model, self.limit),
+                initargs=(self.spec, self.limit),
             )
-        self._tries += 1
+        self._trials += 1
         try:
-            return self._pool.submit(_try, *asked).result()
+            return self._pool.submit(_try, *arguments).result()
         except BrokenProcessPool:
             self._end()
             return "the process was killed"
@@ -137,7 +137,7 @@ class Prober:
 _pipe: Any = None
 
 
-def _load(model: Model, limit: int | None) -> None:
+def _load(spec: PipelineSpec, limit: int | None) -> None:
     """Runs once in each child."""
     global _pipe
     _pipe = model.load()
@@ -146,25 +146,25 @@ def _load(model: Model, limit: int | None) -> None:
 
 
 def check_limit(device: torch.device, limit: int | None) -> None:
-    """Raises ValueError where a limit cannot be set, or must be and is not."""
+    """Raises ValueError where a limit cannot be set, or where it is required and missing."""
     if device.type == "cuda":
         return
     if device.type != "cpu" or sys.platform != "linux":
-        raise ValueError(f"limits can be found on cuda, and on the cpu of Linux, not {device}")
+        raise ValueError(f"device must be cuda, or the cpu of Linux, to find limits, got {device}")
     if limit is None:
-        raise ValueError("memory-limit must be given to find limits on the cpu")
+        raise ValueError("memory-limit must be given to find limits on the cpu, got none")
 
 
 def set_limit(device: torch.device, limit: int) -> None:
-    """From now on this process gets no more than so many bytes, with what it holds already."""
+    """Limit the memory of this process to so many bytes, including what it holds already."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         return
     import resource  # not on Windows
 
-    # The kernel limits what is reserved, not what is used: a process has reserved more than that
-    # by now, and is allowed to go on from there.
+    # The kernel limits reserved memory, not used memory, and more than the limit is reserved by now:
+    # so the limit is set relative to it.
     status = Path("/proc/self/status").read_text()
     reserved = 1024 * int(status.partition("VmData:")[2].split()[0])
     allowed = reserved + max(0, limit - resident())
@@ -173,14 +173,14 @@ def set_limit(device: torch.device, limit: int) -> None:
 
 def _try(settings: DiffusionSettings | None, batch: int, side: int, guidance: float) -> str:
     merging = asdict(settings) if settings else {"ratio": 0.0}
-    how = Sampling(2, guidance, side, side)
+    sampling = Sampling(2, guidance, side, side)
     try:
         with tomesd.patched(_pipe, **merging):
-            for _ in sample(_pipe, ["a photo"] * batch, list(range(batch)), how, batch):
+            for _ in sample(_pipe, ["a photo"] * batch, list(range(batch)), sampling, batch):
                 pass
     except FloatingPointError:
-        return ""  # it overflowed, but it did fit
-    # A kernel may also refuse a size that it cannot count.
+        return ""  # It overflowed, but it fitted.
+    # A kernel may also raise for a size that its indices cannot hold.
     except (MemoryError, RuntimeError) as error:
         return first_line(error)
     finally:

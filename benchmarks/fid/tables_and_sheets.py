@@ -1,4 +1,4 @@
-"""The table, the plot and the sheets of a run of `scripts/fid.py`."""
+"""The table, the plot and the sheets of samples of a run of scripts/fid.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,15 +7,16 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.common import markdown
 from benchmarks.fid.distances import Features
 from benchmarks.pictures.comparison import NAMES
+from benchmarks.pictures.picture_set import UNPATCHED, Method, PictureSet
 from benchmarks.pictures.reference import read
-from benchmarks.pictures.picture_set import UNPATCHED, Row, Run
 from tomesd.picture_grid import grid
 
 Record = Mapping[str, Any]
 
-# Key, heading, how a value is written. A column without any value is left out.
+# Key, heading, format. A column without any value is left out.
 _COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("frechet", "{distance} ↓", "{:.2f}".format),
     ("kid", "{kernel} × 1000 ↓", lambda value: f"{1000 * value:.3f}"),
@@ -32,16 +33,15 @@ _COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
 
 
 def method_name(method: str) -> str:
+    """The name of a method in tables: "ToMe", "random pruning" or "unpatched"."""
     return {UNPATCHED: "unpatched", "prune": "random pruning"}.get(method) or NAMES[method]
 
 
-def table(records: Sequence[Record], features: Features, count: int) -> str:
-    """Markdown: a line for each row, a column for each figure that was measured.
+def table(records: Sequence[Record], features: Features) -> str:
+    """Markdown: a row for each method and ratio, a column for each measured figure.
 
-    >>> print(table(results["rows"], Features("shapes"), 1000))
+    >>> print(table(results["rows"], Features("shapes")))
     | method | r % | Fréchet distance on Shapes features ↓ | ...
-
-    count: pictures in each row, for a warning where they are few for the statistics.
     """
     columns = [
         column
@@ -53,48 +53,42 @@ def table(records: Sequence[Record], features: Features, count: int) -> str:
         "kernel": features.kernel,
         "perceptual": features.perceptual,
     }
-    headings = ["method", "r %", *(heading.format(**names) for _, heading, _ in columns)]
-    lines = [_line(headings), "|---" * len(headings) + "|"]
+    rows = []
     for record in records:
         cells = [method_name(record["method"]), f"{100 * record['ratio']:g}"]
-        for key, _, written in columns:
+        for key, _, text in columns:
             value = record.get(key)
-            cells.append("–" if value is None else written(value))
-        lines.append(_line(cells))
-    if count <= features.width:
-        lines += [
-            "",
-            f"{count} pictures describe {features.width} features only in part, so the Fréchet "
-            "distance is too large: compare rows of this table alone.",
-        ]
-    return "\n".join(lines)
+            cells.append(markdown.MISSING if value is None else text(value))
+        rows.append(cells)
+    headings = ["method", "r %", *(heading.format(**names) for _, heading, _ in columns)]
+    return markdown.table(headings, rows)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def few_pictures_note(count: int, features: Features) -> str:
+    """A warning if there are too few pictures for the features; otherwise "".
+
+    >>> few_pictures_note(32, Features("shapes"))[:53]
+    'The covariance of 64 features of 32 pictures is singu'
+    """
+    if count > features.width:
+        return ""
+    return (
+        f"The covariance of {features.width} features of {count} pictures is singular, so the "
+        "Fréchet distance is biased upwards: compare rows of this table only."
+    )
 
 
-def about(results: Mapping[str, Any]) -> str:
-    """What stands under the table: with which settings, command and versions it was made."""
+def settings_text(results: Mapping[str, Any]) -> str:
+    """The text below the table: the command, settings, device and versions."""
     settings, environment = results["settings"], results["environment"]
     versions = {name: value for name, value in environment.items() if name.endswith("_version")}
-    told = [f"`{results['command']}`", ""]
-    for name, value in settings.items():
-        if name not in ("device", "versions"):  # which follow
-            told.append(f"- {name}: {_plainly(value)}")
-    told.append(f"- device: {environment['device_name']}, {environment['threads']} threads")
-    told += [f"- {name.removesuffix('_version')} {value}" for name, value in versions.items()]
-    return "\n".join(told)
-
-
-def _plainly(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={item}" for name, item in value.items())
-    return str(value)
+    shown = {name: value for name, value in settings.items() if name not in ("device", "versions")}
+    shown["device"] = f"{environment['device_name']}, {environment['threads']} threads"
+    return f"`{results['command']}`\n\n{markdown.settings_list(shown | versions)}"
 
 
 def plot(records: Sequence[Record], distance: str, path: Path) -> None:
-    """Distance over seconds for a picture: a line for each method, from the unpatched point on.
+    """Distance over seconds per picture: a line for each method, starting at the unpatched point.
 
     >>> plot(results["rows"], "FID", Path("plot.png"))
     """
@@ -127,43 +121,51 @@ def plot(records: Sequence[Record], distance: str, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def figure_11(run: Run, index: int = 0) -> Image.Image:
-    """One prompt and seed: a row for each method, a column for each ratio (ToMe, Figure 11)."""
-    methods = list(dict.fromkeys(row.method for row in run.rows[1:]))
-    ratios = sorted({row.ratio for row in run.rows[1:]})
-    there = {(row.method, row.ratio): row for row in run.rows}
-    first = read(run.path(run.rows[0], index))
+def methods_sheet(pictures: PictureSet, index: int = 0) -> Image.Image:
+    """One prompt and seed: a row for each method, a column for each ratio (ToMe, Figure 11).
+
+    >>> methods_sheet(pictures).save("methods.png")
+    """
+    methods = list(dict.fromkeys(method.method for method in pictures.methods[1:]))
+    ratios = sorted({method.ratio for method in pictures.methods[1:]})
+    by_name = {(method.method, method.ratio): method for method in pictures.methods}
+    first = read(pictures.path(pictures.methods[0], index))
     blank = Image.new("RGB", first.size, "white")
     cells = []
-    for method in methods:
-        chosen = [there.get((method, ratio)) for ratio in ratios]
-        made = [read(run.path(row, index)) if row else blank for row in chosen]
-        cells.append([first, *made])
+    for name in methods:
+        row = [by_name.get((name, ratio)) for ratio in ratios]
+        images = [read(pictures.path(method, index)) if method else blank for method in row]
+        cells.append([first, *images])
     return grid(
         cells or [[first]],
         rows=[method_name(method) for method in methods] or [UNPATCHED],
         columns=[UNPATCHED, *(f"{100 * ratio:g}%" for ratio in ratios)],
-        title=run.prompts[index],
-        caption=_caption(run, f"seed {index}"),
+        title=pictures.prompts[index],
+        caption=_caption(pictures, f"seed {index}"),
     )
 
 
-def figure_12(run: Run, count: int = 8) -> Image.Image:
-    """Samples: a row for each row of the table, a column for each prompt (ToMe, Figure 12)."""
-    step = max(1, len(run.prompts) // count)
-    chosen = range(0, len(run.prompts), step)[:count]
+def samples_sheet(pictures: PictureSet, count: int = 8) -> Image.Image:
+    """A row for each method and ratio, a column for each of some prompts (ToMe, Figure 12).
+
+    >>> samples_sheet(pictures).save("samples.png")
+    """
+    step = max(1, len(pictures.prompts) // count)
+    chosen = range(0, len(pictures.prompts), step)[:count]
     return grid(
-        [[read(run.path(row, index)) for index in chosen] for row in run.rows],
-        rows=[row_name(row) for row in run.rows],
+        [[read(pictures.path(method, i)) for i in chosen] for method in pictures.methods],
+        rows=[_row_name(method) for method in pictures.methods],
         columns=[f"seed {index}" for index in chosen],
-        caption="; ".join(f"{index}: {run.prompts[index]}" for index in chosen),
+        caption="; ".join(f"{index}: {pictures.prompts[index]}" for index in chosen),
     )
 
 
-def row_name(row: Row) -> str:
-    return f"{method_name(row.method)} {100 * row.ratio:g}%" if row.settings else UNPATCHED
+def _row_name(method: Method) -> str:
+    if not method.settings:
+        return UNPATCHED
+    return f"{method_name(method.method)} {100 * method.ratio:g}%"
 
 
-def _caption(run: Run, more: str) -> str:
-    how = run.sampling
+def _caption(pictures: PictureSet, more: str) -> str:
+    how = pictures.sampling
     return f"{how.width}x{how.height} px, {how.steps} steps, guidance {how.guidance:g}, {more}"

@@ -11,9 +11,9 @@ import torch
 import tomesd
 from benchmarks.common.memory import Peak
 from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import child_peak
+from benchmarks.speed.forwards import child_peak
 from benchmarks.speed.ideal import install_ideal
-from benchmarks.speed.peer import Peer, PeerError, install_peer
+from benchmarks.peer.process import Peer, PeerError, install_peer
 from benchmarks.speed.variants import Variant, forward, prepare
 from tests.support.benchmark_script import UNET, load, run
 from tomesd.diffusion.settings import DiffusionSettings
@@ -250,7 +250,7 @@ def test_memory_alone_is_measured_without_times(benchmark, model_folder, monkeyp
         for name, more in (("unpatched", 2), ("tome 0.5", 1))
     }
     monkeypatch.setattr(
-        "benchmarks.speed.benchmark.in_child",
+        "benchmarks.speed.forwards.in_child",
         lambda function, setup, variant, size: peaks[size, variant.name],
     )
     record = benchmark("--model", model_folder, "--size", 64, 128, "--memory")
@@ -269,7 +269,7 @@ def test_what_does_not_fit_into_memory_is_said_and_the_rest_is_measured(
             raise MemoryError("forward_peak was killed in its process (exit code -9)")
         return Peak(before=1, peak=2)
 
-    monkeypatch.setattr("benchmarks.speed.benchmark.in_child", killed_where_patched)
+    monkeypatch.setattr("benchmarks.speed.forwards.in_child", killed_where_patched)
     record = benchmark("--model", model_folder, "--size", 64, "--rounds", 1, *only)
     unpatched, patched, *_ = record["memory" if only else "forward"]
     assert unpatched["memory"]["peak"] == 2
@@ -282,7 +282,7 @@ def fails_at_128_px(monkeypatch, fail) -> None:
     def made(model, inputs, compiled):
         return forward(model, inputs, compiled) if inputs[0][0].shape[-1] == 8 else fail
 
-    monkeypatch.setattr("benchmarks.speed.benchmark.forward", made)
+    monkeypatch.setattr("benchmarks.speed.forwards.forward", made)
 
 
 def test_a_forward_that_finds_no_memory_costs_its_own_row_alone(

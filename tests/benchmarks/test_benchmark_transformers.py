@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import ready
-from benchmarks.speed.full_size_transformers import denoiser
+from benchmarks.speed.forwards import ready
+from benchmarks.models.transformers import denoiser
 from benchmarks.speed.ideal_transformer import install_ideal
 from benchmarks.speed.variants import Variant, forward
 from tests.support.benchmark_script import load, run

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.frontier.candidates import FAMILIES, Candidate
-from benchmarks.frontier.experiments import (
+from benchmarks.frontier.matchers import (
     MATCHED_ON,
     GridSettings,
     KeptSettings,

@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from benchmarks.fid.frechet import Features, ShapesFeatures, distances, load_classifier
-from benchmarks.pictures.changes import ShapesDistance, changes
+from benchmarks.fid.distances import Features, ShapesFeatures, distances, load_classifier
+from benchmarks.pictures.differences import ShapesDistance, changes
 from benchmarks.pictures.reference import (
     BrokenPictureError,
     Drawn,
@@ -94,7 +94,7 @@ def test_only_the_embedded_features_name_is_not_fid():
 
 
 def test_the_reference_is_drawn_from_scenes_that_no_prompt_asks_for():
-    from benchmarks.quality.quality import held_out
+    from benchmarks.quality.cases import held_out
 
     asked = set(held_out(1000))
     assert not asked & {scene(index) for index in drawn(1000).of_size(SIZE).indices}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.fid.fid import PRESETS, prompts
-from benchmarks.pictures.run import rows
+from benchmarks.fid.measurements import PRESETS, prompts
+from benchmarks.pictures.picture_set import rows
 from tests.support.tiny_shapes import save_untrained
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fid.py"

@@ -19,9 +19,9 @@ from PIL import Image
 
 from benchmarks.common import memory
 from benchmarks.common.memory import Peak
-from benchmarks.fid.fid import speeds
-from benchmarks.fid.limits import Largest, Prober, largest
-from benchmarks.pictures.run import Model, rows
+from benchmarks.fid.measurements import speeds
+from benchmarks.fid.memory_limits import Largest, Prober, largest
+from benchmarks.pictures.picture_set import Model, rows
 from tests.support.tiny_shapes import save_untrained
 
 # As in the child processes: the number of threads touches the rounding.
@@ -222,7 +222,7 @@ def test_times_and_memory_are_measured_once(main, options, tmp_path, monkeypatch
         )
         return peaks[row.name]
 
-    monkeypatch.setattr("benchmarks.fid.speed.in_child", in_child)
+    monkeypatch.setattr("benchmarks.fid.speed_and_memory.in_child", in_child)
     command = [*options, "--methods", "tome:0.5", "--num-images", "4", "--rounds", "1"]
     written = []
     for _ in range(2):
@@ -247,7 +247,7 @@ def test_times_of_another_number_of_threads_are_not_taken_for_this_ones(tmp_path
     threads = Mock()
     monkeypatch.setattr("torch.get_num_threads", threads)
     monkeypatch.setattr(
-        "benchmarks.fid.speed.measure",
+        "benchmarks.fid.speed_and_memory.measure",
         lambda *args: {"unpatched": {"seconds": [6 / threads()], "memory": 123}},
     )
     for count in (2, 2, 3):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks.frontier.candidates import CANDIDATES, FAMILIES, chosen
-from benchmarks.frontier.frontier import frontier, mark
+from benchmarks.frontier.measurements import frontier, mark
 from benchmarks.speed import full_size
 from tests.support.benchmark_script import UNET
 from tests.support.tiny_models import hooks

@@ -12,7 +12,7 @@ from benchmarks.common.files import (
     destination,
     save_image,
     versions,
-    whole,
+    atomic_write,
 )
 
 PICTURE = Image.new("RGB", (8, 8), "red")
@@ -32,7 +32,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, sto
     path.write_bytes(b"old")
 
     def write():
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(b"half of the ne")
             raise stop
 
@@ -44,7 +44,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, sto
 
 def test_a_file_is_not_seen_before_it_is_complete(tmp_path):
     path = tmp_path / "a.png"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(b"half")
         assert not path.exists()
         # A glob for pictures must not find it either.
@@ -56,7 +56,7 @@ def test_a_file_is_replaced_at_once_and_not_overwritten_bit_by_bit(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(b"new")
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new"

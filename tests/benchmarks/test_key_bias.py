@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.speed.key_bias import forms
+from benchmarks.speed.attention_bias import forms
 
 
 def test_both_forms_are_softmax_of_the_logits_and_the_log_of_the_sizes():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.fid import fid
 from benchmarks.quality import quality
-from benchmarks.quality.quality import CASES, Case, held_out, psnr
+from benchmarks.quality.cases import CASES, Case, held_out, psnr
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes.world import HELD_OUT
 

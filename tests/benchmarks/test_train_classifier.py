@@ -13,9 +13,9 @@ import tomesd
 from benchmarks.classifier import classify
 from benchmarks.classifier.classifiers import load_classifier
 from benchmarks.fid import fid
-from benchmarks.quality.quality import run_folder
+from benchmarks.quality.cases import run_folder
 from benchmarks.training import merged_training
-from benchmarks.training.shapes import (
+from benchmarks.training.loop import (
     LabelledPictures,
     MaskedClassifier,
     Stage,
@@ -40,8 +40,8 @@ def drawn(tmp_path_factory) -> LabelledPictures:
     return labelled_pictures(6, config, tmp_path_factory.mktemp("pictures"), "cpu")
 
 
-def course(drawn: LabelledPictures, steps: int = 1) -> merged_training.Course:
-    return merged_training.Course(Stage("", steps, batch=2, lr=1e-3, warmup=1), drawn)
+def course(drawn: LabelledPictures, steps: int = 1) -> merged_training.TrainingSetup:
+    return merged_training.TrainingSetup(Stage("", steps, batch=2, lr=1e-3, warmup=1), drawn)
 
 
 def test_a_model_is_trained_with_its_own_r(drawn, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training.shapes import whole_folder
+from benchmarks.training.loop import atomic_folder
 from tomesd.shapes import pipeline as shapes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_shapes.py"
@@ -93,13 +93,13 @@ def test_trying_it_leaves_the_embedded_models_alone(main):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, error):
     path = tmp_path / "models" / "classifier"
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "weights").write_text("old")
         (partial / "gone").write_text("old")
         assert not path.exists()
 
     def stop_halfway() -> None:
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             (partial / "weights").write_text("ha")
             raise error
 
@@ -109,7 +109,7 @@ def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, error):
         "weights": "old",
         "gone": "old",
     }
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "weights").write_text("new")
     assert {file.name: file.read_text() for file in path.iterdir()} == {"weights": "new"}
     assert list(path.parent.iterdir()) == [path]
@@ -117,7 +117,7 @@ def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, error):
 
 def test_a_model_that_was_put_aside_by_a_killed_run_comes_back(tmp_path):
     (tmp_path / ".classifier.old").mkdir()
-    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "classifier"):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "classifier"):
         raise OSError("the disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["classifier"]
 

@@ -1,34 +1,34 @@
-"""What token merging saves and costs, from shapes alone: python scripts/cost.py --model sd15
+"""The command of scripts/cost.py: the cost model's tables, from shapes alone."""
 
-Prints Markdown tables: the work at each level (levels), what a forward spends it on (shares), how
-many times as fast merging is at best (ideal), and what it may cost for that (budget). Nothing is
-computed but shapes, so that any machine gives the same tables. See docs/performance.md.
-"""
+from argparse import ArgumentParser, Namespace
+from functools import cache
 
-import argparse
-
-from benchmarks.common.arguments import number, run_script
-from benchmarks.cost.tables import (
-    MODELS,
-    STEP,
-    budget_table,
-    count,
-    ideal_table,
-    levels_table,
-    shares_table,
-)
+from benchmarks.common.arguments import Command, number
+from benchmarks.cost.counts import MODELS, STEP, Count, count
+from benchmarks.cost.tables import budget_table, ideal_table, levels_table, shares_table
 from tomesd.core.workload import WINDOW
 
 TABLES = ("levels", "shares", "ideal", "budget")
 
 
-def main() -> None:
-    parser = build_parser()
-    args = parser.parse_args()
+def prepare(args: Namespace) -> Namespace:
     for size in args.size:
         if size % STEP:
-            parser.error(f"--size must be a multiple of {STEP}, got {size}")
-    counts = [count(MODELS[name], size, args.batch) for name in args.model for size in args.size]
+            raise ValueError(f"--size must be a multiple of {STEP}, got {size}")
+    return args
+
+
+def run(args: Namespace) -> None:
+    print("\n\n".join(render(args)))
+
+
+def render(args: Namespace) -> list[str]:
+    """The tables that the options ask for.
+
+    >>> render(main.parser().parse_args(["--table", "shares", "--model", "sd15"]))
+    ['| model | px | batch | TFLOP | ...']
+    """
+    counts = [_count(name, size, args.batch) for name in args.model for size in args.size]
     tables = []
     for name in args.table:
         if name == "shares":
@@ -39,40 +39,39 @@ def main() -> None:
             tables += [levels_table(counts, ratio, args.window) for ratio in args.ratio]
         if name == "budget":
             tables += [budget_table(counts, ratio, args.window) for ratio in args.ratio]
-    print("\n\n".join(tables))
+    return tables
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument(
+@cache
+def _count(name: str, size: int, batch: int | None) -> Count:
+    return count(MODELS[name], size, batch)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--table", nargs="+", choices=TABLES, default=list(TABLES), help="(all)")
+    add("--model", nargs="+", choices=list(MODELS), default=list(MODELS), help="(all)")
+    add(
         "--size",
         type=number(int, STEP, 8192),
         nargs="+",
         default=[512, 768, 1024, 2048],
-        help="pixels, square",
+        help="pixels, square (512 768 1024 2048)",
     )
-    parser.add_argument(
+    add(
         "--ratio",
         type=number(float, 0, 0.9375),
         nargs="+",
         default=[0.5],
-        help="share of the tokens that merge, into one in each cell of 2×2, or 4×4 above 0.75",
+        help="share of the tokens that merge, into one per cell of 2×2, or 4×4 above 0.75 (0.5)",
     )
-    parser.add_argument(
-        "--batch",
-        type=number(int, 1, 1024),
-        help="default: that of one picture, 2 where guidance doubles it and 1 for Flux",
-    )
-    parser.add_argument(
+    add("--batch", type=number(int, 1, 1024), help="(of one picture: 2 with guidance, 1 for Flux)")
+    add(
         "--window",
         type=number(int, 1, 8192),
         default=WINDOW,
-        help="tokens along a side of the windows that matches are looked for in",
+        help="side of a matching window, in tokens (%(default)s)",
     )
-    return parser
 
 
-if __name__ == "__main__":
-    run_script(main)
+main = Command("cost", add_options, prepare, run)

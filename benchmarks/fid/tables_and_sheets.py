@@ -67,8 +67,8 @@ def table(records: Sequence[Record], features: Features) -> str:
 def few_pictures_note(count: int, features: Features) -> str:
     """A warning if there are too few pictures for the features; otherwise "".
 
-    >>> few_pictures_note(32, Features("shapes"))[:53]
-    'The covariance of 64 features of 32 pictures is singu'
+    >>> few_pictures_note(1000, Features("shapes"))
+    ''
     """
     if count > features.width:
         return ""

@@ -1,8 +1,8 @@
 """A few full-size blocks of SD3, SD3.5 and Flux, with random weights.
 
-All blocks of such a model see the same tokens, so a few of them show what all would gain. The whole
-of Flux would take 48 GB and, on one core of a CPU, many minutes for a forward. What is not in
-blocks, embeddings and the last layer, is there in full and hardly counts beside them.
+All blocks of such a model have the same tokens, so the speedup of a few of them is that of all. All
+of Flux would take 48 GB and many minutes for a forward on one core of a CPU. Embeddings and the
+last layer are complete; their time is negligible.
 """
 
 import inspect
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cost.tables import FLUX, MODELS, SD3
-from benchmarks.speed import full_size
+from benchmarks.cost.counts import FLUX, MODELS, SD3
+from benchmarks.models import unets
 from benchmarks.models.unets import Denoiser, Level, noise
 
 # Stable Diffusion 3.5 medium: 2,243,171,520 parameters. Its first blocks have a second attention,
@@ -25,15 +25,15 @@ SD35: dict[str, Any] = SD3 | {
     "pos_embed_max_size": 384,
 }
 
-# Pixels that a token stands for in each direction: patches of 2×2 latents of 8×8 pixels.
+# Side of a token in pixels: patches of 2×2 latents of 8×8 pixels.
 PIXELS = 16
 
 
 class _Kind(NamedTuple):
-    """A class of models. counts: the settings that say how many blocks there are in each list.
+    """A class of models.
 
-    blocks: so many in each list by default, that a forward of one picture of 1024 px takes seconds
-    on a CPU, and the weights fit with room to spare.
+    counts: the settings with the number of blocks in each list. blocks: default number in each
+    list; a forward at 1024 px takes seconds on a CPU, and the weights fit easily.
     """
 
     counts: tuple[str, ...]
@@ -62,25 +62,25 @@ _KNOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer(Denoiser):
-    """A diffusion transformer with some of its blocks; sizes are in tokens, not in latents.
+    """A diffusion transformer with some of its blocks; sizes are in tokens, not latents.
 
     >>> denoiser("flux").config["num_layers"]
     1
 
-    made: the name of its class in diffusers. text_tokens: as many as its pipeline hands over.
+    class_name: in diffusers. text_tokens: its pipeline's default.
     """
 
-    made: str
+    class_name: str
     text_tokens: int
 
     @property
     def largest(self) -> int | None:
-        tokens = self.config.get("pos_embed_max_size")  # Rotary positions have no end.
+        tokens = self.config.get("pos_embed_max_size")  # Rotary positions are unlimited.
         return None if tokens is None else tokens * PIXELS
 
     def empty(self) -> Any:
         with torch.device("meta"):
-            return _class(self.made).from_config(self.config).eval().requires_grad_(False)
+            return _class(self.class_name).from_config(self.config).eval().requires_grad_(False)
 
     def inputs(
         self, batch: int, size: int, device: torch.device, dtype: torch.dtype
@@ -93,8 +93,8 @@ class Transformer(Denoiser):
         torch.Size([1, 4096, 64])
         """
         config = self.config
-        is_flux = self.made == "FluxTransformer2DModel"
-        # Flux's pipeline packs the latents into patches itself.
+        is_flux = self.class_name == "FluxTransformer2DModel"
+        # Flux's pipeline packs the latents into patches.
         shape = (size * size,) if is_flux else (2 * size, 2 * size)
         shape = (*shape, config["in_channels"]) if is_flux else (config["in_channels"], *shape)
         text = (batch, self.text_tokens, config["joint_attention_dim"])
@@ -103,7 +103,7 @@ class Transformer(Denoiser):
             "hidden_states": noise((batch, *shape), device, dtype),
             "encoder_hidden_states": noise(text, device, dtype),
             "pooled_projections": noise(pooled, device, dtype),
-            # Of 1000 steps; Flux counts from 0 to 1.
+            # Of 1000 steps; Flux's timesteps are from 0 to 1.
             "timestep": torch.full((batch,), 0.5 if is_flux else 500.0, device=device, dtype=dtype),
             "return_dict": False,
         }
@@ -118,22 +118,22 @@ class Transformer(Denoiser):
         return (), kwargs
 
     def levels(self, size: int) -> list[Level]:
-        """The only one: all blocks see the same tokens."""
+        """One level: all blocks have the same tokens."""
         channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        blocks = sum(self.config[count] for count in _KINDS[self.made].counts)
+        blocks = sum(self.config[count] for count in _KINDS[self.class_name].counts)
         return [Level(size, size, channels, blocks)]
 
 
 def denoiser(model: str, blocks: int | None = None) -> Denoiser:
-    """A known model or that of a folder: a transformer with a few blocks, or a whole UNet.
+    """The configuration of a known model or of a folder: a transformer with a few blocks, or a UNet.
 
     >>> denoiser("sd3", blocks=4).name
     'sd3 with 4 blocks'
 
     model: "sd15", "sdxl", "sd3", "sd35" (medium), "flux", or a folder in diffusers' format, a
         pipeline or its denoiser alone, of which only the configuration is read.
-    blocks: how many of a transformer's first blocks there are, in each of its lists of blocks:
-        in Flux so many joint ones and so many of a single stream. By default 2, for Flux 1.
+    blocks: how many of a transformer's first blocks to keep in each of its lists of blocks, in Flux
+        joint and single-stream ones. By default 2, for Flux 1.
     Raises FileNotFoundError if the folder has no configuration, and ValueError if it is of another
     model, if the model has fewer blocks, or if blocks is given for a UNet.
     """
@@ -141,47 +141,47 @@ def denoiser(model: str, blocks: int | None = None) -> Denoiser:
     if found is None:
         if blocks is not None:
             raise ValueError(
-                f"blocks must not be given for {model!r}: only transformers can do with some of "
-                "their blocks, a UNet's are all different"
+                f"blocks must not be given for {model!r}: a UNet's blocks are all different, only "
+                "transformers can run with some of theirs"
             )
         try:
-            return full_size.denoiser(model)
+            return unets.denoiser(model)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"model must be sd15, sdxl, {', '.join(_KNOWN)} or a folder with config.json, "
                 f"unet/config.json or transformer/config.json, got {model!r}"
             ) from error
     name, config = found
-    kind, made = _KINDS[name], _class(name)
-    signature = inspect.signature(made.__init__).parameters
-    there = [config.get(count, signature[count].default) for count in kind.counts]
-    if blocks is not None and not 1 <= blocks <= min(there):
+    kind, model_class = _KINDS[name], _class(name)
+    signature = inspect.signature(model_class.__init__).parameters
+    available = [config.get(count, signature[count].default) for count in kind.counts]
+    if blocks is not None and not 1 <= blocks <= min(available):
         raise ValueError(
-            f"blocks must be from 1 to {min(there)}, which is what the model has, got {blocks}"
+            f"blocks must be from 1 to {min(available)}, the model's number, got {blocks}"
         )
-    kept = [min(blocks or kind.blocks, count) for count in there]
+    kept = [min(blocks or kind.blocks, count) for count in available]
     title = model if model in _KNOWN else Path(model).resolve().name
-    with torch.device("meta"):  # It knows what the configuration leaves out.
-        complete = made.from_config(config | dict(zip(kind.counts, kept, strict=True))).config
+    with torch.device("meta"):  # Adds the defaults that the configuration leaves out.
+        complete = model_class.from_config(config | dict(zip(kind.counts, kept, strict=True))).config
     return Transformer(
         f"{title} with {' + '.join(map(str, kept))} blocks",
         dict(complete),
         PIXELS,
         size=1024,
         batch=kind.batch,
-        made=name,
+        class_name=name,
         text_tokens=kind.text_tokens,
     )
 
 
 def _class(name: str) -> Any:
-    import diffusers  # Late: it takes seconds, and a script's --help needs none of it.
+    import diffusers  # Late: the import takes seconds, and --help does not need it.
 
     return getattr(diffusers, name)
 
 
 def _in_folder(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """The class and configuration of a folder's transformer, if it has one of those known here."""
+    """The class and configuration of a folder's transformer, if it is one of _KINDS."""
     for file in (folder / "transformer" / "config.json", folder / "config.json"):
         if file.is_file():
             config = json.loads(file.read_text())

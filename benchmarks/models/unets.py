@@ -1,6 +1,6 @@
-"""Full-size denoisers with random weights: how fast a model is does not depend on its weights.
+"""Full-size UNets with random weights: a model's speed does not depend on its weights.
 
-Imports nothing of the project, since the process of another release runs this code too.
+Imports nothing of `tomesd`, since the process of tomesd==0.1.3 runs this code too.
 """
 
 import json
@@ -42,19 +42,19 @@ SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-# CLIP's text length, which all Stable Diffusion models share.
+# The length of CLIP's prompts, the same in all Stable Diffusion models.
 PROMPT_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A model that denoises, known by its configuration alone. This one is a UNet.
+    """A denoiser's configuration; this one is a UNet's.
 
     >>> denoiser("sd15").empty().config.sample_size
     64
 
-    pixels: how many a latent stands for in each direction. size: of the picture, in pixels, that
-    is measured by default. batch: of one picture, 2 where guidance doubles it.
+    pixels: side of a latent in pixels. size: default side of the picture, in pixels. batch: of one
+    picture, 2 with guidance.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Denoiser:
 
     @property
     def largest(self) -> int | None:
-        """The largest picture's side in pixels, None where there is no limit."""
+        """The side of the largest picture in pixels; None if there is no limit."""
         return None
 
     def empty(self) -> Any:
@@ -73,7 +73,7 @@ class Denoiser:
         return empty_unet(self.config)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The model with random weights, always the same ones."""
+        """The model with random weights from a fixed seed."""
         return with_weights(self.empty(), device, dtype)
 
     def inputs(
@@ -93,10 +93,10 @@ def denoiser(model: str) -> Denoiser:
     >>> denoiser("sd15").config["block_out_channels"]
     [320, 640, 1280, 1280]
 
-    model: "sd15", "sdxl", or a folder in diffusers' format, a pipeline or a UNet alone, of which
-        only the configuration is read.
+    model: "sd15", "sdxl", or a folder in diffusers' format, of a pipeline or a UNet, of which only
+        the configuration is read.
     Raises FileNotFoundError if the folder has no configuration and ValueError if it is of another
-    model, or asks for conditions that are not made up here.
+    model, or of a UNet with other conditions than text.
     """
     known = {"sd15": SD15, "sdxl": SDXL}
     if model in known:
@@ -135,7 +135,7 @@ def empty_unet(config: dict[str, Any]) -> Any:
     >>> sum(p.numel() for p in empty_unet(SD15).parameters())
     859520964
     """
-    from diffusers import UNet2DConditionModel  # Late: it takes seconds.
+    from diffusers import UNet2DConditionModel  # Late: the import takes seconds.
 
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
@@ -150,14 +150,14 @@ def build_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype)
 
 
 def with_weights(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model that is on the meta device, with random weights: no second copy is ever made.
+    """A model on the meta device with random weights, without a second copy in memory.
 
     >>> unet = with_weights(empty_unet(SD15), torch.device("cpu"), torch.float32)
 
-    Always the same ones, scaled by their fan-in, so that activations stay finite in half precision
-    too. What a model computes when it is made, such as tables of positions, is random as well.
+    The seed is fixed, and weights are scaled by their fan-in, so that activations stay finite in
+    half precision too. Buffers, such as tables of positions, are random as well.
     """
-    # Module's own `to`: that of diffusers warns about layers that it would rather keep in float32.
+    # Module's own `to`: diffusers' one warns about layers that should stay in float32.
     model = nn.Module.to(model, dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -171,7 +171,7 @@ def with_weights(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def share_weights(model: Any) -> Any:
-    """Another model on the same weights: it can be patched and compiled alone, at no memory.
+    """Another model that shares the weights, to be patched and compiled independently.
 
     >>> twin = share_weights(unet)
     """
@@ -198,7 +198,7 @@ def unet_inputs(
         "return_dict": False,
     }
     if config.get("addition_embed_type") == "text_time":
-        # Six numbers (sizes and crops) are embedded; the rest is the pooled text.
+        # Six numbers (sizes and crops) are embedded, the rest is the pooled text.
         times = 6 * config["addition_time_embed_dim"]
         pooled = config["projection_class_embeddings_input_dim"] - times
         kwargs["added_cond_kwargs"] = {
@@ -210,7 +210,7 @@ def unet_inputs(
 
 
 def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Normal numbers, the same ones on every device.
+    """Normal noise, the same on every device.
 
     >>> tokens = noise((2, 4096, 320), torch.device("cpu"), torch.float32)
     """
@@ -219,7 +219,10 @@ def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> t
 
 @dataclass(frozen=True)
 class Level:
-    """Transformer blocks that see the same tokens: h×w of them with so many channels."""
+    """Transformer blocks with the same h×w tokens of so many channels.
+
+    >>> Level(h=64, w=64, channels=320, blocks=5)
+    """
 
     h: int
     w: int
@@ -228,7 +231,7 @@ class Level:
 
 
 def levels(config: dict[str, Any], size: int) -> list[Level]:
-    """Every level with attention at latents of this size, finest first; nothing is computed.
+    """Every level with attention at latents of this size, finest first, by shapes alone.
 
     >>> levels(SD15, 64)[0]
     Level(h=64, w=64, channels=320, blocks=5)
@@ -236,16 +239,16 @@ def levels(config: dict[str, Any], size: int) -> list[Level]:
     unet = empty_unet(config)
     blocks: dict[tuple[int, int, int], int] = {}
 
-    def note(transformer: Any, args: tuple) -> None:
+    def count(transformer: Any, args: tuple) -> None:
         _, channels, h, w = args[0].shape
         key = (h, w, channels)
         blocks[key] = blocks.get(key, 0) + len(transformer.transformer_blocks)
 
     for module in unet.modules():
         if hasattr(module, "transformer_blocks"):
-            module.register_forward_pre_hook(note)
+            module.register_forward_pre_hook(count)
     args, kwargs = unet_inputs(config, 1, size, torch.device("meta"), torch.float32)
     with torch.no_grad():
         unet(*args, **kwargs)
-    found = [Level(h, w, channels, count) for (h, w, channels), count in blocks.items()]
+    found = [Level(h, w, channels, n) for (h, w, channels), n in blocks.items()]
     return sorted(found, key=lambda level: (-level.h * level.w, level.channels))

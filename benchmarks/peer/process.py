@@ -1,4 +1,4 @@
-"""PyPI's tomesd in a process of its own, to be measured beside this one."""
+"""tomesd==0.1.3, dbolya's package and the known implementation, in a process of its own."""
 
 import json
 import os
@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 
-_WORKER = Path(__file__).with_name("peer_worker.py")
+_WORKER = Path(__file__).with_name("worker.py")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 class PeerError(RuntimeError):
-    """The peer raised; the message is its own."""
+    """An error that the peer raised, with its message."""
 
 
 def install_peer(requirement: str, cache: Path) -> Path:
-    """Install a release of tomesd from PyPI, without its dependencies, into a folder of its own.
+    """Install a version of tomesd from PyPI, without its dependencies, into a folder of its own.
 
     >>> folder = install_peer("tomesd==0.1.3", Path("runs/peers"))
 
-    Returns the folder, which goes on PYTHONPATH; one that is there already is used as it is.
-    Raises ValueError for another package or no exact version, and RuntimeError with pip's words if
-    it cannot be installed.
+    Returns the folder, for PYTHONPATH; an existing one is used as it is.
+    Raises ValueError for another package or no exact version, and OSError with pip's message if it
+    cannot be installed.
     """
     if not re.fullmatch(r"tomesd==\d+(\.\w+)*", requirement):
         raise ValueError(f"peer must be tomesd==<version>, got {requirement!r}")
@@ -43,23 +43,23 @@ def install_peer(requirement: str, cache: Path) -> Path:
             [*pip, "--target", f"{partial}/package", requirement], capture_output=True, text=True
         )
         if done.returncode != 0:
-            raise RuntimeError(f"pip could not install {requirement}:\n{done.stderr.strip()}")
+            raise OSError(f"pip could not install {requirement}:\n{done.stderr.strip()}")
         Path(partial, "package").rename(folder)
     return folder
 
 
 class Peer:
-    """The other release, in a process that keeps its models between requests.
+    """A process that imports the peer's tomesd and keeps its models between requests.
 
     >>> with Peer(folder) as peer:
     ...     peer.ask("where")
 
-    ask: sends a request of `peer_worker.Worker` and returns its answer. Raises PeerError if the
-    peer raised, and also if its process ended.
+    ask: sends a request of `worker.Worker` and returns its answer. Raises PeerError if the peer
+    raised or its process ended.
     """
 
     def __init__(self, folder: Path):
-        # -P: without the worker's own folder on the path. The peer's comes first, before this project.
+        # -P: not the worker's own folder on the path. The peer's folder comes first, then this project.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder.resolve(), _ROOT)))},
@@ -88,7 +88,7 @@ class Peer:
         return answer["result"]
 
     def close(self) -> None:
-        """End the process and give its memory back."""
+        """Kill the process, which frees its memory."""
         self._process.kill()
         self._process.communicate()
 
@@ -105,16 +105,16 @@ class Peer:
 
 
 class PeerPipeline:
-    """A pipeline that is patched and runs in the peer's process; `sample` takes it like any other.
+    """A patched pipeline in the peer's process, which `sample` takes like any other.
 
     >>> peer.ask("load_pipeline", folder="assets/pipeline", device="cpu", dtype="float32")
     >>> pipe = PeerPipeline(lambda: peer, {"ratio": 0.5}, torch.float32)
     >>> images = list(sample(pipe, ["a photo of a red heart"], [0], Sampling(25, 4.0)))
 
-    start: gives the peer with its pipeline; not called before a picture is asked for. settings:
-    what the peer's `apply_patch` takes. dtype: the pipeline's.
-    Each call patches anew and seeds the peer's process with its first picture's seed, since the
-    peer may draw from the global random state: so a picture does not depend on those before it.
+    start: returns the peer with its pipeline, called for the first picture. settings: the arguments
+    of the peer's `apply_patch`. dtype: the pipeline's.
+    Each call patches again and seeds the peer's global random state, which it may use, with its
+    first picture's seed, so that a picture does not depend on earlier ones.
     """
 
     def __init__(self, start: Callable[[], Peer], settings: dict[str, Any], dtype: torch.dtype):
@@ -123,16 +123,16 @@ class PeerPipeline:
         self.dtype = dtype
 
     def __call__(
-        self, prompts: list[str], generator: list[torch.Generator], **how: Any
+        self, prompts: list[str], generator: list[torch.Generator], **options: Any
     ) -> SimpleNamespace:
         seeds = [each.initial_seed() for each in generator]
         with TemporaryDirectory() as folder:
             file = Path(folder, "images.npy")
-            asked = {"prompts": prompts, "seeds": seeds, "how": how, "file": str(file)}
-            self.start().ask("sample", settings=self.settings, **asked)
+            request = {"prompts": prompts, "seeds": seeds, "options": options, "file": str(file)}
+            self.start().ask("sample", settings=self.settings, **request)
             return SimpleNamespace(images=np.load(file))
 
     def numpy_to_pil(self, images: np.ndarray) -> list:
-        from diffusers import DiffusionPipeline  # Late: it takes seconds.
+        from diffusers import DiffusionPipeline  # Late: the import takes seconds.
 
         return DiffusionPipeline.numpy_to_pil(images)

@@ -1,7 +1,7 @@
-"""The process in which PyPI's tomesd runs: answers requests, one line of JSON for each.
+"""The process in which tomesd==0.1.3 runs: answers requests, one line of JSON for each.
 
-Started by `benchmarks.peer.process` with PyPI's package first on the path, so nothing that is imported
-here may import this project's own `tomesd`.
+Started by `benchmarks.peer.process` with PyPI's package first on the path, so nothing imported here
+may import this project's own `tomesd`.
 """
 
 import importlib
@@ -17,13 +17,13 @@ from diffusers import DiffusionPipeline
 
 import tomesd
 from benchmarks.common import memory, timing
-from benchmarks.speed import full_size
+from benchmarks.models import unets
 
 peer_merge: Any = importlib.import_module("tomesd.merge")
 
 
 class Worker:
-    """The requests that can be answered, one method each."""
+    """One method for each request."""
 
     def __init__(self) -> None:
         self.models: dict[str, Any] = {}
@@ -32,14 +32,14 @@ class Worker:
         return str(tomesd.__file__)
 
     def load(self, config: dict, device: str, dtype: str) -> None:
-        """Make the weights that all variants share."""
+        """Create the weights that all variants share."""
         self.config = config
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-        self.unet = full_size.build_unet(config, self.device, self.dtype)
+        self.unet = unets.build_unet(config, self.device, self.dtype)
 
     def patch(self, variant: str, settings: dict, compiled: str | None) -> None:
-        """Patch a model of the variant's own."""
-        twin = full_size.share_weights(self.unet)
+        """Patch a model for this variant."""
+        twin = unets.share_weights(self.unet)
         tomesd.apply_patch(twin, **settings)
         if compiled:
             twin = torch.compile(twin, dynamic=False, mode=compiled)
@@ -50,7 +50,7 @@ class Worker:
         return timing.seconds(self._forward(variant, batch, size), self.device)
 
     def matches(self, variant: str, batch: int, size: int) -> int:
-        """In how many blocks of one forward it merges at all."""
+        """The number of blocks that merge in one forward."""
         count = 0
         original = peer_merge.bipartite_soft_matching_random2d
 
@@ -70,7 +70,7 @@ class Worker:
         return count
 
     def peak(self, variant: str, batch: int, size: int) -> tuple[int, int]:
-        """Bytes before and at most during one forward."""
+        """Bytes in use before one forward, and the most during it."""
         return memory.peak_memory(self._forward(variant, batch, size), self.device)
 
     def merging(
@@ -78,36 +78,36 @@ class Worker:
     ) -> dict[str, float]:
         """Seconds of matching, merging and unmerging random tokens."""
         place = torch.device(device)
-        x = full_size.noise((batch, h * w, channels), place, getattr(torch, dtype))
+        x = unets.noise((batch, h * w, channels), place, getattr(torch, dtype))
         r = int(settings["ratio"] * h * w)
-        chance = {"no_rand": not settings["use_rand"], "generator": torch.Generator(place)}
+        random = {"no_rand": not settings["use_rand"], "generator": torch.Generator(place)}
 
         def match() -> tuple[Callable, Callable]:
             return peer_merge.bipartite_soft_matching_random2d(
-                x, w, h, settings["sx"], settings["sy"], r, **chance
+                x, w, h, settings["sx"], settings["sy"], r, **random
             )
 
         with torch.no_grad():
             return timing.merging_seconds(match, x)
 
     def load_pipeline(self, folder: str, device: str, dtype: str) -> None:
-        """Load what `sample` makes pictures with."""
+        """Load the pipeline of `sample`."""
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.pipe: Any = pipe.to(device, silence_dtype_warnings=True)
         self.pipe.set_progress_bar_config(disable=True)
 
     def sample(
-        self, settings: dict, prompts: list[str], seeds: list[int], how: dict, file: str
+        self, settings: dict, prompts: list[str], seeds: list[int], options: dict, file: str
     ) -> None:
-        """Write the patched pipeline's pictures as one array; how: what the pipeline takes."""
+        """Write the patched pipeline's pictures as one array. options: the pipeline's."""
         # A patch keeps a generator, seeded from the global one.
         torch.manual_seed(seeds[0])
         tomesd.apply_patch(self.pipe.unet, **settings)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        np.save(file, self.pipe(prompts, generator=generators, **how).images)
+        np.save(file, self.pipe(prompts, generator=generators, **options).images)
 
     def _inputs(self, batch: int, size: int) -> tuple[tuple, dict]:
-        return full_size.unet_inputs(self.config, batch, size, self.device, self.dtype)
+        return unets.unet_inputs(self.config, batch, size, self.device, self.dtype)
 
     def _forward(self, variant: str, batch: int, size: int) -> Callable[[], object]:
         model = self.models[variant]
@@ -121,7 +121,7 @@ class Worker:
 
 
 def main() -> None:
-    # Answers go to the pipe alone: what libraries print goes to the terminal instead.
+    # Only answers go to the pipe: what libraries print goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker()

@@ -1,4 +1,4 @@
-"""What proportional attention costs inside of fused attention, in each form that it can take."""
+"""What proportional attention costs inside fused attention, in each form."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -11,20 +11,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.common.timing import Spread, interleave, round_ratio, seconds
-from benchmarks.speed import full_size
-from benchmarks.speed.forwards import Setup
+from benchmarks.models import unets
+from benchmarks.speed.setup import Setup
 
 HEADS = 8
 
 
 def forms(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Fused attention without the sizes of its keys, and with them in two ways.
+    """Fused attention without the sizes of its keys, and with them in two forms.
 
     >>> results = forms(q, k, v, size.log().transpose(1, 2)[:, None])
 
     q, k, v: [B, H, N, D]. bias: [B, 1, 1, keys], added to the logits.
-    "bias" hands it to the kernel. "one more feature" is for kernels that take none: the bias over
-    the scale on the keys, 1 on the queries, 0 on the values, which are then cut off again.
+    "bias" passes it to the kernel. "one more feature" is for kernels without a bias: bias / scale is
+    appended to the keys, 1 to the queries and 0 to the values, which is removed from the output.
     """
     scale = q.shape[-1] ** -0.5
 
@@ -41,24 +41,27 @@ def forms(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Callable[[
     }
 
 
-def measure(setup: Setup) -> Iterator[list[dict[str, Any]]]:
+def measure_bias(setup: Setup) -> Iterator[list[dict[str, Any]]]:
     """The rows of each size, one for each level, variant and form: seconds of attention on the
-    merged tokens."""
+    merged tokens.
+
+    >>> rows = [row for rows in measure_bias(setup) for row in rows]
+    """
     for size in setup.sizes:
         rows = []
-        for level in full_size.levels(setup.denoiser.config, setup.latents(size)):
+        for level in unets.levels(setup.denoiser.config, setup.latents(size)):
             for variant in setup.variants:
                 assert variant.settings is not None
                 rows += _measure_level(setup, size, level, variant.settings)
         yield rows
 
 
-def _measure_level(setup: Setup, size: int, level: full_size.Level, settings: Any) -> list[dict]:
+def _measure_level(setup: Setup, size: int, level: unets.Level, settings: Any) -> list[dict]:
     left = level.h * level.w - settings.merged(level.h, level.w)
     queries = left if settings.merge_queries else level.h * level.w
 
     def noise(tokens: int, channels: int) -> Tensor:
-        return full_size.noise((setup.batch, tokens, channels), setup.device, setup.dtype)
+        return unets.noise((setup.batch, tokens, channels), setup.device, setup.dtype)
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -77,9 +80,9 @@ def _measure_level(setup: Setup, size: int, level: full_size.Level, settings: An
             "queries": queries,
             "keys": left,
             "form": name,
-            "seconds": taken,
-            "median_seconds": asdict(Spread.of(taken)),
-            "of_none": asdict(round_ratio(taken, times["none"])),
+            "seconds": own,
+            "median_seconds": asdict(Spread.of(own)),
+            "of_none": asdict(round_ratio(own, times["none"])),
         }
-        for name, taken in times.items()
+        for name, own in times.items()
     ]

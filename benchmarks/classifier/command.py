@@ -1,78 +1,87 @@
-"""Accuracy and speed of a merging classifier: python scripts/classify.py
+"""The command of scripts/classify.py: options, checks, tables and plots."""
 
-Four parts, all of them by default: a sweep over r (ToMe, Figure 3), the choices of the method
-(Table 1), the algorithms (Table 2), and random schedules against constant and decreasing ones
-(Figures 2 and 7). Off the shelf: nothing is trained. By default the embedded classifier of the
-Shapes world reads pictures that it was not trained on; a picture is right if its shape, its colour,
-the background's kind and the background's colour are.
-
-Throughput is that of the model alone, in turns with the unpatched one. Each row is written to
-results.csv when it is done; the same command goes on where it was stopped.
-"""
-
-import argparse
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.classifier import classify, classify_report
-from benchmarks.classifier.classifiers import check_model, load_classifier
-from benchmarks.common.arguments import number, run_script, script_parser
-from benchmarks.common.device import PRECISIONS, choose_device
-from benchmarks.common.files import check_folder, versions
-from benchmarks.fid import fid
-from benchmarks.quality.cases import run_folder
-from tomesd.api import patched
+from benchmarks.classifier import measurements, tables_and_plots
+from benchmarks.classifier.classifiers import Classifier, check_model, load_classifier
+from benchmarks.classifier.data import LabelledData, folder_data, shapes_data
+from benchmarks.classifier.experiments import PARTS, Experiment, experiments
+from benchmarks.classifier.matchers import merging
+from benchmarks.common.arguments import Command, number
+from benchmarks.common.device import PRECISIONS, choose_device, device_name
+from benchmarks.common.files import check_folder, digest, settings_folder, versions
 from tomesd.shapes.pipeline import ASSETS
 
-PICTURES = 1000
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure: the classifier, its data, and the experiments."""
+
+    args: Namespace
+    classifier: Classifier
+    data: LabelledData | None
+    pixels: Tensor
+    todo: list[Experiment]
+    folder: Path
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        device = check(args)
-        classifier = load_classifier(args.model, pretrained=not args.synthetic)
-        classifier.model.to(device, PRECISIONS[args.precision])
-        largest = classify.largest_r(classifier.model)
-        with patched(classifier.model, r=0):
-            layers = len(classify.vit_patch(classifier.model).seams)
-        data = None if args.synthetic else load_data(args)
-        pixels = timed_pixels(classifier, data, args.batch).to(device, PRECISIONS[args.precision])
-        if data is not None:
-            check_logits(classifier, data, pixels[:1])
-        folder = run_folder(args.output, identity(args, data, device))
-        classify.read(folder / "results.csv")
-    except (ValueError, TypeError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    values = args.r or sorted({round(largest * i / 8) for i in range(9)})
-    r = largest if args.ablation_r is None else args.ablation_r
-    todo = classify.rows(args.parts, values, r, layers, 0 if data is None else args.num_schedules)
-    measured = partial(
-        classify.measure,
-        classifier=classifier,
-        data=data,
-        pixels=pixels,
-        rounds=args.rounds,
-        batch=args.batch,
+def prepare(args: Namespace) -> Job:
+    """Check the arguments, then load the classifier and the pictures."""
+    device = check(args)
+    classifier = load_classifier(args.model, pretrained=not args.synthetic)
+    classifier.model.to(device, PRECISIONS[args.precision])
+    data = None if args.synthetic else load_data(args)
+    pixels = timed_pixels(classifier, data, args.batch).to(device, PRECISIONS[args.precision])
+    if data is not None:
+        check_logits(classifier, data, pixels[:1])
+    folder = settings_folder(args.output, identity(args, data, device))
+    measurements.read_records(folder / "results.csv")  # Raises for another file of this name.
+    todo = chosen_experiments(args, classifier.model, has_data=data is not None)
+    return Job(args, classifier, data, pixels, todo, folder)
+
+
+def run(job: Job) -> None:
+    """Measure, print the tables and draw the plots."""
+    measure_one = partial(
+        measurements.measure,
+        classifier=job.classifier,
+        data=job.data,
+        pixels=job.pixels,
+        rounds=job.args.rounds,
+        batch=job.args.batch,
     )
-    records = classify.run(todo, folder / "results.csv", measured, args.rounds)
-    for part in args.parts:
-        print(classify_report.table(records, part), end="\n\n")
-    for path in (folder / "results.csv", *classify_report.plots(records, folder, classifier.name)):
+    file = job.folder / "results.csv"
+    records = measurements.measure_all(job.todo, file, measure_one, job.args.rounds)
+    for part in job.args.parts:
+        print(tables_and_plots.table(records, part), end="\n\n")
+    for path in (file, *tables_and_plots.plots(records, job.folder, job.classifier.name)):
         print(path)
 
 
-def load_data(args: argparse.Namespace) -> classify.Data:
+def chosen_experiments(args: Namespace, model: Any, has_data: bool) -> list[Experiment]:
+    """By default the sweep has 9 values, and the other tables the largest r."""
+    largest = measurements.largest_r(model)
+    with merging(model, {"r": 0}) as patch:
+        layers = len(patch.points)
+    values = args.r or sorted({round(largest * i / 8) for i in range(9)})
+    r = largest if args.ablation_r is None else args.ablation_r
+    return experiments(args.parts, values, r, layers, args.num_schedules if has_data else 0)
+
+
+def load_data(args: Namespace) -> LabelledData:
     if args.data is None:
-        return classify.shapes_data(args.num_images)
-    return classify.folder_data(args.data, args.num_images)
+        return shapes_data(args.num_images)
+    return folder_data(args.data, args.num_images)
 
 
-def check_logits(classifier: Any, data: classify.Data, pixels: torch.Tensor) -> None:
+def check_logits(classifier: Classifier, data: LabelledData, pixels: Tensor) -> None:
     with torch.no_grad():
         count = classifier.logits(pixels).shape[1]
     if count != sum(data.groups):
@@ -82,8 +91,8 @@ def check_logits(classifier: Any, data: classify.Data, pixels: torch.Tensor) -> 
         )
 
 
-def timed_pixels(classifier: Any, data: classify.Data | None, batch: int) -> torch.Tensor:
-    """One batch: pictures, again and again if there are few, or noise."""
+def timed_pixels(classifier: Classifier, data: LabelledData | None, batch: int) -> Tensor:
+    """One batch: pictures, repeated if there are few, or noise."""
     if data is not None:
         images = [data.load(i % len(data)) for i in range(batch)]
         return classifier.prepare([classifier.fit(image) for image in images])
@@ -91,28 +100,26 @@ def timed_pixels(classifier: Any, data: classify.Data | None, batch: int) -> tor
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def identity(
-    args: argparse.Namespace, data: classify.Data | None, device: torch.device
-) -> dict[str, Any]:
-    """Everything that figures depend on, but the row."""
+def identity(args: Namespace, data: LabelledData | None, device: torch.device) -> dict[str, Any]:
+    """Everything that results depend on but the experiment."""
     return {
         "model": args.model or "embedded",
-        "weights": fid.digest(args.model or ASSETS / "classifier"),
+        "weights": digest(args.model or ASSETS / "classifier"),
         "synthetic": args.synthetic,
         "data": data.name if data else "synthetic",
         "images": len(data) if data else 0,
         "batch": args.batch,
         "rounds": args.rounds,
         "device": args.device,
-        "device_name": fid.device_name(device),
+        "device_name": device_name(device),
         "precision": args.precision,
         "threads": torch.get_num_threads(),
         **versions("tomesd", "torch", "timm", "torchvision", "transformers"),
     }
 
 
-def check(args: argparse.Namespace) -> torch.device:
-    """Raise what can be known to be wrong before loading anything."""
+def check(args: Namespace) -> torch.device:
+    """Raise for what is known to be wrong before loading anything."""
     if args.synthetic and (args.model is None or args.data is not None):
         raise ValueError("synthetic needs model, and is not allowed with data: it measures speed")
     if args.synthetic and not args.rounds:
@@ -126,7 +133,7 @@ def check(args: argparse.Namespace) -> torch.device:
         raise ValueError(f"data must be a folder with one for each class, got {str(args.data)!r}")
     if args.data is not None and args.model is None:
         raise ValueError("model must be given with data: the embedded one knows shapes only")
-    args.parts = args.parts or list(classify.PARTS[:3] if args.synthetic else classify.PARTS)
+    args.parts = args.parts or list(PARTS[:3] if args.synthetic else PARTS)
     if args.synthetic and "schedules" in args.parts:
         raise ValueError("parts must not have schedules with synthetic: they need an accuracy")
     device = choose_device(args.device)
@@ -136,24 +143,21 @@ def check(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="timm:<name>, torchvision:<name> or transformers folder (embedded)")
     add("--data", type=Path, help="folder with one of pictures for each class, as --model's logits")
     add("--synthetic", action="store_true", help="noise and random weights: the speed alone")
-    add("--parts", nargs="+", choices=classify.PARTS, help="(all)")
+    add("--parts", nargs="+", choices=PARTS, help="(all)")
     add("--r", type=number(int, 0, 10_000), nargs="+", help="of the sweep (9, from 0 to all)")
     add("--ablation-r", type=number(int, 1, 10_000), help="of the other tables (the largest)")
-    add("--num-images", type=number(int, 1, 100_000), default=PICTURES, help="(%(default)s)")
+    add("--num-images", type=number(int, 1, 100_000), default=1000, help="(%(default)s)")
     add("--num-schedules", type=number(int, 0, 100_000), default=50, help="random ones (50)")
     add("--batch", type=number(int, 1, 4096), default=32, help="(32)")
     add("--rounds", type=number(int, 0, 10_000), default=7, help="for speed; 0 for none (7)")
-    add("--device", help="cuda, mps or cpu (the first of these that is there)")
+    add("--device", help="cuda, mps or cpu (the first available)")
     add("--precision", choices=PRECISIONS, default="fp32", help="(fp32)")
     add("--output", type=Path, default=Path("runs/classify"), help="folder (%(default)s)")
-    return parser
 
 
-if __name__ == "__main__":
-    run_script(main, goes_on=True)
+main = Command("classify", add_options, prepare, run, resumes=True)

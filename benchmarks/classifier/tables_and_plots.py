@@ -1,4 +1,4 @@
-"""The tables and plots of `scripts/classify.py`."""
+"""The tables and plots of scripts/classify.py."""
 
 import re
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.common import markdown
 from benchmarks.common.files import atomic_write
 
 Record = dict[str, Any]
@@ -20,33 +21,29 @@ TITLES = {
 
 
 def table(records: Sequence[Record], part: str) -> str:
-    """Markdown: a line for each row of a part; random schedules are for the plot alone.
+    """Markdown: a title, and a row for each experiment of a part but random schedules.
 
     >>> print(table(records, "algorithms"))
+    Algorithms (ToMe, Table 2)
+    | | accuracy, % | images/s | times as fast | times fewer multiply-adds |
     """
-    lines = [
-        f"{TITLES[part]}",
-        "| | accuracy, % | images/s | times as fast | times fewer multiply-adds |",
-        "|---|---|---|---|---|",
+    headings = ["", "accuracy, %", "images/s", "times as fast", "times fewer multiply-adds"]
+    rows = [
+        [
+            record["name"],
+            markdown.figure(record.get("accuracy"), 1, 100),
+            markdown.figure(record.get("images_per_second"), 1),
+            markdown.figure(record.get("times_as_fast"), 2),
+            markdown.figure(record["times_fewer_multiply_adds"], 2),
+        ]
+        for record in records
+        if record["part"] == part and not record["name"].startswith("random ")
     ]
-    for record in records:
-        if record["part"] == part and not record["name"].startswith("random "):
-            cells = (
-                _text(record.get("accuracy"), 1, 100),
-                _text(record.get("images_per_second"), 1),
-                _text(record.get("times_as_fast"), 2),
-                _text(record["times_fewer_multiply_adds"], 2),
-            )
-            lines.append(f"| {record['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _text(value: float | None, digits: int, times: float = 1) -> str:
-    return "–" if value is None else f"{value * times:.{digits}f}"
+    return f"{TITLES[part]}\n{markdown.table(headings, rows)}"
 
 
 def plots(records: Sequence[Record], folder: Path, model: str) -> list[Path]:
-    """sweep.png and schedules.png, as far as there are rows with an accuracy.
+    """sweep.png and schedules.png, as far as there are experiments with an accuracy.
 
     >>> plots(records, Path("runs/classify"), "embedded")
     """
@@ -58,7 +55,7 @@ def plots(records: Sequence[Record], folder: Path, model: str) -> list[Path]:
         x, y = _points(sweep, "times_as_fast")
         axes.plot(x, y, "o-", color="tab:blue")
         for index, (at, record) in enumerate(zip(zip(x, y, strict=True), sweep, strict=True)):
-            # On both sides of the line by turns: points of small r are close to each other.
+            # On alternating sides of the line: points of small r are close to each other.
             offset, side = ((5, 5), "left") if index % 2 == 0 else ((-5, -12), "right")
             name = record["name"].replace(" ", "")
             axes.annotate(name, at, offset, textcoords="offset points", fontsize=8, ha=side)

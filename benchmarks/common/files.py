@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `path` on leaving; after an exception it is deleted.
+
+    >>> with atomic_folder(Path("assets/classifier")) as partial:
+    ...     model.save_pretrained(partial)
+
+    What was at `path` before stays until the new folder is complete.
+    """
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+
+    def clean_up() -> None:
+        if old.exists() and not path.exists():  # Interrupted between the two renames.
+            old.rename(path)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+    clean_up()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        clean_up()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,9 +31,7 @@ def figure(value: float | None, digits: int, times: float = 1) -> str:
     return MISSING if value is None else f"{value * times:.{digits}f}"
 
 
-def spread(
-    value: Mapping[str, float] | None, digits: int, times: float = 1, unit: str = ""
-) -> str:
+def spread(value: Mapping[str, float] | None, digits: int, times: float = 1, unit: str = "") -> str:
     """A median with its quartiles, as `timing.Spread` has them; a dash for None.
 
     >>> spread({"median": 1.19, "low": 1.17, "high": 1.2}, 2)

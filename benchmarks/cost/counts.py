@@ -163,7 +163,10 @@ def _empty(model: Model, size: int, batch: int) -> tuple[nn.Module, tuple, dict[
     side = size // 16
     with meta:
         denoiser = (
-            getattr(diffusers, model.class_name).from_config(model.config).eval().requires_grad_(False)
+            getattr(diffusers, model.class_name)
+            .from_config(model.config)
+            .eval()
+            .requires_grad_(False)
         )
         config = denoiser.config
         inputs = {
@@ -174,7 +177,9 @@ def _empty(model: Model, size: int, batch: int) -> tuple[nn.Module, tuple, dict[
             "pooled_projections": torch.empty(batch, config.pooled_projection_dim),
             "timestep": torch.empty(batch),
         }
-        if model.class_name == "FluxTransformer2DModel":  # Its pipeline packs the latents into patches.
+        if (
+            model.class_name == "FluxTransformer2DModel"
+        ):  # Its pipeline packs the latents into patches.
             inputs["hidden_states"] = torch.empty(batch, side * side, config.in_channels)
             inputs["img_ids"] = torch.empty(side * side, 3)
             inputs["txt_ids"] = torch.empty(model.text_tokens, 3)

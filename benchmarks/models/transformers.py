@@ -162,7 +162,9 @@ def denoiser(model: str, blocks: int | None = None) -> Denoiser:
     kept = [min(blocks or kind.blocks, count) for count in available]
     title = model if model in _KNOWN else Path(model).resolve().name
     with torch.device("meta"):  # Adds the defaults that the configuration leaves out.
-        complete = model_class.from_config(config | dict(zip(kind.counts, kept, strict=True))).config
+        complete = model_class.from_config(
+            config | dict(zip(kind.counts, kept, strict=True))
+        ).config
     return Transformer(
         f"{title} with {' + '.join(map(str, kept))} blocks",
         dict(complete),

@@ -71,9 +71,7 @@ def compare(job: Job) -> None:
     # ToMe cannot merge more than its partition's largest ratio.
     ratios = [ratio for ratio in comparison.RATIOS if ratio <= job.merging.largest_ratio]
     job.pipe.set_progress_bar_config(leave=False)
-    cells = comparison.compare(
-        job.pipe, args.prompt, args.seed, job.sampling, ratios, args.preset
-    )
+    cells = comparison.compare(job.pipe, args.prompt, args.seed, job.sampling, ratios, args.preset)
     seconds = {f"seconds_{m}": [round(cell.seconds, 3) for cell in row] for m, row in cells.items()}
     written = metadata(job, cells["tome"][0].image) | {"ratios": ratios} | seconds
     caption = (

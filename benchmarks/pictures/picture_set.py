@@ -204,9 +204,7 @@ def make_pictures(pipe: Any, pictures: PictureSet, state: PartialState) -> None:
                     bar.update(len(missing))
 
 
-def _missing(
-    pictures: PictureSet, state: PartialState
-) -> Iterator[tuple[Method, range, set[int]]]:
+def _missing(pictures: PictureSet, state: PartialState) -> Iterator[tuple[Method, range, set[int]]]:
     """This process's share of the batches in which a picture is missing, with their indices."""
     with state.split_between_processes(pictures.batches) as own:
         for method in pictures.methods:

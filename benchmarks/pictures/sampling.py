@@ -177,7 +177,9 @@ def sample(
     FloatingPointError for a picture that overflowed, which would be black.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"there must be as many seeds as prompts, got {len(prompts)} and {len(seeds)}")
+        raise ValueError(
+            f"there must be as many seeds as prompts, got {len(prompts)} and {len(seeds)}"
+        )
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
     return _sample(pipe, prompts, seeds, sampling, batch)

@@ -14,10 +14,7 @@ from tomesd.diffusion.unet.patch import UNetPatch
 from tomesd.hooks import Patch
 
 _FAMILIES = {
-    name: family
-    for module in (joint, flux)
-    for family in module.FAMILIES
-    for name in family.models
+    name: family for module in (joint, flux) for family in module.FAMILIES for name in family.models
 }
 
 

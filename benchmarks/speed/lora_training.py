@@ -37,7 +37,10 @@ def measure_training(setup: Setup) -> Iterator[list[dict[str, Any]]]:
     interleaved; each is compared with the unpatched step with the same checkpointing.
     """
     rows = {
-        size: [new_row(variant, size) | {"checkpointing": each} for each, variant in _combinations(setup)]
+        size: [
+            new_row(variant, size) | {"checkpointing": each}
+            for each, variant in _combinations(setup)
+        ]
         for size in setup.sizes
     }
     if setup.measures_memory:

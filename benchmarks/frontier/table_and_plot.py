@@ -1,4 +1,4 @@
-"""The table and the picture of `scripts/frontier.py`."""
+"""The table and the plot of scripts/frontier.py."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.frontier.candidates import PEER
-from benchmarks.frontier.measurements import FEATURES, frontier
+from benchmarks.common import markdown
+from benchmarks.fid.tables_and_sheets import few_pictures_note
+from benchmarks.frontier.candidates import LATE, PEER
+from benchmarks.frontier.plan import FEATURES
+from benchmarks.frontier.results import pareto_front
 
 Record = Mapping[str, Any]
 
@@ -17,16 +20,14 @@ Record = Mapping[str, Any]
 _LOOKS = {
     "unpatched": ("black", "s"),
     "self-attention": ("tab:blue", "o"),
-    "no log size": ("tab:cyan", "o"),
+    "no proportional attention": ("tab:cyan", "o"),
     "plain means": ("lightblue", "o"),
     "keys and values": ("tab:green", "o"),
-    "groups looked for again": ("lime", "o"),
+    "refined by k-means": ("lime", "o"),
     "whole blocks": ("tab:red", "o"),
-    "not in the first fifth of the steps": ("darkred", "P"),
+    LATE: ("darkred", "P"),
     "every branch (the paper)": ("tab:purple", "o"),
-    "keys and values of a grid": ("olive", "^"),
-    "a map kept over steps": ("tab:pink", "D"),
-    "cheaper matching": ("tab:brown", "D"),
+    "grid of keys and values (ToDo)": ("olive", "^"),
     "random pruning": ("tab:gray", "X"),
     PEER: ("tab:orange", "*"),
 }
@@ -38,7 +39,7 @@ _MEASURES = [
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: a line for each candidate.
+    """Markdown: a row for each candidate.
 
     >>> print(table(results))
     | # | candidate | times as fast | ...
@@ -52,93 +53,65 @@ def table(results: Mapping[str, Any]) -> str:
         "attention left",
         "on the frontier",
     ]
-    lines = [_line(headings), "|---" * len(headings) + "|"]
-    for number, row in enumerate(results["rows"]):
-        figures = [
+    rows = [
+        [
             str(number),
             _title(row),
-            _speed(row),
-            "–" if row.get("psnr") is None else f"{row['psnr']:.1f}",
-            "–" if row.get("frechet") is None else f"{row['frechet']:.2f}",
+            f"failed: {row['error']}" if "error" in row else markdown.spread(row.get("speedup"), 3),
+            markdown.figure(row.get("psnr"), 1),
+            markdown.figure(row.get("frechet"), 2),
             f"{row['attention_left']['large']:.0%}",
-            _frontier(row),
+            _frontiers(row),
         ]
-        lines.append(_line(figures))
-    lines += [
-        "",
-        "Times as fast as the unpatched model: medians over rounds, with quartiles. On the "
-        "frontier: no other candidate is as fast and as good by that measure; in brackets: none "
-        "of this project's settings that are the same in every step. Attention left: the share of "
-        "self-attention's query–key pairs that is still computed at the size that is timed.",
+        for number, row in enumerate(results["rows"])
     ]
-    quality = results["quality"]
-    if quality and quality["images"] <= FEATURES.width:
-        lines.append(
-            f"{quality['images']} pictures describe {FEATURES.width} features only in part, so "
-            "the Fréchet distance is too large: compare rows of this table alone."
-        )
-    return "\n".join(lines)
+    notes = [
+        "Times as fast as the unpatched model: medians over rounds, with quartiles. On the "
+        "frontier: no other candidate is as fast and as good by that measure; in parentheses: no "
+        "other setting of this project with the same ratio in every step. Attention left: the "
+        "share of self-attention's query–key pairs that is still computed at the timed size."
+    ]
+    if results["quality"]:
+        notes.append(few_pictures_note(results["quality"]["images"], FEATURES))
+    return "\n".join([markdown.table(headings, rows), "", *filter(None, notes)])
 
 
 def _title(row: Record) -> str:
     return f"{row['name']} ({row['shipped_as']})" if row["shipped_as"] else row["name"]
 
 
-def _speed(row: Record) -> str:
-    if "error" in row:
-        return f"failed: {row['error']}"
-    if "speedup" not in row:
-        return "–"
-    return "{median:.3f} ({low:.3f}–{high:.3f})".format(**row["speedup"])
-
-
-def _frontier(row: Record) -> str:
+def _frontiers(row: Record) -> str:
     names = {"psnr": "PSNR", "frechet": "Fréchet"}
     among_all, among_settings = row["frontier"], row["settings_frontier"]
-    told = [names[measure] for measure in among_all]
-    told += [f"({names[measure]})" for measure in among_settings if measure not in among_all]
-    return ", ".join(told)
+    cells = [names[measure] for measure in among_all]
+    cells += [f"({names[measure]})" for measure in among_settings if measure not in among_all]
+    return ", ".join(cells)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def about(results: Mapping[str, Any]) -> str:
-    """What stands under the table: the command, and what each half was measured with."""
-    lines = [f"`{results['command']}`"]
+def settings_text(results: Mapping[str, Any]) -> str:
+    """The text below the table: the command, and the settings and versions of each half."""
+    parts = [f"`{results['command']}`"]
     for half in ("quality", "speed"):
         if results[half]:
-            lines += ["", f"{half}:", ""]
-            lines += [
-                f"- {name.removesuffix('_version')}: {_plainly(value)}"
-                for name, value in results[half].items()
-                if value is not None
-            ]
-    return "\n".join(lines)
+            parts += [f"{half}:", markdown.settings_list(results[half])]
+    return "\n\n".join(parts)
 
 
-def _plainly(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name.removesuffix('_version')}={item}" for name, item in value.items())
-    return str(value)
-
-
-def can_plot(results: Mapping[str, Any]) -> bool:
-    """Whether both halves are there."""
+def has_both_halves(results: Mapping[str, Any]) -> bool:
+    """Whether any candidate has both a quality and a time, for the plot."""
     return any(_points(results["rows"], measure) for measure, _, _ in _MEASURES)
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Quality over speed, a panel for each measure, with the frontier drawn; up is better in all.
+    """Quality over speed, a panel for each measure, with the frontiers; up is better in all.
 
     >>> plot(results, Path("frontier.png"))
 
-    Points have the numbers of the table, and a key beside the panels; the default and the presets
+    Points have the numbers of the table, with a key beside the panels; the default and the presets
     are named.
     """
     timed = [(number, row) for number, row in enumerate(results["rows"]) if "speedup" in row]
-    # As high as the key.
+    # High enough for the key.
     figure = Figure(figsize=(11, max(8, 0.2 * len(timed))), layout="constrained")
     panels = figure.subplots(len(_MEASURES), 1)
     for axes, (measure, name, more_is_better) in zip(panels, _MEASURES, strict=True):
@@ -169,7 +142,7 @@ def _panel(axes: Axes, rows: Sequence[Record], measure: str, more_is_better: boo
     settings = [row for row in points if row["is_setting"] or row["settings"] is None]
     lines = [("of all", points, "0.6", "--"), ("of steady settings", settings, "black", "-")]
     for name, among, color, style in lines:
-        best = [among[i] for i in frontier([(_x(row), sign * row[measure]) for row in among])]
+        best = [among[i] for i in pareto_front([(_x(row), sign * row[measure]) for row in among])]
         line = ([_x(row) for row in best], [row[measure] for row in best])
         axes.plot(*line, color=color, linestyle=style, linewidth=1, label=f"frontier {name}")
     numbered = [(number, row) for number, row in enumerate(rows) if row in points]

@@ -58,7 +58,7 @@ class Method:
     settings: DiffusionSettings | None = None
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> Any:
         return self.settings.ratio if self.settings else 0.0
 
     @property
@@ -68,12 +68,21 @@ class Method:
     @property
     def merging(self) -> dict[str, Any] | None:
         """All settings that its pictures depend on; None for unpatched ones."""
-        return asdict(self.settings) if self.settings else None
+        return as_record(self.settings) if self.settings else None
 
     def patched(self, pipe: Any) -> AbstractContextManager[Any]:
         """The patched pipeline, for a `with` block."""
         settings = asdict(self.settings) if self.settings else {"ratio": 0.0}
         return tomesd.patched(pipe, **settings)
+
+
+def as_record(settings: DiffusionSettings) -> dict[str, Any]:
+    """Settings as JSON returns them, with lists in place of tuples.
+
+    >>> as_record(DiffusionSettings(ratio=RatioSchedule.last(0.5, since=0.2)))["ratio"]
+    {'pieces': [[0.2, 0.0], [1.0, 0.5]]}
+    """
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def parse_methods(texts: Sequence[str], preset: str | None) -> list[Method]:

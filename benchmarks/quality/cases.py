@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 
 import tomesd
 from benchmarks.pictures.differences import psnr
-from benchmarks.pictures.picture_set import Method, PictureSet
+from benchmarks.pictures.picture_set import Method, PictureSet, as_record
 from benchmarks.pictures.reference import read
 from tomesd import RatioSchedule
 from tomesd.diffusion.settings import diffusion_settings
@@ -64,12 +64,8 @@ class Case(Method):
 
     @property
     def merging(self) -> dict[str, Any]:
-        settings = self.arguments
-        ratio = settings.pop("ratio")
-        merging = asdict(diffusion_settings(self.at, None, settings))
-        if isinstance(ratio, RatioSchedule):
-            ratio = [list(piece) for piece in ratio.pieces]
-        return merging | {"ratio": ratio}
+        options = self.arguments
+        return as_record(diffusion_settings(options.pop("ratio"), None, options))
 
     def patched(self, pipe: Any) -> AbstractContextManager[Any]:
         return tomesd.patched(pipe, **self.arguments)

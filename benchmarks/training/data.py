@@ -84,7 +84,5 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def random_rows(
-    data: torch.Tensor, batch: int, generator: torch.Generator
-) -> torch.Tensor:
+def random_rows(data: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(len(data), (batch,), generator=generator)

@@ -112,9 +112,7 @@ def train_autoencoder(settings: Settings) -> None:
     with torch.no_grad(), settings.autocast():
         decoded = torch.cat(
             [
-                model.decode(
-                    model.encode(batch.to(settings.device)).latent_dist.mean
-                ).sample.cpu()
+                model.decode(model.encode(batch.to(settings.device)).latent_dist.mean).sample.cpu()
                 for batch in held_out.split(32)
             ]
         )

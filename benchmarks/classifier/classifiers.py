@@ -42,8 +42,8 @@ def check_model(model: str | None) -> None:
 
     >>> check_model("timm:vit_base_patch16_224")
 
-    Raises FileNotFoundError if the embedded classifier is missing, and ValueError for a folder without
-    a configuration or a name that timm or torchvision do not know.
+    Raises FileNotFoundError if the embedded classifier is missing, and ValueError for a folder
+    without a configuration or a name that timm or torchvision do not know.
     """
     if model is None:
         folder = shapes.ASSETS / "classifier"

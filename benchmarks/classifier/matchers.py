@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.classifier import rivals
@@ -146,7 +145,8 @@ def merging(model: Any, options: dict[str, Any]) -> Iterator[ViTPatch]:
     targets = [each for each in model.modules() if isinstance(registry.find(each), ViT)]
     if not targets:
         raise TypeError(
-            f"model must contain a Vision Transformer of tomesd.supported(), got {type(model).__name__}"
+            "model must contain a Vision Transformer of tomesd.supported(), got "
+            f"{type(model).__name__}"
         )
     spec = registry.find(targets[0])
     patch = ViTPatch(spec, targets[0], ViTSettings(**own), matcher=matcher)

@@ -89,7 +89,7 @@ def measure_all(
 ) -> list[Record]:
     """Measure what the CSV file does not have yet; it is written after each experiment.
 
-    >>> records = measure_all(experiments(["sweep"], [0, 8], 8, 12, 0), Path("a.csv"), measure_one, 5)
+    >>> records = measure_all(todo, Path("results.csv"), measure_one, rounds=5)
 
     Experiments with the same options, in whatever part, are measured once.
     """

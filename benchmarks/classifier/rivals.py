@@ -52,7 +52,8 @@ def kmeans(metric: Tensor, prefix: int, r: int, iterations: int = 2) -> TokenMap
     metric: [B, N, C]. iterations: how often tokens are assigned to the nearest centre; between two
         assignments, centres move to the mean of their clusters. The first centres are tokens evenly
         spaced in the sequence; each stays in its cluster, so that none becomes empty.
-    r: less than the number of free tokens. Raises ValueError if r or iterations is out of its range.
+    r: less than the number of free tokens.
+    Raises ValueError if r or iterations is out of its range.
     Source: ToMe, Table 2, with 2 and 5 iterations.
     """
     batch, n, _ = metric.shape

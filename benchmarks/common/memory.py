@@ -115,7 +115,8 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
 
     function, args and the result must be picklable, and a script that calls this needs the usual
     `if __name__ == "__main__"`.
-    Raises MemoryError if memory ran out in the child or the system killed it, and RuntimeError with the child's traceback if the function raised anything else.
+    Raises MemoryError if memory ran out in the child or the system killed it, and RuntimeError with
+    the child's traceback for any other exception.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)

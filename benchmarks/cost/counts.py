@@ -59,8 +59,7 @@ class Model:
         return self.class_name != "UNet2DConditionModel"
 
 
-# text_tokens: the pipelines' defaults, CLIP's tokens, for SD3 with 256 of T5's, for Flux 512 of T5's
-# alone.
+# text_tokens: the pipelines' defaults, CLIP's tokens, for SD3 with 256 of T5's, for Flux T5's alone.
 MODELS = {
     "sd15": Model("SD1.5", "UNet2DConditionModel", unets.SD15, 2, unets.PROMPT_TOKENS),
     "sdxl": Model("SDXL", "UNet2DConditionModel", unets.SDXL, 2, unets.PROMPT_TOKENS),
@@ -145,11 +144,8 @@ def count(model: Model, size: int, batch: int | None = None) -> Count:
     flops = {str(name): number for name, number in counter.get_flop_counts()["Global"].items()}
     convolutions = flops.pop("aten.convolution", 0)
     attention = flops.pop("aten.bmm", 0)  # Two batched products on the meta device.
-    if model.joint:
-        levels = _joint_levels(denoiser, size)
-    else:
-        levels = unets.levels(model.config, size // 8)
-    return Count(model, size, batch, convolutions, attention, sum(flops.values()), levels)
+    own = _joint_levels(denoiser, size) if model.joint else unets.levels(model.config, size // 8)
+    return Count(model, size, batch, convolutions, attention, sum(flops.values()), own)
 
 
 def _empty(model: Model, size: int, batch: int) -> tuple[nn.Module, tuple, dict[str, Any]]:

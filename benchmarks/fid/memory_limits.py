@@ -140,9 +140,9 @@ _pipe: Any = None
 def _load(spec: PipelineSpec, limit: int | None) -> None:
     """Runs once in each child."""
     global _pipe
-    _pipe = model.load()
+    _pipe = spec.load()
     if limit is not None:
-        set_limit(torch.device(model.device), limit)
+        set_limit(torch.device(spec.device), limit)
 
 
 def check_limit(device: torch.device, limit: int | None) -> None:
@@ -163,8 +163,8 @@ def set_limit(device: torch.device, limit: int) -> None:
         return
     import resource  # not on Windows
 
-    # The kernel limits reserved memory, not used memory, and more than the limit is reserved by now:
-    # so the limit is set relative to it.
+    # The kernel limits reserved memory, not used memory, and more than the limit is reserved by
+    # now: so the limit is set relative to it.
     status = Path("/proc/self/status").read_text()
     reserved = 1024 * int(status.partition("VmData:")[2].split()[0])
     allowed = reserved + max(0, limit - resident())

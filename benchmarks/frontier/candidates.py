@@ -69,8 +69,8 @@ class Candidate(Method):
 
     @property
     def shipped_as(self) -> str:
-        """The name of these settings for `apply_patch` where all levels pay: "default", a preset, or
-        "" for others."""
+        """The name of these settings for `apply_patch` where all levels pay: "default", a preset,
+        or "" for others."""
         for preset in (None, *PRESETS):
             chosen = diffusion_settings(0.5, preset, {})
             if self.is_steady_setting and self.settings == replace(

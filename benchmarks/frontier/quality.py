@@ -68,7 +68,7 @@ def _peer_starter(plan: Plan, stack: ExitStack) -> Callable[[], Peer]:
 
 
 def compare(plan: Plan, candidate: Candidate) -> dict[str, Any]:
-    """A candidate's pictures against drawn ones and against the unpatched ones of the same seeds."""
+    """A candidate's pictures compared with drawn ones, and seed by seed with the unpatched ones."""
     width, height = plan.pictures.sampling.width, plan.pictures.sampling.height
     assert width is not None
     assert height is not None

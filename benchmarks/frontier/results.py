@@ -88,8 +88,8 @@ def mark_frontiers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     >>> mark_frontiers(rows)[0]["frontier"]
     ['psnr', 'frechet']
 
-    "frontier" is among all rows and "settings_frontier" among those that `apply_patch` supports with
-    the same ratio in every step.
+    "frontier" is among all rows and "settings_frontier" among those that `apply_patch` supports
+    with the same ratio in every step.
     """
     for row in rows:
         row["frontier"], row["settings_frontier"] = [], []

@@ -30,9 +30,9 @@ def measure_speed(plan: Plan) -> None:
 
     >>> measure_speed(plan)
 
-    The unpatched model is in every round, and ratios are taken within a round, so that rounds can be
-    added later, also of new candidates. Each round is written when it is finished. Earlier rounds of
-    a candidate with other settings are dropped.
+    The unpatched model is in every round, and ratios are taken within a round, so that rounds can
+    be added later, also of new candidates. Each round is written when it is finished. Earlier
+    rounds of a candidate with other settings are dropped.
     """
     setup, file = plan.large, plan.folder / "speed.json"
     record = _earlier_rounds(plan)

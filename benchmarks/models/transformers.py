@@ -125,7 +125,7 @@ class Transformer(Denoiser):
 
 
 def denoiser(model: str, blocks: int | None = None) -> Denoiser:
-    """The configuration of a known model or of a folder: a transformer with a few blocks, or a UNet.
+    """The configuration of a known model or a folder: a transformer with a few blocks, or a UNet.
 
     >>> denoiser("sd3", blocks=4).name
     'sd3 with 4 blocks'

@@ -59,7 +59,7 @@ class Peer:
     """
 
     def __init__(self, folder: Path):
-        # -P: not the worker's own folder on the path. The peer's folder comes first, then this project.
+        # -P: not the worker's own folder on the path. The peer's folder comes before this project.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder.resolve(), _ROOT)))},

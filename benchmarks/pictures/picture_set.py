@@ -145,10 +145,12 @@ def identity(
 class PictureSet:
     """A picture of each prompt, seeded with its index, for each method.
 
-    >>> PictureSet(Path("out"), parse_methods([], None), prompts, Sampling(25, 4.0), 8).paths(method)
+    >>> pictures = PictureSet(Path("out"), methods, ["a red heart"], Sampling(25, 4.0), batch=8)
+    >>> pictures.path(methods[0], 0)
+    PosixPath('out/unpatched/00000.png')
 
     batch: how many prompts are sampled at once. The split into batches never depends on existing
-        files or the number of processes, since a batch's shape affects the rounding of its pictures.
+        files or the number of processes, since a batch's shape affects its pictures' rounding.
     """
 
     folder: Path

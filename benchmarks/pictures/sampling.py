@@ -170,8 +170,8 @@ def sample(
 
     >>> pictures = list(sample(pipe, ["a red heart", "a blue star"], [0, 1], Sampling(25, 4.0)))
 
-    seeds: a picture's noise depends on its own seed alone and is drawn on the CPU. So it is the same
-        on every device and in any batch, up to the rounding of differently shaped matrix products.
+    seeds: a picture's noise depends on its own seed alone and is drawn on the CPU. So it is the
+        same on every device and in any batch, up to the rounding of matrix products.
     batch: how many are sampled at once. 1 needs the least memory.
     Raises ValueError if there are not as many seeds as prompts or batch is below 1, and
     FloatingPointError for a picture that overflowed, which would be black.

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from benchmarks.common.timing import Spread, interleave, round_ratio, seconds
 from benchmarks.models import unets
 from benchmarks.speed.setup import Setup
+from tomesd.diffusion.matcher import Matcher
 
 HEADS = 8
 
@@ -23,8 +24,8 @@ def forms(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Callable[[
     >>> results = forms(q, k, v, size.log().transpose(1, 2)[:, None])
 
     q, k, v: [B, H, N, D]. bias: [B, 1, 1, keys], added to the logits.
-    "bias" passes it to the kernel. "one more feature" is for kernels without a bias: bias / scale is
-    appended to the keys, 1 to the queries and 0 to the values, which is removed from the output.
+    "bias" passes it to the kernel. "one more feature" is for kernels without a bias: bias / scale
+    is appended to the keys, 1 to the queries and 0 to the values, which the output loses again.
     """
     scale = q.shape[-1] ** -0.5
 
@@ -57,7 +58,7 @@ def measure_bias(setup: Setup) -> Iterator[list[dict[str, Any]]]:
 
 
 def _measure_level(setup: Setup, size: int, level: unets.Level, settings: Any) -> list[dict]:
-    left = level.h * level.w - settings.merged(level.h, level.w)
+    left = level.h * level.w - Matcher(settings).merged(settings.ratio, level.h, level.w)
     queries = left if settings.merge_queries else level.h * level.w
 
     def noise(tokens: int, channels: int) -> Tensor:

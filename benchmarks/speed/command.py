@@ -1,7 +1,6 @@
 """The command of scripts/benchmark.py: options, checks, and the measurement that they choose."""
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from argparse import SUPPRESS as NOT_GIVEN
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -205,7 +204,7 @@ def add_patch_options(parser: ArgumentParser) -> None:
         how: dict[str, Any] = {"type": kind}
         if kind is bool:
             how = {"action": BooleanOptionalAction}
-        group.add_argument(f"--{field.name.replace('_', '-')}", default=NOT_GIVEN, **how)
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=SUPPRESS, **how)
 
 
 main = Command("benchmark", add_options, check, run)

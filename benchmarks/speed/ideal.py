@@ -1,21 +1,19 @@
 """The ideal that token merging is compared with: the same number of tokens, chosen at no cost."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-from tomesd.diffusion.dit.families import flux, joint
-from tomesd.diffusion.dit.record import Blocks
+from tomesd import registry
+from tomesd.diffusion.dit import DiT
+from tomesd.diffusion.dit.spec import Blocks
+from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.diffusion.unet.patch import UNetPatch
+from tomesd.diffusion.unet import UNetPatch
 from tomesd.hooks import Patch
-
-_FAMILIES = {
-    name: family for module in (joint, flux) for family in module.FAMILIES for name in family.models
-}
 
 
 def install_ideal(model: Any, settings: DiffusionSettings) -> Patch:
@@ -31,10 +29,10 @@ def install_ideal(model: Any, settings: DiffusionSettings) -> Patch:
     useless; the time is a lower bound for any matching.
     Raises what `apply_patch` raises where nothing would be merged.
     """
-    if type(model).__name__ in _FAMILIES:
-        return _install_on_transformer(model, settings)
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    patch = UNetPatch(model, _SliceSettings(**values))
+    spec = registry.find(model)
+    if isinstance(spec, DiT):
+        return _install_on_transformer(spec, model, settings)
+    patch = UNetPatch(spec, model, settings, matcher=SliceMatcher(settings))
     patch.install()
     return patch
 
@@ -57,26 +55,26 @@ class _Slice:
         return F.pad(y, (0, 0, 0, self.n - self.m))
 
 
-class _SliceSettings(DiffusionSettings):
-    """Settings that keep the first tokens."""
+class SliceMatcher(Matcher):
+    """Keeps the first tokens.
 
-    @property
-    def is_random(self) -> bool:
-        return False
+    >>> SliceMatcher(DiffusionSettings(ratio=0.5)).token_map(x, 64, 64, 0.5, None).m
+    2048
+    """
 
-    @property
-    def weighs_keys(self) -> bool:
-        return False
+    is_random = False
+    weighs_keys = False
 
-    def token_map(self, features: Tensor, h: int, w: int, key: Tensor | None) -> Any:
-        return _Slice(h * w, h * w - self.merged(h, w))
+    def token_map(self, features: Tensor, h: int, w: int, ratio: float, key: Tensor | None) -> Any:
+        return _Slice(h * w, h * w - self.merged(ratio, h, w))
 
 
-def _install_on_transformer(model: Any, settings: DiffusionSettings) -> Patch:
+def _install_on_transformer(spec: DiT, model: Any, settings: DiffusionSettings) -> Patch:
     patch = Patch()
-    for kind in _FAMILIES[type(model).__name__].blocks:
-        for block in getattr(model, kind.where):
-            hooks = _BlockSlice(kind, settings)
+    matcher = SliceMatcher(settings)
+    for blocks in spec.lists:
+        for block in getattr(model, blocks.name):
+            hooks = _BlockSlice(blocks, matcher)
             patch.before(block, hooks.cut)
             patch.after(block, hooks.join)
     return patch
@@ -86,27 +84,27 @@ def _install_on_transformer(model: Any, settings: DiffusionSettings) -> Patch:
 class _BlockSlice:
     """The hooks of one transformer block. rest: the tokens that it does not get."""
 
-    kind: Blocks
-    settings: DiffusionSettings
+    blocks: Blocks
+    matcher: Matcher
     rest: Tensor | None = None
 
     def cut(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Keep the first tokens, a view, and the first rows of their rotary tables."""
         x = kwargs["hidden_states"]
         batch, n, channels = x.shape
-        side = math.isqrt(n)
+        side, ratio = math.isqrt(n), self.matcher.settings.ratio
+        assert isinstance(ratio, float)
         self.rest = None
-        if self.settings.why_not(x.device.type, batch, side, side, channels):
+        if self.matcher.why_not(ratio, x.device.type, batch, side, side, channels, joint=True):
             return args, kwargs
-        merged = self.settings.merged(side, side)
+        merged = self.matcher.merged(ratio, side, side)
         self.rest = x[:, n - merged :]
         changed = kwargs | {"hidden_states": x[:, : n - merged]}
-        if self.kind.rotary:
-            dim = self.kind.rotary_dim
+        if self.blocks.rotary:
+            name, dim = self.blocks.rotary.argument, self.blocks.rotary.dim
             # Cut at the end: the text's angles, if any, come first.
-            changed[self.kind.rotary] = tuple(
-                table.narrow(dim, 0, table.shape[dim] - merged)
-                for table in changed[self.kind.rotary]
+            changed[name] = tuple(
+                table.narrow(dim, 0, table.shape[dim] - merged) for table in changed[name]
             )
         return args, changed
 
@@ -114,7 +112,7 @@ class _BlockSlice:
         """Append the other tokens unchanged."""
         if self.rest is None:
             return output
-        at, rest = self.kind.output, self.rest
+        at, rest = self.blocks.output, self.rest
         self.rest = None
         assert at is not None
         return *output[:at], cat([output[at], rest], dim=1), *output[at + 1 :]

@@ -14,6 +14,7 @@ from benchmarks.models.unets import Level, noise
 from benchmarks.peer.process import Peer
 from benchmarks.speed.setup import Setup, record_failure
 from tomesd.core.partition import make_key
+from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.settings import DiffusionSettings
 
 STEPS = ("match", "merge", "unmerge")
@@ -97,10 +98,13 @@ def _peer_steps(
 def own_steps(settings: DiffusionSettings, x: Tensor, level: Level) -> dict[str, float]:
     """Seconds of this project's matching, merging and unmerging of tokens x at a level."""
 
+    matcher = Matcher(settings)
+    assert isinstance(settings.ratio, float)
+
     def match():
-        key = make_key(settings.seed, 500).to(x.device) if settings.is_random else None
-        token_map = settings.token_map(x, level.h, level.w, key)
-        return partial(token_map.merge, how=settings.combine), token_map.unmerge
+        key = make_key(settings.seed, 500).to(x.device) if matcher.is_random else None
+        token_map = matcher.token_map(x, level.h, level.w, settings.ratio, key)
+        return partial(token_map.merge, how=matcher.combine), token_map.unmerge
 
     with torch.no_grad():
         return merging_seconds(match, x)

@@ -42,7 +42,7 @@ def cached(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def masks(indices: Iterable[int], patches: int) -> torch.Tensor:
-    """The labels of MaskedClassifier's second head: uint8 [n, patches², MASK_CELLS²], 255 is covered."""
+    """The labels of MaskedClassifier's second head: uint8 [n, patches², MASK_CELLS²]."""
     size = patches * MASK_CELLS
     drawn = torch.stack(
         [torch.from_numpy(np.array(draw_mask(scene(index), size))) for index in indices]

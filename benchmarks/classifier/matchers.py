@@ -142,16 +142,20 @@ def merging(model: Any, options: dict[str, Any]) -> Iterator[ViTPatch]:
     own = {name: value for name, value in options.items() if name in ("r", "prop_attn")}
     choices = {name: value for name, value in options.items() if name not in own}
     matcher = MATCHERS[choices.pop("method", "bipartite")](**choices) if choices else None
-    targets = [each for each in model.modules() if isinstance(registry.find(each), ViT)]
-    if not targets:
-        raise TypeError(
-            "model must contain a Vision Transformer of tomesd.supported(), got "
-            f"{type(model).__name__}"
-        )
-    spec = registry.find(targets[0])
-    patch = ViTPatch(spec, targets[0], ViTSettings(**own), matcher=matcher)
+    spec, target = _find_vit(model)
+    patch = ViTPatch(spec, target, ViTSettings(**own), matcher=matcher)
     patch.install()
     try:
         yield patch
     finally:
         patch.remove()
+
+
+def _find_vit(model: Any) -> tuple[ViT, Any]:
+    for module in model.modules():
+        spec = registry.find(module)
+        if isinstance(spec, ViT):
+            return spec, module
+    raise TypeError(
+        f"model must contain a Vision Transformer of tomesd.supported(), got {type(model).__name__}"
+    )

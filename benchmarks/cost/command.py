@@ -6,7 +6,7 @@ from functools import cache
 from benchmarks.common.arguments import Command, number
 from benchmarks.cost.counts import MODELS, STEP, Count, count
 from benchmarks.cost.tables import budget_table, ideal_table, levels_table, shares_table
-from tomesd.core.workload import WINDOW
+from tomesd.core.merging_work import WINDOW
 
 TABLES = ("levels", "shares", "ideal", "budget")
 

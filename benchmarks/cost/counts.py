@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.models import unets
 from benchmarks.models.unets import Level
-from tomesd.core import workload
+from tomesd.core import merging_work, workload
 from tomesd.core.workload import Branches, Work
 
 # Stable Diffusion 3 medium: 2,028,328,000 parameters.
@@ -59,7 +59,7 @@ class Model:
         return self.class_name != "UNet2DConditionModel"
 
 
-# text_tokens: the pipelines' defaults, CLIP's tokens, for SD3 with 256 of T5's, for Flux T5's alone.
+# text_tokens: the pipelines' defaults: CLIP's, for SD3 with 256 of T5's, for Flux T5's alone.
 MODELS = {
     "sd15": Model("SD1.5", "UNet2DConditionModel", unets.SD15, 2, unets.PROMPT_TOKENS),
     "sdxl": Model("SDXL", "UNet2DConditionModel", unets.SDXL, 2, unets.PROMPT_TOKENS),
@@ -98,7 +98,7 @@ class Count(NamedTuple):
 
     def patch(self, level: Level, r: int, branches: Branches, window: int | None) -> list[Work]:
         """The work of merging r tokens in one block of a level."""
-        return workload.patch(
+        return merging_work.patch(
             self.batch,
             level.h * level.w,
             level.channels,

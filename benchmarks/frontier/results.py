@@ -33,7 +33,7 @@ def joined_results(plan: Plan) -> dict[str, Any]:
             "settings": as_record(candidate.settings) if candidate.settings else None,
             "attention_left": {size: shares[candidate.name] for size, shares in left.items()},
         }
-        found = {}
+        found: dict[str, Any] = {}
         if quality and _is_current(quality, candidate):
             found |= quality["rows"].get(candidate.name, {})
         if speed and _is_current(speed, candidate.steady):

@@ -12,7 +12,7 @@ from tomesd.diffusion.dit import DiT
 from tomesd.diffusion.dit.spec import Blocks
 from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.diffusion.unet import UNetPatch
+from tomesd.diffusion.unet import UNet, UNetPatch
 from tomesd.hooks import Patch
 
 
@@ -32,6 +32,7 @@ def install_ideal(model: Any, settings: DiffusionSettings) -> Patch:
     spec = registry.find(model)
     if isinstance(spec, DiT):
         return _install_on_transformer(spec, model, settings)
+    assert isinstance(spec, UNet)
     patch = UNetPatch(spec, model, settings, matcher=SliceMatcher(settings))
     patch.install()
     return patch

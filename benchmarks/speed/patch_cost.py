@@ -98,12 +98,12 @@ def _peer_steps(
 def own_steps(settings: DiffusionSettings, x: Tensor, level: Level) -> dict[str, float]:
     """Seconds of this project's matching, merging and unmerging of tokens x at a level."""
 
-    matcher = Matcher(settings)
-    assert isinstance(settings.ratio, float)
+    matcher, ratio = Matcher(settings), settings.ratio
+    assert isinstance(ratio, float)
 
     def match():
         key = make_key(settings.seed, 500).to(x.device) if matcher.is_random else None
-        token_map = matcher.token_map(x, level.h, level.w, settings.ratio, key)
+        token_map = matcher.token_map(x, level.h, level.w, ratio, key)
         return partial(token_map.merge, how=matcher.combine), token_map.unmerge
 
     with torch.no_grad():

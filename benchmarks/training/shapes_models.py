@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from benchmarks.common.files import atomic_folder
@@ -148,7 +149,7 @@ def train_denoiser(settings: Settings) -> None:
     >>> train_denoiser(settings)
     """
     weights = settings.autoencoder_weights
-    autoencoder = shapes.AutoencoderKL.from_pretrained(weights.parent).to(settings.device)
+    autoencoder = AutoencoderKL.from_pretrained(weights.parent).to(settings.device)
     # The published pipeline must not name a folder of this machine.
     autoencoder.register_to_config(_name_or_path="")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]

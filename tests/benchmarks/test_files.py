@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 from benchmarks.common.files import (
+    atomic_write,
     check_file,
     check_folder,
     check_output,
     destination,
     save_image,
     versions,
-    atomic_write,
 )
 
 PICTURE = Image.new("RGB", (8, 8), "red")

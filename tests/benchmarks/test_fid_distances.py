@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from benchmarks.fid.distances import Features, ShapesFeatures, distances, load_classifier
-from benchmarks.pictures.differences import ShapesDistance, changes
+from benchmarks.fid.perceptual import ShapesDistance
+from benchmarks.pictures.differences import differences
 from benchmarks.pictures.reference import (
     BrokenPictureError,
     Drawn,
@@ -94,7 +95,7 @@ def test_only_the_embedded_features_name_is_not_fid():
 
 
 def test_the_reference_is_drawn_from_scenes_that_no_prompt_asks_for():
-    from benchmarks.quality.cases import held_out
+    from benchmarks.pictures.prompts import held_out
 
     asked = set(held_out(1000))
     assert not asked & {scene(index) for index in drawn(1000).of_size(SIZE).indices}
@@ -154,7 +155,7 @@ def test_a_broken_picture_is_an_error_and_never_a_number(tmp_path):
     with pytest.raises(BrokenPictureError, match=r"cut\.png is broken"):
         Pictures([path], SIZE)[0]
     with pytest.raises(BrokenPictureError, match=r"cut\.png is broken"):
-        changes([path], [path], None, CPU)
+        differences([path], [path], None, CPU)
 
 
 def test_changes_are_none_for_equal_pictures_and_grow_with_the_difference(features, tmp_path):
@@ -166,7 +167,7 @@ def test_changes_are_none_for_equal_pictures_and_grow_with_the_difference(featur
         pixels = (np.asarray(plain) + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(path := tmp_path / f"{name}.png")
         paths[name] = [path]
-    none, little, much = (changes(paths[n], paths["none"], distance, CPU) for n in paths)
+    none, little, much = (differences(paths[n], paths["none"], distance, CPU) for n in paths)
     assert none == {"psnr": None, "ssim": 1, "perceptual": pytest.approx(0, abs=1e-9), "equal": 1}
     assert little["psnr"] > much["psnr"]
     assert 1 > little["ssim"] > much["ssim"]
@@ -177,8 +178,8 @@ def test_changes_are_none_for_equal_pictures_and_grow_with_the_difference(featur
 def test_a_picture_that_did_not_change_does_not_make_the_mean_infinite(tmp_path):
     Image.new("RGB", SIZE, "red").save(first := tmp_path / "a.png")
     Image.new("RGB", SIZE, "blue").save(second := tmp_path / "b.png")
-    found = changes([first, first], [first, second], None, CPU)
-    alone = changes([first], [second], None, CPU)
+    found = differences([first, first], [first, second], None, CPU)
+    alone = differences([first], [second], None, CPU)
     assert found["psnr"] == alone["psnr"]
     assert found["equal"] == 1
 
@@ -200,5 +201,5 @@ def test_weights_of_another_network_are_an_error(tmp_path):
 
 def test_too_few_pictures_are_an_error(features, tmp_path):
     few = Drawn(range(3), SIZE)
-    with pytest.raises(ValueError, match="there must be 4 pictures or more on both sides, got 3"):
+    with pytest.raises(ValueError, match="there must be 4 pictures or more in both sets, got 3"):
         distances(few, Drawn(range(8), SIZE), features, tmp_path, "drawn", CPU)

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 import tomesd
 from tests.support import tiny_transformers, tiny_unets, tiny_vits
 from tests.support.tiny_pipelines import sample, sd_pipeline
+from tomesd import registry
 
 
 def modules(package: ModuleType) -> list[str]:
@@ -104,7 +105,12 @@ def _traced_vit() -> list[tomesd.TokenGroups]:
 
 
 def _pipe() -> Any:
-    return tomesd.apply_patch(sd_pipeline(), ratio=0.5)
+    """With two blocks at each level, as Stable Diffusion has."""
+    return tomesd.apply_patch(sd_pipeline(layers_per_block=2), ratio=0.5)
+
+
+def _transformer() -> Any:
+    return tiny_transformers.TINY[tiny_transformers.FLUX].build()
 
 
 def _traced_pipe() -> list[tomesd.TokenGroups]:
@@ -131,7 +137,7 @@ NAMES: dict[str, Callable[[], Any]] = {
     "pipe": _pipe,
     "timestep": lambda: sd_pipeline().scheduler.timesteps[0],
     "unet": tiny_unets.sd_unet,
-    "transformer": tiny_transformers.TINY[tiny_transformers.FLUX].build,
+    "transformer": _transformer,
     "vit": _vit,
     "images": _images,
     "traced": _traced_vit,
@@ -144,5 +150,8 @@ NAMES: dict[str, Callable[[], Any]] = {
 OWN_NAMES: dict[str, dict[str, Callable[[], Any]]] = {
     "draw_frames": {"traced": _traced_video, "frames": lambda: [_picture()] * 4},
     "steps_picture": {"traced": _traced_pipe},
+    "DiTPatch": {"spec": lambda: registry.find(_transformer())},
+    "UNetPatch": {"spec": lambda: registry.find(tiny_unets.sd_unet())},
+    "ViTPatch": {"spec": lambda: registry.find(_vit())},
     "ssim": {"picture": lambda: np.asarray(_picture())},
 }

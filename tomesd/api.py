@@ -1,91 +1,31 @@
 """The plugin's verbs: apply_patch, remove_patch, patched, report."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from tomesd.diffusion.dit.families import cross as diffusers_transformer_cross
-from tomesd.diffusion.dit.families import flux as diffusers_transformer_flux
-from tomesd.diffusion.dit.families import hunyuan as diffusers_transformer_hunyuan
-from tomesd.diffusion.dit.families import joint as diffusers_transformer_joint
-from tomesd.diffusion.dit.families import other as diffusers_transformer_other
-from tomesd.diffusion.dit.families import single as diffusers_transformer_single
-from tomesd.diffusion.dit.patch import TransformerPatch
-from tomesd.diffusion.ratio_schedule import Ratio, RatioPlan
-from tomesd.diffusion.settings import diffusion_settings
-from tomesd.diffusion.unet import levels as diffusers_unet_places
-from tomesd.diffusion.unet import patch as diffusers_unet
-from tomesd.hooks import Patch, Row
-from tomesd.vit import timm as timm_vit
-from tomesd.vit import torchvision as torchvision_vit
-from tomesd.vit import transformers as transformers_vit
-from tomesd.vit import videomae as transformers_videomae
-from tomesd.vit.settings import vit_settings
+from tomesd import registry
+from tomesd.diffusion.dit import DiT, DiTPatch, families
+from tomesd.diffusion.ratio_schedule import Ratio
+from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
+from tomesd.diffusion.unet import UNet, UNetPatch
+from tomesd.hooks import PATCH, Patch
+from tomesd.report import Report
+from tomesd.vit import ViT, ViTPatch
+from tomesd.vit.settings import ViTSettings, vit_settings
+
+__all__ = ["apply_patch", "families", "patched", "remove_patch", "report"]
 
 Model = TypeVar("Model")
 
-# Where a patched model keeps its Patch. A plain attribute, so that a deep copy has its own.
-_PATCH = "_tomesd_patch"
+# How models of each kind of spec are patched.
+_PATCHES: dict[type, Callable[..., Patch]] = {UNet: UNetPatch, DiT: DiTPatch, ViT: ViTPatch}
 
-
-class _Family(NamedTuple):
-    """Models are known by the names of their classes, so that no host has to be imported.
-
-    host: the package. models: what can be patched. refused: what cannot, and why.
-    """
-
-    host: str
-    models: tuple[str, ...]
-    refused: dict[str, str]
-    make_patch: Any
-
-
-_TRANSFORMERS = (
-    diffusers_transformer_joint,
-    diffusers_transformer_flux,
-    diffusers_transformer_hunyuan,
-    diffusers_transformer_single,
-    diffusers_transformer_cross,
-    diffusers_transformer_other,
-)
-_DENOISERS = (
-    _Family(
-        "diffusers",
-        diffusers_unet_places.MODELS,
-        diffusers_unet_places.REFUSED,
-        diffusers_unet.UNetPatch,
-    ),
-    *(
-        _Family("diffusers", family.models, {}, partial(TransformerPatch, family))
-        for kind in _TRANSFORMERS
-        for family in kind.FAMILIES
-    ),
-    *(_Family("diffusers", (), kind.REFUSED, None) for kind in _TRANSFORMERS),
-)
-_VITS = (
-    _Family(
-        "transformers",
-        transformers_vit.MODELS,
-        transformers_vit.REFUSED,
-        transformers_vit.TransformersViTPatch,
-    ),
-    _Family("transformers", transformers_videomae.MODELS, {}, transformers_videomae.VideoMAEPatch),
-    _Family("timm", timm_vit.MODELS, timm_vit.REFUSED, timm_vit.TimmViTPatch),
-    _Family(
-        "torchvision",
-        torchvision_vit.MODELS,
-        torchvision_vit.REFUSED,
-        torchvision_vit.TorchvisionViTPatch,
-    ),
-)
-
-# The releases of each host with which the tests passed.
+# The releases of each host that the tests pass with.
 _TESTED = {
     "diffusers": "0.36 to 0.42",
     "transformers": "5.9 to 5.24, for DINOv2 5.20 to 5.24",
@@ -100,43 +40,44 @@ def apply_patch(
     """Merge tokens in every supported model of a pipeline or module, from its next call on.
 
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
-    >>> vit = tomesd.apply_patch(vit, r=8)
+    >>> vit = tomesd.apply_patch(vit, r=4)
 
-    model: a diffusers pipeline, a UNet, ControlNet or diffusion transformer of diffusers, or a
+    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; or a
         Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
         is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
-        hooks and returned; a model that is patched already gets the new settings instead of the
-        old ones.
-    ratio: for denoisers, the share of the tokens to merge, 0 (changes nothing) to below 1; 0.5 by
-        default, as in the papers. How much faster that is depends on the model and the size of the
-        picture (`docs/performance.md`). Or a
-        `tomesd.RatioSchedule` or a function of progress, for a ratio that changes over the steps of
-        a pipeline; or, for a UNet, a dict of any of these by level, {1: 0.5, 2: 0.25}: by how much
-        coarser a level is than the finest one with attention. It merges at those and no others.
-    preset: for denoisers, settings under one name: "quality" merges keys and values only, "fast"
-        whole blocks at every level where it pays, "paper" is exactly ToMe's Appendix F. What is
-        given beside it wins.
+        hooks and returned. A model that is patched already gets the new settings instead.
+    ratio: for denoisers, the share of the tokens to merge, from 0 (changes nothing) to below 1; 0.5
+        by default, as in the papers. How much faster that is depends on the model and the size of
+        the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for
+        a ratio that changes over the steps of a pipeline; or, for a UNet, a dict of any of these by
+        level, {1: 0.5, 2: 0.25}, where a level is given by how much coarser it is than the finest
+        one with attention. Other levels do not merge.
+    preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
+        whole blocks at every level where it pays, "paper" is exactly ToMe's Appendix F. Options
+        that are given override it.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
-        `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup must be
-        given, and where it is, denoisers are left as they are.
+        `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup is
+        required, and denoisers are then left as they are.
 
-    What torch.compile made so far is forgotten, also of other models: it would not notice hooks.
-    Raises TypeError for a model that is not supported, or of a release in which it has other parts
-    than are known, or for an unknown setting, and ValueError for a setting out of its range or if
-    nothing at all would be merged; the model is then unchanged.
+    Code that torch.compile has compiled so far is discarded, for all models: it would not notice
+    new hooks.
+    Raises TypeError for a model that is not supported, or whose release has other parts than the
+    tested ones, or for an unknown setting; ValueError for a setting out of range or if nothing at
+    all would be merged. The model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
     targets, chosen = _choose(model, ratio, preset, settings)
     patches = []
-    for target, family in targets:
+    for target in targets:
+        spec = registry.find(target)
         try:
-            patches.append(family.make_patch(target, *chosen))
+            patches.append(_PATCHES[type(spec)](spec, target, chosen, model))
         except (AttributeError, KeyError) as error:
-            raise TypeError(_why_changed(target, family, error)) from error
-    for (target, _), patch in zip(targets, patches, strict=True):
+            raise TypeError(_why_changed(target, error)) from error
+    for target, patch in zip(targets, patches, strict=True):
         _remove(target)
         patch.install()
-        setattr(target, _PATCH, patch)
+        setattr(target, PATCH, patch)
     _forget_compiled_code()
     return model
 
@@ -146,9 +87,9 @@ def remove_patch(model: Model) -> Model:
 
     >>> pipe = tomesd.remove_patch(pipe)
 
-    Returns what it was given. A model without a patch is left as it is.
+    Returns the model. A model without a patch is left as it is.
     """
-    patched = _patched(model)
+    patched = patched_modules(model)
     for target in patched.values():
         _remove(target)
     if patched:
@@ -167,7 +108,7 @@ def patched(
 
     Takes what apply_patch takes. A patch that was there before comes back afterwards.
     """
-    before = [(target, getattr(target, _PATCH)) for target in _patched(model).values()]
+    before = [(target, getattr(target, PATCH)) for target in patched_modules(model).values()]
     apply_patch(model, ratio, preset=preset, **settings)
     try:
         yield model
@@ -175,30 +116,7 @@ def patched(
         remove_patch(model)
         for target, patch in before:
             patch.install()
-            setattr(target, _PATCH, patch)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What merging does where; printing it gives a table. rows: by model's name."""
-
-    rows: dict[str, list[Row]]
-
-    def __str__(self) -> str:
-        lines = []
-        for name, rows in self.rows.items():
-            lines.append(
-                f"{name:<28} {'blocks':>6} {'tokens':>7} {'merged to':>9} {'attention saved':>15}"
-            )
-            for row in rows:
-                lines.append(
-                    f"  {row.where:<26} {row.blocks:>6} {row.tokens:>7} {row.merged:>9} "
-                    f"{1 - row.work:>15.1%}  {row.note}".rstrip()
-                )
-            work = sum(row.blocks * row.tokens**2 for row in rows)
-            left = sum(row.blocks * row.tokens**2 * row.work for row in rows)
-            lines.append(f"  {'all':<51} {1 - left / max(work, 1):>15.1%}")
-        return "\n".join(lines)
+            setattr(target, PATCH, patch)
 
 
 def report(model: Any) -> Report:
@@ -206,29 +124,23 @@ def report(model: Any) -> Report:
 
     >>> print(tomesd.report(pipe))
 
-    Token counts are those of the last picture, before the first one those of the model's own size.
+    Token counts are those of the last image, before the first one those of the model's own size.
     "Attention saved" is the share of query–key pairs in self-attention that need not be computed.
     Raises ValueError if nothing in the model is patched.
     """
-    found = {name: getattr(target, _PATCH).rows() for name, target in _patched(model).items()}
+    found = {name: getattr(target, PATCH).rows() for name, target in patched_modules(model).items()}
     if not found:
-        raise ValueError(f"model must be patched, got a {type(model).__name__} without a patch")
+        raise not_patched_error(model)
     return Report(found)
 
 
-def supported() -> dict[str, tuple[str, ...]]:
-    """The classes of models that apply_patch takes, by the package that defines them.
+def patched_modules(model: Any) -> dict[str, nn.Module]:
+    """Every patched module of a pipeline or module, by name."""
+    return {name: module for name, module in _modules(model).items() if PATCH in module.__dict__}
 
-    >>> "FluxTransformer2DModel" in tomesd.supported()["diffusers"]
-    True
 
-    A model of a class that inherits from one of them is supported too, and so is a pipeline that
-    has one. docs/adding-a-model.md shows how to add one.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for family in (*_DENOISERS, *_VITS):
-        found[family.host] = found.get(family.host, ()) + family.models
-    return found
+def not_patched_error(model: Any) -> ValueError:
+    return ValueError(f"model must be patched, got a {type(model).__name__} without a patch")
 
 
 def _modules(model: Any) -> dict[str, nn.Module]:
@@ -242,35 +154,19 @@ def _modules(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def _patched(model: Any) -> dict[str, nn.Module]:
-    return {name: module for name, module in _modules(model).items() if _PATCH in module.__dict__}
-
-
-def _classes(module: nn.Module, host: str) -> set[str]:
-    """The names of the module's classes, its own and inherited, that the host defines."""
-    bases = type(module).__mro__
-    return {base.__name__ for base in bases if base.__module__.partition(".")[0] == host}
-
-
-def _targets(model: Any, families: tuple[_Family, ...]) -> list[tuple[nn.Module, _Family]]:
-    return [
-        (module, family)
-        for module in _modules(model).values()
-        for family in families
-        if _classes(module, family.host) & set(family.models)
-    ]
-
-
-def _choose(model: Any, ratio: Ratio | None, preset: str | None, settings: dict) -> tuple:
+def _choose(
+    model: Any, ratio: Ratio | None, preset: str | None, settings: dict[str, Any]
+) -> tuple[list[nn.Module], DiffusionSettings | ViTSettings]:
     """Which models to patch, and how: denoisers by ratio, Vision Transformers by r."""
-    denoisers, vits = _targets(model, _DENOISERS), _targets(model, _VITS)
+    specs = {module: registry.find(module) for module in _modules(model).values()}
+    vits = [module for module, spec in specs.items() if isinstance(spec, ViT)]
+    denoisers = [module for module, spec in specs.items() if isinstance(spec, UNet | DiT)]
     if not denoisers and not vits:
         raise TypeError(_why_unsupported(model))
     by_r = "r" in settings or "speedup" in settings
     if not by_r and denoisers:
-        plan = RatioPlan(0.5 if ratio is None else ratio, model)
-        return denoisers, (diffusion_settings(max(plan.ratios), preset, settings), plan)
-    found = type((vits or denoisers)[0][0]).__name__
+        return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
+    found = type((vits or denoisers)[0]).__name__
     if not vits:
         raise TypeError(
             f"{found} must be given ratio, the share of its tokens to merge (for example "
@@ -281,43 +177,52 @@ def _choose(model: Any, ratio: Ratio | None, preset: str | None, settings: dict)
             f"{found} must be given r, the number of tokens to merge in each layer (for example "
             "r=8); ratio and preset are for diffusion models"
         )
-    return vits, (vit_settings(settings),)
+    return vits, vit_settings(settings)
 
 
 def _why_unsupported(model: Any) -> str:
-    for module in _modules(model).values():
-        for family in (*_DENOISERS, *_VITS):
-            for name in _classes(module, family.host) & set(family.refused):
-                return f"model must not be a {name}: {family.refused[name]}"
-    if hasattr(model, "load_components") and not _modules(model):
+    modules = _modules(model)
+    for module in modules.values():
+        refused = registry.why_refused(module)
+        if refused:
+            return refused
+    name = type(model).__name__
+    if hasattr(model, "load_components") and not modules:
+        return f"model must have its parts, got a {name} without any: call its load_components()"
+    if not modules:
         return (
-            f"model must have its parts, got a {type(model).__name__} without any: call its "
-            "load_components() first"
+            "model must be a diffusers pipeline or a torch module, got "
+            f"{repr(model)[:60] if isinstance(model, str | type | None) else f'a {name}'}"
         )
-    names = [f"{name} ({host})" for host, models in supported().items() for name in models]
-    return f"model must be or contain one of {', '.join(names)}, got {type(model).__name__}"
-
-
-def _why_changed(target: nn.Module, family: _Family, error: Exception) -> str:
-    """What to say of a model that has other parts than its class had in the tested releases."""
-    host, name = family.host, type(target).__name__
-    release = getattr(sys.modules.get(host), "__version__", "of an unknown release")
+    close = registry.close_names(model)
+    similar = f" The closest supported ones are {', '.join(close)}." if close else ""
     return (
-        f"model must be a {name} with the parts that it has in {host} {_TESTED[host]}, got one "
-        f"from {host} {release}: {error}"
+        f"model must be or contain a class of tomesd.supported(), got {name}.{similar} "
+        "docs/adding-a-model.md shows how to register another one"
+    )
+
+
+def _why_changed(target: nn.Module, error: Exception) -> str:
+    """What to say of a model whose parts differ from those of its class in the tested releases."""
+    host, name = registry.host_of(target), type(target).__name__
+    release = getattr(sys.modules.get(host), "__version__", "of an unknown release")
+    tested = f" {_TESTED[host]}" if host in _TESTED else ""
+    return (
+        f"model must be a {name} with the parts that it has in {host}{tested}, got one from {host} "
+        f"{release}: {error}"
     )
 
 
 def _remove(target: nn.Module) -> None:
-    patch: Patch | None = target.__dict__.pop(_PATCH, None)
+    patch: Patch | None = target.__dict__.pop(PATCH, None)
     if patch is not None:
         patch.remove()
 
 
 def _forget_compiled_code() -> None:
-    """Let everything be compiled anew: by default, compiled code does not notice new hooks.
+    """Discard all compiled code: by default, it does not notice new hooks.
 
-    Whether code that was compiled from elsewhere calls this model cannot be known.
+    Whether code that was compiled elsewhere calls this model cannot be known.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,5 +1,6 @@
-"""What the patches of all families share."""
+"""What the patches of all families share: hook handles, per-thread state, rows of a report."""
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
@@ -7,40 +8,54 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Run = TypeVar("Run")
+State = TypeVar("State")
+
+# The attribute in which a patched model keeps its Patch. A plain attribute, so that a deep copy has
+# its own.
+PATCH = "_tomesd_patch"
 
 
-class Threads(threading.local, Generic[Run]):
-    """What each thread is doing: threads that share a model do not mix their sizes and maps.
+class PerThread(threading.local, Generic[State]):
+    """State of each thread: threads that share a model do not mix their token maps.
 
-    make: makes what is kept for a thread, run. It is an object of its own, since a compiler loses
-        what is written to a threading.local itself (torch 2.15).
+    >>> PerThread(list).state
+    []
+
+    make: makes a thread's state. It is an object of its own, since dynamo loses what is written to
+        a threading.local itself (torch 2.15).
     """
 
-    def __init__(self, make: Callable[[], Run]):
+    def __init__(self, make: Callable[[], State]):
         self.make = make
-        self.run = make()
+        self.state = make()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A copied model starts anew: what threads are doing cannot be copied.
-        return Threads, (self.make,)
+        return PerThread, (self.make,)
 
 
-def by_name(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a call by their names, as far as these are told, in order."""
-    # The compiler of torch 2.9 takes zip's strict=False for True.
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The arguments of a module's class: offloading and caches replace a module's own forward."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def by_name(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name; positional ones are matched with `names` in order."""
+    # Dynamo of torch 2.9 takes zip's strict=False for True.
     known = min(len(names), len(args))
     return dict(zip(names[:known], args[:known], strict=True)) | kwargs
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     """One line of a report: a place in a model and what merging does there.
 
-    tokens, merged: before and after, of the last picture or else of the model's own size; 0 if
-        unknown. work: what the rest of self-attention costs, as a share. note: why nothing merges.
+    tokens, merged: before and after, of the last image or else of the model's own size; 0 if
+        unknown. work: the share of self-attention's work that is left. note: why nothing merges.
     """
 
     where: str
@@ -51,6 +66,14 @@ class Row(NamedTuple):
     note: str = ""
 
 
+class BlockTrace(NamedTuple):
+    """What `tomesd.trace` records of a denoiser's block: see `TokenGroups`."""
+
+    group: Tensor
+    prefix: int
+    grid: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Patch:
     """The hooks on one model. Removing them leaves nothing behind."""
@@ -58,26 +81,29 @@ class Patch:
     handles: list[RemovableHandle] = field(default_factory=list)
     warned: bool = False
 
-    def rows(self) -> list[Row]:
+    def install(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no hooks")
+
+    def rows(self) -> list[ReportRow]:
         raise NotImplementedError(f"{type(self).__name__} does not report")
 
-    def before(self, module: nn.Module, hook) -> None:
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call hook(module, args, kwargs) before each forward of the module."""
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook, always: bool = False) -> None:
+    def after(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
         """Call hook(module, args, output) after each forward of the module.
 
-        always: also after one that failed, with None as output.
+        always: even if the forward raised; output is then None.
         """
         self.handles.append(module.register_forward_hook(hook, always_call=always))
 
     def why_idle(self) -> set[str]:
-        """Why places that were to merge did not in the last forward; empty for those that did."""
+        """Why blocks that should merge did not in the last forward; empty for those that did."""
         raise NotImplementedError(f"{type(self).__name__} always merges")
 
-    def warn_if_idle(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """After a forward in which nothing merged at all: say so, once."""
+    def warn_if_idle(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Warn once after a forward in which nothing merged at all."""
         if self.warned or torch.compiler.is_compiling():
             return
         reasons = self.why_idle()
@@ -92,12 +118,18 @@ class Patch:
         self.handles.clear()
 
 
-def is_cached(*modules: Any) -> bool:
-    """Whether one of diffusers' caches keeps something of a module from step to step.
+class DenoiserPatch(Patch):
+    """A patch whose blocks merge and unmerge by themselves, one token map for each.
 
-    Its hooks are in the module itself, whoever applied them; offloading and casting keep nothing.
+    blocks: the hooks of each block that merges.
     """
-    registries = (getattr(module, "_diffusers_hook", None) for module in modules)
-    return any(
-        hook._is_stateful for registry in registries if registry for hook in registry.hooks.values()
-    )
+
+    blocks: dict[nn.Module, Any]
+
+    def all_blocks(self) -> list[nn.Module]:
+        """Every block that could merge, with these settings or others."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")
+
+    def traced(self, block: nn.Module) -> BlockTrace | None:
+        """What the block that this thread is running merges; None if nothing."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")

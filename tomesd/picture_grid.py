@@ -1,6 +1,7 @@
 """Pictures side by side, with labels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -62,10 +63,16 @@ def grid(
     return page
 
 
-def _check(cells, rows, columns, labels) -> None:
+def _check(
+    cells: Sequence[Sequence[Image.Image]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    labels: Sequence[Sequence[str]] | None,
+) -> None:
     if not rows or not columns:
         raise ValueError(f"rows and columns must not be empty, got {rows!r} and {columns!r}")
-    for name, table in (("cells", cells), ("labels", cells if labels is None else labels)):
+    tables: dict[str, Sequence[Sequence[Any]]] = {"cells": cells, "labels": labels or cells}
+    for name, table in tables.items():
         shape = [len(row) for row in table]
         if shape != [len(columns)] * len(rows):
             raise ValueError(

@@ -80,7 +80,7 @@ def draw_frames(frames: Sequence[Image.Image], patches: Tensor) -> list[Image.Im
     return [Image.fromarray(frame) for frame in painted.round().astype(np.uint8)]
 
 
-def _at_border(group: NDArray, width: int) -> NDArray:
+def _at_border(group: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
     """Which pixels [t, h, w] are so near to the edge of their group's region in their frame."""
     near = np.zeros(group.shape, bool)
     for axis in (1, 2):
@@ -94,7 +94,7 @@ def _at_border(group: NDArray, width: int) -> NDArray:
     return near & (group > 0)
 
 
-def _colors(count: int) -> NDArray:
+def _colors(count: int) -> NDArray[np.float64]:
     """A border colour for each group: neighbouring numbers get very different hues."""
     hues = [(i * _GOLDEN) % 1 for i in range(count)]
     values = [0.95 if i % 3 else 0.6 for i in range(count)]

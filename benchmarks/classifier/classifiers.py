@@ -17,14 +17,13 @@ LIBRARIES = ("timm", "torchvision")
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model, and how pictures go in and logits come out.
+    """A model with its preprocessing.
 
     >>> classifier = load_classifier()
     >>> logits = classifier.logits(classifier.prepare(pictures))
 
-    sides: height and width of what goes in.
-    fit: a picture as the model sees it: cropped and of its size, still an RGB picture.
-    prepare: such pictures as one batch of pixels.
+    sides: height and width of the input. fit: crops and scales a picture to it, in RGB.
+    prepare: stacks such pictures into one batch of pixels.
     """
 
     name: str
@@ -39,12 +38,12 @@ class Classifier:
 
 
 def check_model(model: str | None) -> None:
-    """What can be known to be wrong with a model's name before anything is loaded.
+    """Check a model's name without loading anything.
 
     >>> check_model("timm:vit_base_patch16_224")
 
-    Raises FileNotFoundError if the embedded classifier is not there or there is no such folder, and
-    ValueError for a folder without a configuration or a name that timm or torchvision do not know.
+    Raises FileNotFoundError if the embedded classifier is missing, and ValueError for a folder
+    without a configuration or a name that timm or torchvision do not know.
     """
     if model is None:
         folder = shapes.ASSETS / "classifier"
@@ -123,8 +122,7 @@ def _image_size(config: Any) -> tuple[int, int]:
 def _classifier(
     name: str, model: Any, sides: Sequence[int], mean: Any, std: Any, crop: float = 1.0
 ) -> Classifier:
-    """With pictures resized so that the centre, of the share `crop` in each direction, has the
-    model's size."""
+    """crop: the share of a picture, in each direction, that is cropped from its centre."""
     height, width = sides
     mean, std = (
         torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean, std)

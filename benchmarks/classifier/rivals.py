@@ -1,8 +1,7 @@
-"""Other ways to say which tokens go: the rivals of ToMe's Table 2, and a later one, PiToMe.
+"""The rivals of bipartite matching: the algorithms of ToMe's Table 2, and PiToMe.
 
-All take the same features and give token maps of exactly n − r groups, as the matching of
-`tomesd.core.matching` does; the first `prefix` tokens are protected. They are here to be measured beside
-it: unlike it, they compare all tokens with all others, N² at once.
+All take the same features and return token maps of exactly n − r groups, as `tomesd.core.matching`
+does; the first `prefix` tokens are protected. Unlike it, they compare all tokens with all others.
 """
 
 import torch
@@ -15,13 +14,13 @@ from tomesd.core.token_map import TokenMap
 
 @torch.no_grad()
 def greedy_matching(metric: Tensor, prefix: int, r: int) -> TokenMap:
-    """r times, one after the other, the two most similar tokens that have not merged yet merge.
+    """Merge the two most similar tokens that have not merged yet, r times.
 
     >>> metric = torch.tensor([[[1., 0.], [0., 1.], [1., 0.1], [0.4, 1.]]])
     >>> greedy_matching(metric, prefix=0, r=1).group
     tensor([[0, 1, 0, 2]])
 
-    metric: [B, N, C]; similarity is the cosine. r: at most half of the tokens that are free.
+    metric: [B, N, C]; similarity is the cosine. r: at most half of the free tokens.
     Raises ValueError if r is out of its range. Source: ToMe, Table 2.
     """
     batch, n, _ = metric.shape
@@ -44,16 +43,17 @@ def greedy_matching(metric: Tensor, prefix: int, r: int) -> TokenMap:
 
 @torch.no_grad()
 def kmeans(metric: Tensor, prefix: int, r: int, iterations: int = 2) -> TokenMap:
-    """The free tokens in r fewer clusters, by directions.
+    """Spherical k-means of the free tokens into r fewer clusters.
 
     >>> metric = torch.tensor([[[1., 0.], [1., 0.1], [0., 1.], [0.1, 1.]]])
     >>> kmeans(metric, prefix=0, r=2).group
     tensor([[0, 0, 1, 1]])
 
     metric: [B, N, C]. iterations: how often tokens are assigned to the nearest centre; between two
-        assignments, centres move to the mean of their clusters. The first centres are tokens at
-        even distances in the sequence; each stays in its cluster, so that none becomes empty.
-    r: less than the tokens that are free. Raises ValueError if r or iterations is out of its range.
+        assignments, centres move to the mean of their clusters. The first centres are tokens evenly
+        spaced in the sequence; each stays in its cluster, so that none becomes empty.
+    r: less than the number of free tokens.
+    Raises ValueError if r or iterations is out of its range.
     Source: ToMe, Table 2, with 2 and 5 iterations.
     """
     batch, n, _ = metric.shape
@@ -77,7 +77,7 @@ def kmeans(metric: Tensor, prefix: int, r: int, iterations: int = 2) -> TokenMap
 
 @torch.no_grad()
 def energy_matching(metric: Tensor, prefix: int, r: int, margin: float) -> TokenMap:
-    """PiToMe: of the tokens that are most like many others, every second one merges.
+    """PiToMe: of the tokens that are similar to many others, every second one merges.
 
     >>> metric = torch.tensor([[[0., 1.], [1., 0.], [1., 0.1], [-1., 1.]]])
     >>> energy_matching(metric, prefix=0, r=1, margin=0.9).group.unique().numel()
@@ -85,14 +85,14 @@ def energy_matching(metric: Tensor, prefix: int, r: int, margin: float) -> Token
 
     A token's energy is its mean similarity to all free tokens, where a similarity below the margin
     counts as exp(similarity − margin) − 1. The 2r tokens of the highest energy, in the order of
-    energy, are by turns a source and a destination, and each source joins its most similar
+    energy, alternate between sources and destinations, and each source merges into its most similar
     destination; all others are protected, so that rare tokens survive.
 
-    metric: [B, N, C]; similarity is the cosine. r: at most half of the tokens that are free.
+    metric: [B, N, C]; similarity is the cosine. r: at most half of the free tokens.
     margin: 0.9 in the first layer, falling to 0 after the last, in the paper.
     Raises ValueError if r is out of its range.
     Source: Tran et al., "Accelerating Transformers with Spectrum-Preserving Token Merging" (2024).
-    Its authors' code counts similarity − margin above the margin, where the paper's formula has a
+    Its authors' code uses similarity − margin above the margin, where the paper's formula has a
     step; the rest is the same.
     """
     n = metric.shape[1]
@@ -110,12 +110,12 @@ def energy_matching(metric: Tensor, prefix: int, r: int, margin: float) -> Token
 
 @torch.no_grad()
 def attention_pruning(attention: Tensor, prefix: int, r: int) -> TokenMap:
-    """Drop the r tokens that get the least attention; unmerging fills their places with zeros.
+    """Drop the r tokens that receive the least attention; unmerging fills them with zeros.
 
     >>> attention_pruning(torch.tensor([[0.5, 0.1, 0.3, 0.2]]), prefix=1, r=1).group
     tensor([[ 0, -1,  1,  2]])
 
-    attention: [B, N], see `received_attention`. r: at most the tokens that are free.
+    attention: [B, N], see `received_attention`. r: at most the number of free tokens.
     Raises ValueError if r is out of its range. Source: ToMe, Table 2.
     """
     n = attention.shape[1]
@@ -126,7 +126,8 @@ def attention_pruning(attention: Tensor, prefix: int, r: int) -> TokenMap:
 
 @torch.no_grad()
 def received_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
-    """How much attention each token gets: from the class token, without one from all, over heads.
+    """The attention that each token receives from the class token, or without one from all tokens,
+    averaged over heads.
 
     q, k: [B, N, H, D]. prefix: the class token is the first of them. Returns [B, N].
     """

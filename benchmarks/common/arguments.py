@@ -1,38 +1,83 @@
-"""The scripts' command lines: how they look, and types whose errors say what is allowed."""
+"""The scripts' command lines: one `Command` for each, and argument types with clear errors."""
 
+import shlex
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from argparse import (
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Prepared = TypeVar("Prepared")
+
+# What `prepare` raises for a wrong argument or a missing file or package.
+USAGE_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
-def run_script(main: Callable[[], None], goes_on: bool = False) -> None:
-    """Run a script's main; Ctrl-C ends it with what is left behind, and no traceback.
+@dataclass(frozen=True)
+class Command(Generic[Prepared]):
+    """What a script runs: its options, the checks before any work, and the work.
 
-    >>> run_script(lambda: print("done"))
-    done
+    >>> main = Command("cost", add_options, prepare, run)
+    >>> main(["--model", "sd15"])
 
-    goes_on: whether the same command takes up what an interrupted one has done.
-    Raises SystemExit with status 130, the usual one, when interrupted.
+    name: of the script, without ".py".
+    add_options: adds the script's options to a parser.
+    prepare: checks the arguments and loads what the work needs; an error that it raises for them
+        ends the script with status 2 and one line.
+    run: does the work with what `prepare` returned; one of `failures` ends the script with its
+        message alone.
+    resumes: whether the same command resumes an interrupted run.
     """
-    try:
-        main()
-    except KeyboardInterrupt:
-        left = "what is done stays; the same command goes on"
-        print(f"stopped: {left if goes_on else 'no file is left half-written'}", file=sys.stderr)
-        sys.exit(130)
 
+    name: str
+    add_options: Callable[[ArgumentParser], None]
+    prepare: Callable[[Namespace], Prepared]
+    run: Callable[[Prepared], None]
+    resumes: bool = False
+    failures: tuple[type[Exception], ...] = (FloatingPointError, OSError)
 
-def script_parser(doc: str | None) -> ArgumentParser:
-    """A parser that is described by all of a script's docstring but its first line.
+    def parser(self, doc: str | None = None) -> ArgumentParser:
+        """The parser, described by all of a script's docstring but its first line."""
+        parser = ArgumentParser(
+            prog=f"{self.name}.py",
+            description=(doc or "").partition("\n\n")[2],
+            formatter_class=RawDescriptionHelpFormatter,
+            epilog="Defaults are in parentheses.",
+        )
+        self.add_options(parser)
+        return parser
 
-    >>> script_parser("Pictures: python scripts/generate.py\\n\\nWith any model.").description
-    'With any model.'
-    """
-    return ArgumentParser(
-        description=(doc or "").partition("\n\n")[2],
-        formatter_class=RawDescriptionHelpFormatter,
-        epilog="What is used if an option is not given stands in brackets.",
-    )
+    def __call__(self, argv: Sequence[str] | None = None, doc: str | None = None) -> None:
+        """Parse, check, run. `args.command` is the command line as a shell takes it.
+
+        argv: the arguments; None for those of the process. doc: the script's docstring.
+        Raises SystemExit: status 2 for a wrong argument, 130 after Ctrl-C.
+        """
+        try:
+            self._parse_and_run(argv, self.parser(doc))
+        except KeyboardInterrupt:
+            left = "the same command resumes" if self.resumes else "no file is left half-written"
+            print(f"stopped: {left}", file=sys.stderr)
+            sys.exit(130)
+
+    def _parse_and_run(self, argv: Sequence[str] | None, parser: ArgumentParser) -> None:
+        args = parser.parse_args(argv)
+        given = sys.argv[1:] if argv is None else argv
+        args.command = shlex.join(["python", f"scripts/{self.name}.py", *given])
+        try:
+            prepared = self.prepare(args)
+        except USAGE_ERRORS as error:
+            parser.error(" ".join(str(error).split()))
+        try:
+            self.run(prepared)
+        except self.failures as error:
+            left = "\nFinished work is kept; the same command resumes." if self.resumes else ""
+            sys.exit(f"{parser.prog}: {error}{left}")
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
@@ -56,7 +101,7 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
 
 
 def size(text: str) -> tuple[int, int]:
-    """An argparse type: width and height in pixels, which pipelines want in multiples of 8.
+    """An argparse type: width and height in pixels, multiples of 8.
 
     >>> size("128"), size("192x128")
     ((128, 128), (192, 128))

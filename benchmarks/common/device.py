@@ -1,4 +1,7 @@
-"""Which device and which precision a script computes with."""
+"""Which device and which precision a script computes with, and what the device is called."""
+
+import platform
+from pathlib import Path
 
 import torch
 
@@ -7,13 +10,13 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device with this name, or the best one that is there: cuda, else mps, else cpu.
+    """The device with this name, or the best available one: cuda, else mps, else cpu.
 
     >>> choose_device("cpu")
     device(type='cpu')
 
     name: also with an index, such as "cuda:1".
-    Raises ValueError for a device that is unknown or not there.
+    Raises ValueError for a device that is unknown or not available.
     """
     if name is None:
         found = torch.accelerator.current_accelerator(check_available=True)
@@ -25,7 +28,7 @@ def choose_device(name: str | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device must be one that is there, got {name!r}: {reason}") from error
+        raise ValueError(f"device must be available, got {name!r}: {reason}") from error
     return device
 
 
@@ -42,3 +45,24 @@ def choose_precision(device: torch.device) -> str:
         return "fp32"
     with torch.cuda.device(device):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the CPU.
+
+    >>> device_name(torch.device("cpu")) == cpu_name()
+    True
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor as /proc/cpuinfo names it, or Python where there is no such file.
+
+    >>> cpu_name()
+    'AMD EPYC 9B14'
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,6 +1,6 @@
 """Peak memory: what the allocator of a GPU counts, or the resident memory of a child process.
 
-Imports nothing of the project, since the process of another release runs this code too.
+Imports nothing of `tomesd`, since the process of tomesd==0.1.3 runs this code too.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ import torch
 
 
 class Peak(NamedTuple):
-    """Bytes in use just before some work (the weights and all else) and at most while it ran."""
+    """Bytes in use just before some work, weights included, and the most while it ran."""
 
     before: int
     peak: int
@@ -28,10 +28,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
 
     >>> peak = peak_memory(lambda: model(x), torch.device("cuda"))
 
-    On CUDA, what torch has allocated. On the CPU, this process's resident memory, to which it gives
-    back little of what it once had: measure in a fresh process, see `in_child`.
-    Raises ValueError for other devices: they count no peak. Warns where the system does not let the
-    peak of what came before be forgotten, so that it may be counted.
+    On CUDA, what torch has allocated. On the CPU, this process's resident memory, of which
+    little is ever returned to the system: measure in a fresh process, see `in_child`.
+    Raises ValueError for other devices: they count no peak. Warns if the earlier peak cannot be
+    reset and may be counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -41,7 +41,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
         torch.cuda.synchronize(device)
         return Peak(before, torch.cuda.max_memory_allocated(device))
     if device.type == "cpu":
-        _forget_peak()
+        _reset_peak()
         before = resident()
         run()
         return Peak(before, peak_resident())
@@ -62,20 +62,20 @@ def peak_resident() -> int:
     return _status("VmHWM")
 
 
-def _forget_peak() -> None:
-    """From here on the peak is that of what is to come, and not of loading the model, say."""
+def _reset_peak() -> None:
+    """Reset the peak, so that loading the model does not count, for example."""
     try:
-        # proc(5): 5 resets the peak to what the process holds now.
+        # proc(5): 5 resets the peak to the current resident memory.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
         warnings.warn(
-            f"the peak of memory includes what came before, it cannot be reset: {error}",
+            f"the peak of memory includes earlier work, it cannot be reset: {error}",
             stacklevel=3,
         )
 
 
 def _status(field: str) -> int:
-    # Not ru_maxrss where it can be avoided: on Linux a child's starts at its parent's.
+    # Not ru_maxrss where it can be avoided: on Linux a child starts with its parent's.
     status = Path("/proc/self/status")
     if status.exists():
         found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
@@ -88,7 +88,7 @@ def _status(field: str) -> int:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether memory ran out: on the CPU, torch raises a plain RuntimeError then.
+    """Whether memory ran out; on the CPU, torch raises a plain RuntimeError.
 
     >>> ran_out(MemoryError()), ran_out(RuntimeError("shapes do not fit"))
     (True, False)
@@ -99,7 +99,7 @@ def ran_out(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What a table says of an error.
+    """The first line of an error, for a table.
 
     >>> first_line(ValueError("size must be 8 or more\\nand even")), first_line(MemoryError())
     ('size must be 8 or more', 'MemoryError')
@@ -108,15 +108,15 @@ def first_line(error: Exception) -> str:
 
 
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
-    """What function(*args) returns in a fresh process, which ends with its memory.
+    """The result of function(*args) in a fresh process, whose memory is freed with it.
 
     >>> in_child(math.sqrt, 4.0)
     2.0
 
     function, args and the result must be picklable, and a script that calls this needs the usual
     `if __name__ == "__main__"`.
-    Raises MemoryError if memory ran out in the child, also if it was killed, as the system does
-    then; and RuntimeError with the child's traceback if the function raised anything else.
+    Raises MemoryError if memory ran out in the child or the system killed it, and RuntimeError with
+    the child's traceback for any other exception.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)

@@ -1,8 +1,8 @@
 """Times that can be compared: interleaved rounds, medians, and ratios within a round.
 
-A machine's speed drifts by more than what is to be measured. So everything that is compared runs
-once in every round, and ratios are taken round by round. Imports nothing of the project, since the
-process of another release runs this code too.
+A machine's speed drifts by more than the differences to be measured. So everything that is
+compared runs once in every round, and ratios are taken round by round. Imports nothing of `tomesd`,
+since the process of tomesd==0.1.3 runs this code too.
 """
 
 import statistics
@@ -41,13 +41,13 @@ class Spread:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given; the CPU always has."""
+    """Wait until the device has finished its work; the CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long run() takes, until the device has finished.
+    """How long run() takes, including the work that it queued on the device.
 
     >>> seconds(lambda: sum(range(1000)), torch.device("cpu")) > 0
     True
@@ -67,9 +67,9 @@ def merging_seconds(
     >>> merging_seconds(lambda: (torch.clone, torch.clone), torch.ones(1, 4, 2)).keys()
     dict_keys(['match', 'merge', 'unmerge'])
 
-    match: makes a map and returns its merge and unmerge. x: [B, N, C], what is merged.
+    match: makes a token map and returns its merge and unmerge. x: [B, N, C], the tokens to merge.
     All three run once before, untimed: threads of another process that still spin after their own
-    turn would otherwise count.
+    run would otherwise count.
     """
     merge, unmerge = match()
     unmerge(merge(x))
@@ -84,13 +84,13 @@ def merging_seconds(
 def interleave(
     runs: Mapping[str, Callable[[], T]], rounds: int, tick: Callable[[], object] = lambda: None
 ) -> dict[str, list[T]]:
-    """What each run returns in each round, where all runs take turns.
+    """What each run returns in each round; the rounds of all runs are interleaved.
 
     >>> interleave({"a": lambda: 1, "b": lambda: 2}, rounds=3)
     {'a': [1, 1, 1], 'b': [2, 2, 2]}
 
-    The run that starts a round changes from round to round, so that none always follows the same
-    one. tick: called after each run, for a progress bar. Nothing is warmed up here.
+    The run that starts a round rotates, so that none always follows the same one. tick: called
+    after each run, for a progress bar. There is no warm-up.
     Raises ValueError if rounds is below 1.
     """
     if rounds < 1:
@@ -122,7 +122,7 @@ def share_of_ideal(
     >>> share_of_ideal([3.0], [2.5], [2.0]).median
     0.5
 
-    None if the ideal was not faster in every round: then it saves nothing that could be shared.
+    None if the ideal was not faster in every round: then there is no saving to take a share of.
     """
     rounds = list(zip(base, other, ideal, strict=True))
     if any(i >= b for b, _, i in rounds):

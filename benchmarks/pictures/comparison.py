@@ -1,4 +1,4 @@
-"""The same picture with each method at each ratio, and how long each takes (ToMe, Figure 11)."""
+"""The same picture with each method at each ratio, and its time (ToMe, Figure 11)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ NAMES = {"tome": "ToMe", "prune": "pruning"}
 
 
 class Cell(NamedTuple):
-    """One picture and the seconds that it took, from the prompt to the pixels."""
+    """One picture and its time in seconds, from the prompt to the pixels."""
 
     image: Image.Image
     seconds: float
@@ -35,13 +35,13 @@ def compare(
 
     >>> cells = compare(pipe, "a photo of a red heart", 0, Sampling(25, 4.0))
 
-    ratios: begin with 0; the unpatched picture is made once and stands in both rows.
-    Each cell is one run after a short warm-up, ToMe and pruning in turns: enough to see what
-    token merging does, not to tell a few per cent apart. `scripts/benchmark.py` does that.
-    Raises ValueError if ratios do not begin with 0, and as apply_patch does; nothing stays patched.
+    ratios: start with 0; the unpatched picture is made once and shown in both rows.
+    Each cell is one run after a short warm-up, ToMe and pruning interleaved: enough to see a large
+    effect, but not a few percent, for which there is `scripts/benchmark.py`.
+    Raises ValueError if ratios do not start with 0, and as apply_patch does; the patch is removed.
     """
     if not ratios or ratios[0] != 0:
-        raise ValueError(f"ratios must begin with 0, got {list(ratios)}")
+        raise ValueError(f"ratios must start with 0, got {list(ratios)}")
 
     def run(method: str, ratio: float, how: Sampling) -> Cell:
         with tomesd.patched(pipe, ratio, preset=preset, method=method):
@@ -50,7 +50,7 @@ def compare(
             return Cell(image, perf_counter() - start)
 
     runs = [("tome", ratios[0]), *((method, ratio) for ratio in ratios[1:] for method in NAMES)]
-    # First calls pay for memory and kernels that later ones find ready.
+    # Warm up: first calls allocate memory and load kernels.
     for method, ratio in runs[:3]:
         run(method, ratio, replace(sampling, steps=min(2, sampling.steps)))
     done = {

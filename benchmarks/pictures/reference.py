@@ -1,4 +1,4 @@
-"""The pictures that others are measured against: drawn by code, or taken from a folder."""
+"""Reference pictures for the Fréchet distance: drawn by code, or from a folder."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -16,22 +16,25 @@ from tomesd.shapes.world import HELD_OUT, draw, scene
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-# Precision and recall ask for each picture's third nearest neighbor in its own set.
+# Precision and recall need each picture's third nearest neighbor in its own set.
 FEWEST = 4
 
-# Prompts take held-out scenes from the front; no scene is on both sides.
+# Prompts take held-out scenes from the front, references from the back, so that none is in both.
 DRAWN = HELD_OUT[len(HELD_OUT) // 2 :]
 
 
 class BrokenPictureError(OSError):
-    """A picture's file that cannot be read to its end, or is not what it should be."""
+    """A picture's file that cannot be read completely, or is not the expected picture."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference set before it has a size in pixels.
+    """A reference set whose pictures can be scaled to any size.
 
-    name says in a word which one it is, and is another for another set.
+    >>> drawn(5000).of_size((128, 128))[0].shape
+    torch.Size([3, 128, 128])
+
+    name: identifies the set. of_size: its pictures at a width and height.
     """
 
     name: str
@@ -44,8 +47,8 @@ class Pictures(Dataset):
     >>> Pictures([Path("a.png")], (128, 128))[0].shape
     torch.Size([3, 128, 128])
 
-    size: width and height. A picture of another size is scaled until it covers this one, and what
-        stands out at its sides is cut off.
+    size: width and height. A picture of another size is scaled until it covers this one, and
+        cropped.
     Reading raises BrokenPictureError, which names the file, for one that cannot be read.
     """
 
@@ -64,7 +67,11 @@ class Pictures(Dataset):
 
 
 class Drawn(Dataset):
-    """Pictures of the Shapes world, drawn when they are asked for."""
+    """Pictures of the Shapes world, drawn on access.
+
+    >>> Drawn([0], (128, 128))[0].shape
+    torch.Size([3, 128, 128])
+    """
 
     def __init__(self, indices: Sequence[int], size: tuple[int, int]) -> None:
         self.indices = indices
@@ -79,7 +86,7 @@ class Drawn(Dataset):
 
 
 def read(path: Path) -> Image.Image:
-    """A picture in RGB, read to its end. Raises BrokenPictureError."""
+    """A complete picture in RGB. Raises BrokenPictureError."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -89,7 +96,7 @@ def read(path: Path) -> Image.Image:
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W], bytes."""
+    """A picture as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -105,7 +112,7 @@ def drawn(count: int) -> Reference:
 
 
 def from_folder(folder: Path, count: int | None) -> Reference:
-    """Pictures from a folder: its own ones or, if it has folders for classes, as many of each.
+    """Pictures from a folder or, if it has a folder for each class, equally many of each class.
 
     >>> from_folder(Path("imagenet/val"), 5000).name
     'folder-5000-3f1d…'
@@ -124,9 +131,9 @@ def from_folder(folder: Path, count: int | None) -> Reference:
 
 
 def classes(folder: Path) -> dict[str, list[Path]]:
-    """The pictures of each class's folder, by its name; those of the folder itself if it has none.
+    """The pictures of each class's folder, by its name; "" for those of a folder without classes.
 
-    Raises ValueError if there are none at all.
+    Raises ValueError if there are no pictures.
     """
     folders = sorted(place for place in folder.iterdir() if place.is_dir())
     found = {place.name: _pictures(place) for place in folders} if folders else {}
@@ -141,7 +148,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def pick(found: dict[str, list[Path]], count: int | None) -> list[Path]:
-    """As many of each class as count allows; which ones is the same on every machine.
+    """`count` pictures, equally many of each class; the same ones on every machine.
 
     Raises ValueError if a class has too few.
     """
@@ -150,10 +157,10 @@ def pick(found: dict[str, list[Path]], count: int | None) -> list[Path]:
     each, more = divmod(count, len(found))
     random = np.random.Generator(np.random.PCG64(0))
     picked = []
-    # Where count is not a multiple of the classes, some, drawn by lot, give one more.
-    lucky = set(random.permutation(len(found))[:more].tolist())
+    # If count is not a multiple of the number of classes, randomly chosen ones give one more.
+    larger = set(random.permutation(len(found))[:more].tolist())
     for place, (name, paths) in enumerate(found.items()):
-        needed = each + (place in lucky)
+        needed = each + (place in larger)
         if len(paths) < needed:
             raise ValueError(
                 f"reference must hold {needed} pictures of each class for {count} in all, got "

@@ -1,7 +1,7 @@
 """Making pictures with a text-to-image pipeline: the embedded one, or any other.
 
-diffusers takes seconds to import, so it is where a pipeline is loaded: a script's --help and what
-it says of a wrong option come at once.
+diffusers takes seconds to import, so it is imported where a pipeline is loaded: a script's --help
+and its errors for wrong options come at once.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# The class of each scheduler, and what it needs beside the pipeline's own noise schedule.
+# The class of each scheduler, and its settings beside the pipeline's own noise schedule.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     # ToMe, Appendix F: pseudo linear multistep, without the Runge-Kutta steps at the start.
@@ -41,17 +41,17 @@ class Sampling:
     height: int | None = None
 
 
-# What the embedded pipeline looks best with; other pipelines bring defaults of their own.
+# What the embedded pipeline looks best with; other pipelines have defaults of their own.
 EMBEDDED = Sampling(steps=25, guidance=4.0)
 
 
 def check_model(model: str | None) -> None:
-    """Whether `load_pipeline` could know this model, found out without loading anything.
+    """Check a model's name without loading anything.
 
     >>> check_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
     Raises ValueError for what is neither a folder with a pipeline nor a possible hub id, and
-    FileNotFoundError if the embedded pipeline is not there.
+    FileNotFoundError if the embedded pipeline is missing.
     """
     if model is None:
         from tomesd.shapes import pipeline as shapes
@@ -69,7 +69,7 @@ def check_model(model: str | None) -> None:
             )
         return
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(model)
@@ -111,7 +111,7 @@ def load_pipeline(
     if scheduler is not None:
         name, settings = SCHEDULERS[scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
-    # Half precision on the CPU is slow; it is not impossible, as the warning would have it.
+    # Half precision on the CPU is slow, but not impossible, as the warning says.
     return pipe.to(device, silence_dtype_warnings=True)
 
 
@@ -122,12 +122,12 @@ def choose(
     guidance: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> Sampling:
-    """How to sample with a pipeline, where what is not given is what the pipeline is made for.
+    """How to sample with a pipeline; what is not given is the pipeline's default.
 
     >>> choose(pipe, guidance=7.5).steps
     25
 
-    model: what the pipeline was loaded from; None for the embedded one. size: width and height.
+    model: the name or folder of the pipeline; None for the embedded one. size: width and height.
     """
     usual = EMBEDDED
     if model is not None:
@@ -143,12 +143,12 @@ def choose(
 
 
 def native_side(pipe: Any) -> int:
-    """The side in pixels of the pictures that a pipeline is made for.
+    """The side in pixels of the pictures that a pipeline was trained on.
 
     >>> native_side(StableDiffusionXLPipeline.from_pretrained("stabilityai/sdxl-turbo"))
     512
 
-    Raises ValueError if neither its UNet or transformer nor the pipeline itself tells one.
+    Raises ValueError if neither its UNet or transformer nor the pipeline itself has one.
     """
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     # A transformer with rotary positions, such as Flux, has no size of its own.
@@ -158,7 +158,7 @@ def native_side(pipe: Any) -> int:
     if not (isinstance(latents, int) and isinstance(scale, int)):
         raise ValueError(
             f"size must be given for {type(pipe).__name__}, pixels, one side or WxH: the pipeline "
-            "does not tell for which it is made, by sample_size or default_sample_size"
+            "has neither sample_size nor default_sample_size"
         )
     return latents * scale
 
@@ -166,18 +166,20 @@ def native_side(pipe: Any) -> int:
 def sample(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch: int = 1
 ) -> Iterator[Image.Image]:
-    """One picture for each prompt and seed, as they get done.
+    """One picture for each prompt and seed, as soon as it is finished.
 
     >>> pictures = list(sample(pipe, ["a red heart", "a blue star"], [0, 1], Sampling(25, 4.0)))
 
-    seeds: a picture's noise comes from its own seed alone, drawn on the CPU. So it is the same on
-        every device and in any batch, up to the rounding of differently shaped matrix products.
+    seeds: a picture's noise depends on its own seed alone and is drawn on the CPU. So it is the
+        same on every device and in any batch, up to the rounding of matrix products.
     batch: how many are sampled at once. 1 needs the least memory.
-    Raises ValueError if prompts and seeds are not as many or batch is below 1, and
-    FloatingPointError instead of giving a picture that overflowed, which would be black.
+    Raises ValueError if there are not as many seeds as prompts or batch is below 1, and
+    FloatingPointError for a picture that overflowed, which would be black.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"prompts and seeds must be as many, got {len(prompts)} and {len(seeds)}")
+        raise ValueError(
+            f"there must be as many seeds as prompts, got {len(prompts)} and {len(seeds)}"
+        )
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
     return _sample(pipe, prompts, seeds, sampling, batch)

@@ -1,4 +1,4 @@
-"""How long a step of LoRA training takes, and how much memory, while tokens merge."""
+"""Time and memory of a LoRA training step with token merging."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -12,17 +12,18 @@ from tqdm import tqdm
 
 from benchmarks.common.memory import Peak, in_child, peak_memory
 from benchmarks.common.timing import interleave, seconds
-from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import Setup, new_row, noting, summarize
+from benchmarks.models.unets import noise, share_weights
+from benchmarks.speed.forwards import summarize
+from benchmarks.speed.setup import Setup, new_row, record_failure
 from benchmarks.speed.variants import Variant, prepare
 
-# What diffusers' own training scripts adapt, with their rank.
+# The layers that diffusers' own training scripts adapt, with their rank.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 RANK = 4
 
 
 def check_peft() -> None:
-    """Raises ModuleNotFoundError if peft, which makes the adapters, is not there."""
+    """Raises ModuleNotFoundError if peft, which makes the adapters, is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError("LoRA training needs peft: pip install peft")
 
@@ -32,21 +33,24 @@ def measure_training(setup: Setup) -> Iterator[list[dict[str, Any]]]:
 
     >>> rows = [row for rows in measure_training(setup) for row in rows]
 
-    A step is a forward, a backward and AdamW's step of the adapter alone. All of a size take turns,
-    and each is compared with the unpatched step that has as much checkpointing.
+    A step is a forward, a backward and AdamW's step of the adapter. The steps of a size are
+    interleaved; each is compared with the unpatched step with the same checkpointing.
     """
     rows = {
-        size: [new_row(variant, size) | {"checkpointing": each} for each, variant in _ways(setup)]
+        size: [
+            new_row(variant, size) | {"checkpointing": each}
+            for each, variant in _combinations(setup)
+        ]
         for size in setup.sizes
     }
     if setup.measures_memory:
         tasks = [
-            (row, *how)
+            (row, *combination)
             for same in rows.values()
-            for row, how in zip(same, _ways(setup), strict=True)
+            for row, combination in zip(same, _combinations(setup), strict=True)
         ]
         for row, checkpointing, variant in tqdm(tasks, desc="memory", unit="process"):
-            with noting(row):
+            with record_failure(row):
                 peak = in_child(step_peak, setup, row["size"], variant, checkpointing)
                 row["memory"] = peak._asdict()
         if all("error" in row for row, *_ in tasks):
@@ -58,7 +62,7 @@ def measure_training(setup: Setup) -> Iterator[list[dict[str, Any]]]:
         yield same
 
 
-def _ways(setup: Setup) -> list[tuple[bool, Variant]]:
+def _combinations(setup: Setup) -> list[tuple[bool, Variant]]:
     return [(each, variant) for each in (False, True) for variant in setup.variants]
 
 
@@ -67,15 +71,15 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _measure_size(setup: Setup, model: Any, rows: list[dict[str, Any]]) -> None:
-    """Time all rows of a size in turns, but those that failed; what is found goes into them."""
+    """Time all rows of a size that did not fail, interleaved, and add the results to them."""
     runs: dict[str, Callable[[], float]] = {}
     size = rows[0]["size"]
-    tasks = list(zip(rows, _ways(setup), strict=True))
-    for row, (checkpointing, variant) in tqdm(tasks, desc=f"{size} px, warming up", unit="step"):
+    tasks = list(zip(rows, _combinations(setup), strict=True))
+    for row, (checkpointing, variant) in tqdm(tasks, desc=f"{size} px, warm-up", unit="step"):
         if "error" in row:
             continue
-        with noting(row):
-            twin = full_size.share_weights(model)
+        with record_failure(row):
+            twin = share_weights(model)
             step = training_step(setup, twin, size, variant, checkpointing)
             step()
             runs[_label(row)] = partial(seconds, step, setup.device)
@@ -84,7 +88,7 @@ def _measure_size(setup: Setup, model: Any, rows: list[dict[str, Any]]) -> None:
     for checkpointing in (False, True):
         same = {row["variant"]: row for row in rows if row["checkpointing"] == checkpointing}
         labels = {name: _label(row) for name, row in same.items()}
-        summarize(same, {name: times[at] for name, at in labels.items() if at in times})
+        summarize(same, {name: times[label] for name, label in labels.items() if label in times})
 
 
 def training_step(
@@ -95,10 +99,10 @@ def training_step(
     >>> step = training_step(setup, unet, 512, Variant("unpatched", "unpatched"), True)
     >>> losses = [step() for _ in range(5)]
 
-    The model is changed in place: it gets a new adapter on the projections of all attention. What
-    it learns, to tell some noise from other noise, is of no interest, but always the same.
+    The model gets a new adapter on all attention projections, in place. The task, to predict noise
+    from other noise, is useless, but always the same.
     """
-    from peft import LoraConfig  # Late: all else is measured without it.
+    from peft import LoraConfig  # Late: only this needs peft.
 
     adapter = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
     with torch.random.fork_rng():
@@ -113,7 +117,7 @@ def training_step(
 
     def step() -> Tensor:
         prediction = model(*args, **kwargs)[0]
-        target = full_size.noise(tuple(prediction.shape), setup.device, torch.float32)
+        target = noise(tuple(prediction.shape), setup.device, torch.float32)
         loss = F.mse_loss(prediction.float(), target)
         loss.backward()
         optimizer.step()

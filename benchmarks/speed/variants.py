@@ -1,4 +1,4 @@
-"""What a benchmark compares: a denoiser unpatched, patched, and with the ideal in its place."""
+"""The variants of a denoiser that are compared: unpatched, patched, the ideal, and the peer."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,11 +16,12 @@ KINDS = ("unpatched", "patched", "ideal", "peer")
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table.
+    """One row of the table.
 
-    >>> Variant("tome 0.5", "patched", DiffusionSettings(ratio=0.5))
+    >>> Variant("tome 0.5", "patched", DiffusionSettings(ratio=0.5)).kind
+    'patched'
 
-    kind: one of KINDS. settings: None for the unpatched model alone.
+    kind: one of KINDS. settings: None for the unpatched model.
     """
 
     name: str
@@ -28,24 +29,24 @@ class Variant:
     settings: DiffusionSettings | None = None
 
 
-def prepare(unet: Any, variant: Variant) -> Any:
-    """The UNet as the variant has it, changed in place.
+def prepare(model: Any, variant: Variant) -> Any:
+    """Patch a UNet or transformer in place as the variant requires; returns it.
 
-    >>> unet = prepare(unet, Variant("ideal 0.5", "ideal", DiffusionSettings(ratio=0.5)))
+    >>> model = prepare(model, Variant("ideal 0.5", "ideal", DiffusionSettings(ratio=0.5)))
 
     Raises what `apply_patch` raises.
     """
-    if variant.kind == "patched":
+    if variant.kind in ("patched", "ideal"):
         assert variant.settings is not None
-        apply_patch(unet, **asdict(variant.settings))
-    elif variant.kind == "ideal":
-        assert variant.settings is not None
-        install_ideal(unet, variant.settings)
-    return unet
+        if variant.kind == "patched":
+            apply_patch(model, **asdict(variant.settings))
+        else:
+            install_ideal(model, variant.settings)
+    return model
 
 
-def forward(unet: Any, inputs: tuple[tuple, dict], compiled: str | None) -> Callable[[], Any]:
-    """A function that runs the UNet once on these inputs, without gradients.
+def forward(model: Any, inputs: tuple[tuple, dict], compiled: str | None) -> Callable[[], Any]:
+    """A function that runs the model once on these inputs, without gradients.
 
     >>> sample, = forward(unet, unet_inputs(SD15, 2, 64, device, dtype), compiled=None)()
 
@@ -54,11 +55,11 @@ def forward(unet: Any, inputs: tuple[tuple, dict], compiled: str | None) -> Call
     args, kwargs = inputs
 
     def call() -> Any:
-        return unet(*args, **kwargs)
+        return model(*args, **kwargs)
 
     if compiled:
-        # Dynamo keeps compiled code by code object and does not notice that hooks differ: with one
-        # code object for all, every variant would run the first one's graph.
+        # Dynamo caches by code object and does not notice that hooks differ: with one code object
+        # for all, every variant would run the first one's graph.
         own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
         call = torch.compile(own, fullgraph=True, dynamic=False, mode=compiled)
 

@@ -1,4 +1,4 @@
-"""What the benchmark compares is comparable: full-size models, the ideal, another release."""
+"""The benchmark compares what is comparable: full-size models, the ideal, and tomesd==0.1.3."""
 
 import json
 from functools import partial
@@ -10,71 +10,42 @@ import torch
 
 import tomesd
 from benchmarks.common.memory import Peak
-from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import child_peak
+from benchmarks.models import unets
+from benchmarks.peer.process import Peer, PeerError, install_peer
+from benchmarks.speed.command import main
+from benchmarks.speed.forwards import child_peak
 from benchmarks.speed.ideal import install_ideal
-from benchmarks.speed.peer import Peer, PeerError, install_peer
 from benchmarks.speed.variants import Variant, forward, prepare
-from tests.support.benchmark_script import UNET, load, run
+from tests.benchmarks.support import UNET, refused, run_benchmark, save_peer, save_unet
 from tomesd.diffusion.settings import DiffusionSettings
 
 CPU = torch.device("cpu")
-# Stands in for a release on PyPI, so that the tests need no network: the same two entry points.
-PEER = {
-    "__init__.py": "from tomesd.api import apply_patch\n",
-    "patch.py": """
-from tomesd import merge
-
-def apply_patch(model, ratio, **settings):
-    if ratio == 0.25:
-        raise AttributeError("this host is too new")
-    def hook(module, args):
-        merge.bipartite_soft_matching_random2d(args[0], 4, 4, 2, 2, 8, no_rand=True)
-    model.mid_block.register_forward_pre_hook(hook)
-""",
-    "merge.py": """
-def bipartite_soft_matching_random2d(metric, w, h, sx, sy, r, no_rand=False, generator=None):
-    print("libraries may print")
-    return lambda x: x[:, r:], lambda y: y
-""",
-}
 
 
 @pytest.fixture(scope="module")
 def unet():
-    return full_size.build_unet(UNET, CPU, torch.float32)
+    return unets.build_unet(UNET, CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return full_size.unet_inputs(UNET, 2, 8, CPU, torch.float32)
+    return unets.unet_inputs(UNET, 2, 8, CPU, torch.float32)
 
 
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
-    (tmp_path / "model" / "unet").mkdir(parents=True)
-    (tmp_path / "model" / "unet" / "config.json").write_text(json.dumps(UNET))
-    return tmp_path / "model"
+    return save_unet(tmp_path / "model")
 
 
 @pytest.fixture
 def peer_cache(tmp_path) -> Path:
-    package = tmp_path / "peers" / "tomesd-9.9" / "tomesd"
-    package.mkdir(parents=True)
-    for name, source in PEER.items():
-        (package / name).write_text(source)
-    return tmp_path / "peers"
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load()
+    return save_peer(tmp_path / "peers", "9.9")
 
 
 @pytest.fixture
-def benchmark(script, monkeypatch, tmp_path):
+def benchmark(tmp_path):
     """Runs the command and returns what it wrote."""
-    return partial(run, script, monkeypatch, tmp_path)
+    return partial(run_benchmark, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,26 +55,26 @@ def benchmark(script, monkeypatch, tmp_path):
         ("sdxl", 2_567_463_684, [(1024, 640, 10), (256, 1280, 60)]),
     ],
 )
-def test_full_size_models_are_those_that_were_published(name, parameters, levels):
-    config = full_size.denoiser(name).config
-    assert sum(p.numel() for p in full_size.empty_unet(config).parameters()) == parameters
-    found = full_size.levels(config, 64)
+def test_full_size_models_have_the_published_parameters_and_levels(name, parameters, levels):
+    config = unets.denoiser(name).config
+    assert sum(p.numel() for p in unets.empty_unet(config).parameters()) == parameters
+    found = unets.levels(config, 64)
     assert [(level.h * level.w, level.channels, level.blocks) for level in found] == levels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_give_finite_predictions_of_a_sensible_size(dtype):
-    unet = full_size.build_unet(UNET, CPU, dtype)
-    inputs = full_size.unet_inputs(UNET, 2, 8, CPU, dtype)
+    unet = unets.build_unet(UNET, CPU, dtype)
+    inputs = unets.unet_inputs(UNET, 2, 8, CPU, dtype)
     (sample,) = forward(unet, inputs, compiled=None)()
     assert sample.dtype == dtype
     assert sample.shape == (2, 4, 8, 8)
     assert 0.1 < sample.float().std() < 10
 
 
-def test_models_that_share_weights_are_patched_one_by_one(unet, inputs):
+def test_models_that_share_weights_are_patched_independently(unet, inputs):
     before = forward(unet, inputs, compiled=None)()[0]
-    twin = full_size.share_weights(unet)
+    twin = unets.share_weights(unet)
     assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in unet.parameters()}
     assert torch.equal(forward(twin, inputs, compiled=None)()[0], before)
     tomesd.apply_patch(twin, ratio=0.5)
@@ -153,19 +124,19 @@ def branch_shapes(unet, inputs) -> list[tuple]:
 )
 def test_the_ideal_runs_the_same_blocks_on_as_many_tokens_as_the_patch(unet, inputs, settings):
     chosen = DiffusionSettings(**settings)
-    patched = prepare(full_size.share_weights(unet), Variant("tome", "patched", chosen))
-    ideal = prepare(full_size.share_weights(unet), Variant("ideal", "ideal", chosen))
+    patched = prepare(unets.share_weights(unet), Variant("tome", "patched", chosen))
+    ideal = prepare(unets.share_weights(unet), Variant("ideal", "ideal", chosen))
     shapes = branch_shapes(ideal, inputs)
     assert shapes == branch_shapes(patched, inputs)
     assert shapes != branch_shapes(unet, inputs)
 
 
-def test_the_ideal_neither_matches_nor_touches_other_tokens(inputs, monkeypatch):
+def test_the_ideal_does_not_match_and_does_not_touch_other_tokens(inputs, monkeypatch):
     def no_matching(*args):
         raise AssertionError("the ideal must not match")
 
-    monkeypatch.setattr("tomesd.diffusion.settings.bipartite_soft_matching", no_matching)
-    unet = full_size.build_unet(UNET, CPU, torch.float32)
+    monkeypatch.setattr("tomesd.diffusion.matcher.bipartite_soft_matching", no_matching)
+    unet = unets.build_unet(UNET, CPU, torch.float32)
     seen = []
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     install_ideal(unet, DiffusionSettings(ratio=0.5))
@@ -180,7 +151,7 @@ def test_the_ideal_neither_matches_nor_touches_other_tokens(inputs, monkeypatch)
 
 
 def test_removing_the_ideal_restores_the_output_bit_for_bit(unet, inputs):
-    twin = full_size.share_weights(unet)
+    twin = unets.share_weights(unet)
     before = forward(twin, inputs, compiled=None)()[0]
     handle = install_ideal(twin, DiffusionSettings(ratio=0.5))
     assert not torch.equal(forward(twin, inputs, compiled=None)()[0], before)
@@ -188,7 +159,7 @@ def test_removing_the_ideal_restores_the_output_bit_for_bit(unet, inputs):
     assert torch.equal(forward(twin, inputs, compiled=None)()[0], before)
 
 
-def test_the_compilers_mode_is_the_one_that_was_asked_for(unet, inputs, monkeypatch):
+def test_the_compile_mode_is_passed_to_torch_compile(unet, inputs, monkeypatch):
     asked = []
     monkeypatch.setattr("torch.compile", lambda f, mode, **how: asked.append(mode) or f)
     forward(unet, inputs, compiled="reduce-overhead")()
@@ -202,7 +173,7 @@ def test_each_compiled_variant_runs_its_own_graph(unet, inputs, monkeypatch):
     torch.compiler.reset()
     settings = DiffusionSettings(ratio=0.5)
     variants = [Variant("unpatched", "unpatched"), Variant("tome", "patched", settings)]
-    models = [prepare(full_size.share_weights(unet), variant) for variant in variants]
+    models = [prepare(unets.share_weights(unet), variant) for variant in variants]
     eager = [forward(model, inputs, compiled=None)()[0] for model in models]
     compiled = [forward(model, inputs, compiled="default")()[0] for model in models]
     for expected, got in zip(eager, compiled, strict=True):
@@ -235,9 +206,9 @@ def test_every_variant_is_timed_in_every_round_and_all_settings_are_kept(
     assert record["environment"]["torch_version"] == version("torch")
 
 
-def test_memory_on_the_cpu_is_that_of_one_forward_in_a_process_of_its_own(script, model_folder):
+def test_memory_on_the_cpu_is_that_of_one_forward_in_a_process_of_its_own(model_folder):
     line = ["--model", str(model_folder), "--size", "512", "--device", "cpu"]
-    setup = script.check(script.build_parser().parse_args(line))
+    setup = main.prepare(main.parser().parse_args(line)).setup
     memory = child_peak(setup, setup.variants[1], 512)
     # More than the tokens of one block that are there at once: input, output and the residual.
     assert memory["peak"] - memory["before"] > 3 * (2 * 64 * 64 * 8 * 4)
@@ -250,7 +221,7 @@ def test_memory_alone_is_measured_without_times(benchmark, model_folder, monkeyp
         for name, more in (("unpatched", 2), ("tome 0.5", 1))
     }
     monkeypatch.setattr(
-        "benchmarks.speed.benchmark.in_child",
+        "benchmarks.speed.forwards.in_child",
         lambda function, setup, variant, size: peaks[size, variant.name],
     )
     record = benchmark("--model", model_folder, "--size", 64, 128, "--memory")
@@ -261,7 +232,7 @@ def test_memory_alone_is_measured_without_times(benchmark, model_folder, monkeyp
 
 
 @pytest.mark.parametrize("only", [(), ("--memory",)])
-def test_what_does_not_fit_into_memory_is_said_and_the_rest_is_measured(
+def test_a_row_for_which_memory_runs_out_says_so_and_the_others_are_measured(
     benchmark, model_folder, monkeypatch, only
 ):
     def killed_where_patched(function, setup, variant, size):
@@ -269,7 +240,7 @@ def test_what_does_not_fit_into_memory_is_said_and_the_rest_is_measured(
             raise MemoryError("forward_peak was killed in its process (exit code -9)")
         return Peak(before=1, peak=2)
 
-    monkeypatch.setattr("benchmarks.speed.benchmark.in_child", killed_where_patched)
+    monkeypatch.setattr("benchmarks.speed.forwards.in_child", killed_where_patched)
     record = benchmark("--model", model_folder, "--size", 64, "--rounds", 1, *only)
     unpatched, patched, *_ = record["memory" if only else "forward"]
     assert unpatched["memory"]["peak"] == 2
@@ -282,10 +253,10 @@ def fails_at_128_px(monkeypatch, fail) -> None:
     def made(model, inputs, compiled):
         return forward(model, inputs, compiled) if inputs[0][0].shape[-1] == 8 else fail
 
-    monkeypatch.setattr("benchmarks.speed.benchmark.forward", made)
+    monkeypatch.setattr("benchmarks.speed.forwards.forward", made)
 
 
-def test_a_forward_that_finds_no_memory_costs_its_own_row_alone(
+def test_a_forward_that_runs_out_of_memory_affects_its_own_row_only(
     benchmark, model_folder, monkeypatch
 ):
     fails_at_128_px(monkeypatch, lambda: torch.empty(2**50))
@@ -296,7 +267,7 @@ def test_a_forward_that_finds_no_memory_costs_its_own_row_alone(
     assert all(len(row["seconds"]) == 1 for row in rows[3:])
 
 
-def test_a_run_that_is_interrupted_keeps_the_sizes_that_are_done(
+def test_an_interrupted_run_keeps_the_finished_sizes(
     benchmark, model_folder, monkeypatch, tmp_path, capsys
 ):
     def interrupt():
@@ -320,19 +291,19 @@ def test_the_cost_is_split_into_steps_at_every_level(benchmark, model_folder, ca
     assert "64 × 8" in capsys.readouterr().out
 
 
-def test_another_release_is_timed_in_its_own_process(benchmark, model_folder, peer_cache):
+def test_the_peer_is_timed_in_its_own_process(benchmark, model_folder, peer_cache):
     common = ("--model", model_folder, "--size", 64, "--rounds", 2, "--no-memory")
     peer = ("--peer", "tomesd==9.9", "--peer-cache", peer_cache)
     record = benchmark(*common, *peer, "--ratio", 0.5, 0.25)
     works, fails = (row for row in record["forward"] if row["kind"] == "peer")
     assert len(works["seconds"]) == 2
     assert works["blocks_merged"] == 1
-    # What the peer cannot do is said, and the rest is measured all the same.
+    # The peer's error is reported, and everything else is measured.
     assert fails["error"] == "AttributeError: this host is too new"
     assert sum("seconds" in row for row in record["forward"]) == 6
 
 
-def test_the_cost_is_compared_with_another_release(benchmark, model_folder, peer_cache):
+def test_the_cost_is_compared_with_the_peers(benchmark, model_folder, peer_cache):
     common = ("--model", model_folder, "--size", 64, "--rounds", 2, "--cost")
     record = benchmark(*common, "--peer", "tomesd==9.9", "--peer-cache", peer_cache)
     ours, theirs = record["cost"][:2]
@@ -352,7 +323,7 @@ def test_a_peer_that_dies_is_reported(peer_cache):
 
 
 @pytest.mark.parametrize("name", ["torch==2.15.0", "tomesd", "tomesd>=0.1", "tomesd==0.1 evil"])
-def test_only_an_exact_release_of_tomesd_is_installed(name, tmp_path):
+def test_only_an_exact_version_of_tomesd_is_installed(name, tmp_path):
     with pytest.raises(ValueError, match=r"peer must be tomesd==<version>"):
         install_peer(name, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -378,17 +349,11 @@ def test_only_an_exact_release_of_tomesd_is_installed(name, tmp_path):
         (["--device", "abacus"], "abacus"),
     ],
 )
-def test_bad_input_is_named_before_any_work_is_done(script, monkeypatch, capsys, args, message):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *args])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert not captured.out
+def test_bad_input_is_named_before_any_work(capsys, args, message):
+    assert message in refused(main, args, capsys)
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="must hold a UNet2DConditionModel, got 'AutoencoderKL'"):
-        full_size.denoiser(str(tmp_path))
+        unets.denoiser(str(tmp_path))

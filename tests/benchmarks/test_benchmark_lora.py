@@ -1,4 +1,4 @@
-"""What the benchmark times as a step of LoRA training is one, with and without merging."""
+"""The benchmark's LoRA training step trains the adapter, with and without merging."""
 
 import json
 from functools import partial
@@ -8,9 +8,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks.common.memory import Peak
+from benchmarks.speed.command import main
 from benchmarks.speed.lora_training import training_step
 from benchmarks.speed.variants import Variant
-from tests.support.benchmark_script import UNET, load, run
+from tests.benchmarks.support import UNET, refused, run_benchmark
 from tests.support.tiny_transformers import TINY, Attention
 from tomesd.diffusion.settings import DiffusionSettings
 
@@ -29,21 +30,16 @@ def folders(tmp_path_factory) -> dict:
     return found
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load()
-
-
 @pytest.fixture
-def benchmark(script, monkeypatch, tmp_path):
-    return partial(run, script, monkeypatch, tmp_path)
+def benchmark(tmp_path):
+    return partial(run_benchmark, tmp_path)
 
 
 @pytest.fixture(params=SIZE)
-def setup(request, folders, script):
+def setup(request, folders):
     size = str(SIZE[request.param])
     line = ["--model", str(folders[request.param]), "--size", size, "--device", "cpu"]
-    return script.check(script.build_parser().parse_args([*line, "--train-lora"]))
+    return main.prepare(main.parser().parse_args([*line, "--train-lora"])).setup
 
 
 def trained(setup, variant: Variant, checkpointing: bool) -> tuple:
@@ -111,7 +107,7 @@ def test_training_leaves_the_global_random_state_alone(setup):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_steps_take_turns_and_are_compared_with_as_much_checkpointing(benchmark, folders, capsys):
+def test_steps_are_interleaved_and_compared_at_the_same_checkpointing(benchmark, folders, capsys):
     folder = folders["UNet2DConditionModel"]
     record = benchmark(
         *("--model", folder, "--size", 64, "--train-lora", "--rounds", 3, "--no-memory"),
@@ -129,9 +125,7 @@ def test_steps_take_turns_and_are_compared_with_as_much_checkpointing(benchmark,
     assert printed.count("checkpoints") == 2
 
 
-def test_each_row_has_the_memory_of_its_own_step_or_says_that_there_was_too_little(
-    benchmark, folders, monkeypatch
-):
+def test_each_row_has_the_memory_of_its_own_step_or_an_error(benchmark, folders, monkeypatch):
     asked = []
 
     def in_child(function, setup, size, variant, checkpointing):
@@ -162,19 +156,10 @@ def test_each_row_has_the_memory_of_its_own_step_or_says_that_there_was_too_litt
         (["--ratio", "0"], "--ratio must be above 0, got 0.0"),
     ],
 )
-def test_bad_input_is_named_before_any_work_is_done(script, monkeypatch, capsys, args, message):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--train-lora", *args])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert not captured.out
+def test_bad_input_is_named_before_any_work(capsys, args, message):
+    assert message in refused(main, ["--train-lora", *args], capsys)
 
 
-def test_without_peft_it_says_what_to_install(script, monkeypatch, capsys):
+def test_without_peft_the_error_names_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--train-lora"])
-    with pytest.raises(SystemExit):
-        script.main()
-    assert "needs peft: pip install peft" in capsys.readouterr().err
+    assert "needs peft: pip install peft" in refused(main, ["--train-lora"], capsys)

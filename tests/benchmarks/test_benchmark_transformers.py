@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.speed import full_size
-from benchmarks.speed.benchmark import ready
-from benchmarks.speed.full_size_transformers import denoiser
-from benchmarks.speed.ideal_transformer import install_ideal
-from benchmarks.speed.variants import Variant, forward
-from tests.support.benchmark_script import load, run
+from benchmarks.models import unets
+from benchmarks.models.transformers import denoiser
+from benchmarks.speed.command import main
+from benchmarks.speed.ideal import install_ideal
+from benchmarks.speed.variants import Variant, forward, prepare
+from tests.benchmarks.support import refused, run_benchmark
 from tests.support.tiny_transformers import TINY
 from tomesd.diffusion.settings import DiffusionSettings
 
@@ -49,8 +49,8 @@ def inputs(tiny):
 
 
 @pytest.fixture
-def benchmark(monkeypatch, tmp_path):
-    return partial(run, load(), monkeypatch, tmp_path)
+def benchmark(tmp_path):
+    return partial(run_benchmark, tmp_path)
 
 
 def predict(model, inputs) -> torch.Tensor:
@@ -125,16 +125,16 @@ def branch_shapes(model, inputs) -> list[tuple]:
 )
 def test_the_ideal_runs_the_same_blocks_on_as_many_tokens_as_the_patch(model, inputs, settings):
     chosen = DiffusionSettings(**settings)
-    patched = ready(full_size.share_weights(model), Variant("tome", "patched", chosen))
-    ideal = ready(full_size.share_weights(model), Variant("ideal", "ideal", chosen))
+    patched = prepare(unets.share_weights(model), Variant("tome", "patched", chosen))
+    ideal = prepare(unets.share_weights(model), Variant("ideal", "ideal", chosen))
     shapes = branch_shapes(ideal, inputs)
     assert shapes == branch_shapes(patched, inputs)
     assert shapes != branch_shapes(model, inputs)
 
 
-def test_the_ideal_leaves_alone_what_the_patch_does(model, inputs):
+def test_the_ideal_skips_the_blocks_that_the_patch_skips(model, inputs):
     chosen = DiffusionSettings(ratio=0.5, min_tokens=SIDE * SIDE + 1)
-    ideal = ready(full_size.share_weights(model), Variant("ideal", "ideal", chosen))
+    ideal = prepare(unets.share_weights(model), Variant("ideal", "ideal", chosen))
     assert torch.equal(predict(ideal, inputs), predict(model, inputs))
 
 
@@ -161,11 +161,11 @@ def test_each_block_of_the_ideal_computes_the_first_tokens_at_their_own_position
     assert text is expected_text is None or torch.equal(text, expected_text)
 
 
-def test_the_ideal_neither_matches_nor_leaves_anything_behind(model, inputs, monkeypatch):
+def test_the_ideal_does_not_match_and_is_removed_bit_for_bit(model, inputs, monkeypatch):
     def no_matching(*args):
         raise AssertionError("the ideal must not match")
 
-    monkeypatch.setattr("tomesd.diffusion.settings.bipartite_soft_matching", no_matching)
+    monkeypatch.setattr("tomesd.diffusion.matcher.bipartite_soft_matching", no_matching)
     before = predict(model, inputs)
     handle = install_ideal(model, DiffusionSettings(ratio=0.5))
     assert not torch.equal(predict(model, inputs), before)
@@ -174,9 +174,7 @@ def test_the_ideal_neither_matches_nor_leaves_anything_behind(model, inputs, mon
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_three_are_timed_in_every_round_and_compared_as_for_unets(
-    benchmark, folders, capsys, name
-):
+def test_unpatched_patched_and_ideal_are_timed_in_every_round(benchmark, folders, capsys, name):
     record = benchmark("--model", folders[name], "--size", 64, "--rounds", 3, "--no-memory")
     rows = record["forward"]
     assert [row["variant"] for row in rows] == ["unpatched", "tome 0.5", "ideal 0.5"]
@@ -189,7 +187,7 @@ def test_all_three_are_timed_in_every_round_and_compared_as_for_unets(
     assert "share of ideal" in printed
 
 
-def test_as_many_blocks_as_asked_for_run(folders):
+def test_blocks_is_the_number_of_blocks_that_run(folders):
     folder = str(folders["SD3Transformer2DModel"])
     assert len(denoiser(folder, blocks=1).empty().transformer_blocks) == 1
     assert len(denoiser(folder).empty().transformer_blocks) == 2
@@ -208,21 +206,15 @@ def test_the_patchs_own_steps_are_timed_on_a_transformers_tokens(benchmark, fold
     [
         (["--size", "1000"], "--size must be a multiple of 16, got 1000"),
         (["--size", "4096"], "--size must be at most 3072 for sd3 with 2 blocks, got 4096"),
-        (["--blocks", "0"], "blocks must be from 1 to 24, which is what the model has, got 0"),
-        (["--blocks", "25"], "blocks must be from 1 to 24, which is what the model has, got 25"),
+        (["--blocks", "0"], "blocks must be from 1 to 24, the model's number, got 0"),
+        (["--blocks", "25"], "blocks must be from 1 to 24, the model's number, got 25"),
         (["--bias"], "--bias must not be given for sd3 with 2 blocks: it is for UNets"),
         (["--peer", "tomesd==0.1.3"], "--peer must not be given for sd3 with 2 blocks"),
         (["--no-merge-block"], "merge_block must be True for SD3Transformer2DModel"),
     ],
 )
-def test_bad_input_is_named_before_any_work_is_done(monkeypatch, capsys, args, message):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--model", "sd3", *args])
-    with pytest.raises(SystemExit) as stopped:
-        load().main()
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    assert message in " ".join(captured.err.split())
-    assert not captured.out
+def test_bad_input_is_named_before_any_work(capsys, args, message):
+    assert message in refused(main, ["--model", "sd3", *args], capsys)
 
 
 def test_the_ideal_compiles_as_one_graph(model, inputs, monkeypatch):
@@ -230,6 +222,6 @@ def test_the_ideal_compiles_as_one_graph(model, inputs, monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr("torch.compile", lambda f, **how: compile_(f, backend="eager", **how))
     torch.compiler.reset()
-    ideal = ready(model, Variant("ideal", "ideal", DiffusionSettings(ratio=0.5)))
+    ideal = prepare(model, Variant("ideal", "ideal", DiffusionSettings(ratio=0.5)))
     compiled = forward(ideal, inputs, compiled="default")()[0]
     torch.testing.assert_close(compiled, predict(ideal, inputs))

@@ -1,9 +1,7 @@
-"""scripts/classify.py measures what it says, goes on where it stopped, and refuses bad input."""
+"""scripts/classify.py measures each experiment, resumes interrupted runs, refuses bad input."""
 
 import csv
 import json
-import re
-import runpy
 from functools import partial
 from pathlib import Path
 
@@ -12,18 +10,14 @@ import torch
 from PIL import Image
 
 import tomesd
-from benchmarks.classifier import classify
+from benchmarks.classifier import command, measurements
 from benchmarks.classifier.classifiers import load_classifier
-from benchmarks.fid import fid
+from benchmarks.classifier.command import main
+from benchmarks.classifier.experiments import ABLATION, ALGORITHMS, PARTS, Experiment, experiments
+from tests.benchmarks.support import refused
 from tests.support.tiny_vits import build
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "classify.py"
 COLORS = ("blue", "green", "red", "white", "yellow")
-
-
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(main, model, photos, tmp_path):
+def run(model, photos, tmp_path):
     """Runs the script and returns the lines of its table."""
 
     def classify_photos(*options: str) -> list[dict]:
@@ -56,7 +50,7 @@ def run(main, model, photos, tmp_path):
     return classify_photos
 
 
-def test_accuracy_is_the_share_of_pictures_that_the_merged_model_gets_right(run, model, photos):
+def test_accuracy_is_the_share_of_correct_predictions_of_the_merged_model(run, model, photos):
     lines = run("--parts", "sweep", "--r", "0", "9", "--rounds", "1")
     classifier = load_classifier(model)
     for line, r in zip(lines, (0, 9), strict=True):
@@ -78,44 +72,42 @@ def test_accuracy_is_the_share_of_pictures_that_the_merged_model_gets_right(run,
 
 def test_every_part_has_its_rows_tables_and_plots(run, tmp_path, capsys):
     lines = run("--r", "0", "3", "--num-schedules", "2", "--rounds", "1")
-    names = {
-        part: [line["name"] for line in lines if line["part"] == part] for part in classify.PARTS
-    }
+    names = {part: [line["name"] for line in lines if line["part"] == part] for part in PARTS}
     assert names["sweep"] == ["r = 0", "r = 3"]
-    assert names["ablation"] == list(classify.ABLATION)
-    assert names["algorithms"] == list(classify.ALGORITHMS)
+    assert names["ablation"] == list(ABLATION)
+    assert names["algorithms"] == list(ALGORITHMS)
     assert {"constant 3", "decreasing 3", "random 0", "random 1"} <= set(names["schedules"])
     printed = capsys.readouterr().out
-    assert all(f"| {name} | " in printed for part in classify.PARTS[:3] for name in names[part])
+    assert all(f"| {name} | " in printed for part in PARTS[:3] for name in names[part])
     for plot in ("sweep.png", "schedules.png"):
         (file,) = tmp_path.glob(f"*/{plot}")
         Image.open(file).load()
 
 
-def test_a_stopped_run_goes_on_and_loses_nothing(tmp_path):
+def test_a_resumed_run_measures_nothing_twice_and_loses_nothing(tmp_path):
     file = tmp_path / "results.csv"
-    todo = classify.rows(["sweep", "algorithms"], [0, 3], 3, layers=3, schedules=0)
+    todo = experiments(["sweep", "algorithms"], [0, 3], 3, layers=3, schedules=0)
     asked = []
 
-    def measured(row: classify.Row, stop_at: int) -> dict:
+    def measure_one(experiment: Experiment, stop_at: int) -> dict:
         if len(asked) == stop_at:
             raise KeyboardInterrupt
-        asked.append(row.key)
+        asked.append(experiment.key)
         return {"times_as_fast": 1.0, "times_fewer_multiply_adds": 2.0, "accuracy": 0.5}
 
     with pytest.raises(KeyboardInterrupt):
-        classify.run(todo, file, partial(measured, stop_at=4), rounds=1)
-    assert len(classify.read(file)) >= 4
-    records = classify.run(todo, file, partial(measured, stop_at=99), rounds=1)
+        measurements.measure_all(todo, file, partial(measure_one, stop_at=4), rounds=1)
+    assert len(measurements.read_records(file)) >= 4
+    records = measurements.measure_all(todo, file, partial(measure_one, stop_at=99), rounds=1)
     # Bipartite matching at r = 3 is in both parts.
     assert len(asked) == len(set(asked)) == len(todo) - 1
     assert [(r["part"], r["name"]) for r in records] == [(row.part, row.name) for row in todo]
     # Another part alone measures nothing again, and the others' lines stay.
-    classify.run(todo[2:], file, partial(measured, stop_at=0), rounds=1)
-    assert len(classify.read(file)) == len(todo)
+    measurements.measure_all(todo[2:], file, partial(measure_one, stop_at=0), rounds=1)
+    assert len(measurements.read_records(file)) == len(todo)
 
 
-def test_figures_of_other_weights_machines_or_versions_are_kept_apart(
+def test_results_of_other_weights_machines_or_versions_get_another_folder(
     main, photos, tmp_path, monkeypatch
 ):
     def folders() -> int:
@@ -129,10 +121,10 @@ def test_figures_of_other_weights_machines_or_versions_are_kept_apart(
     assert [folders(), folders()] == [1, 1]
     torch.nn.init.zeros_(next(classifier.parameters()))
     assert folders() == 2
-    monkeypatch.setattr(fid, "device_name", lambda device: "an abacus")
+    monkeypatch.setattr(command, "device_name", lambda device: "an abacus")
     assert folders() == 3
-    real = main.__globals__["versions"]
-    monkeypatch.setitem(main.__globals__, "versions", lambda *names: dict.fromkeys(real(*names)))
+    real = command.versions
+    monkeypatch.setattr(command, "versions", lambda *names: dict.fromkeys(real(*names)))
     assert folders() == 4
     (settings,) = [
         found
@@ -143,9 +135,9 @@ def test_figures_of_other_weights_machines_or_versions_are_kept_apart(
 
 
 def test_random_schedules_are_the_same_every_time_and_merge_no_more_than_the_largest():
-    drawn, again = (classify.rows(["schedules"], [8], 8, layers=12, schedules=20) for _ in "ab")
+    drawn, again = (experiments(["schedules"], [8], 8, layers=12, schedules=20) for _ in "ab")
     assert drawn == again
-    totals = [sum(row.settings["r"]) for row in drawn if row.name.startswith("random")]
+    totals = [sum(row.options["r"]) for row in drawn if row.name.startswith("random")]
     assert len(totals) == 20
     assert 12 * 2 - 12 <= min(totals) < max(totals) <= 12 * 8 + 12
 
@@ -179,12 +171,10 @@ def test_pictures_are_cropped_to_the_models_size(model):
         (["--model", "MODEL", "--data", "FEW"], "a folder for each of the model's 5 logits, got 1"),
     ],
 )
-def test_bad_input_is_named_before_any_work(main, model, tmp_path, capsys, options, message):
+def test_bad_input_is_named_before_any_work(model, tmp_path, capsys, options, message):
     (tmp_path / "few" / "blue").mkdir(parents=True)
     Image.new("RGB", (24, 24)).save(tmp_path / "few" / "blue" / "0.png")
     places = {"MODEL": model, "FEW": str(tmp_path / "few")}
-    with pytest.raises(SystemExit) as stopped:
-        main(["--output", str(tmp_path / "out"), *(places.get(each, each) for each in options)])
-    assert stopped.value.code == 2
-    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+    argv = ["--output", str(tmp_path / "out"), *(places.get(each, each) for each in options)]
+    assert message in refused(main, argv, capsys)
     assert not (tmp_path / "out").exists()

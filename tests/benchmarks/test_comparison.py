@@ -66,5 +66,5 @@ def test_the_picture_holds_all_cells(cells):
 
 
 def test_ratios_that_do_not_begin_with_the_unpatched_picture_are_refused(pipe):
-    with pytest.raises(ValueError, match=r"ratios must begin with 0, got \[0.1, 0.2\]"):
+    with pytest.raises(ValueError, match=r"ratios must start with 0, got \[0.1, 0.2\]"):
         compare(pipe, "a red heart", 5, HOW, (0.1, 0.2))

@@ -1,22 +1,16 @@
 """What scripts/fid.py cannot work with is one clear line, before any picture is made."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from benchmarks.fid.fid import PRESETS, prompts
-from benchmarks.pictures.run import rows
+from benchmarks.fid.command import main
+from benchmarks.fid.plan import PRESETS
+from benchmarks.pictures.picture_set import parse_methods
+from benchmarks.pictures.prompts import load_prompts
 from tests.support.tiny_shapes import save_untrained
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fid.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +19,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def refused(main, models, tmp_path, monkeypatch, capsys):
+def refused(models, tmp_path, monkeypatch, capsys):
     """Run the script in an empty folder; gives the line that it stops with."""
     monkeypatch.chdir(tmp_path)
     common = f"--model {models / 'pipeline'} --device cpu --size 32 --steps 1 --num-images 4"
@@ -57,7 +51,7 @@ SHAPES = ("--prompts", "shapes", "--reference", "shapes")
         ((*SHAPES, "--methods", "keep:0.1"), r"method must be one of tome, prune, got 'keep'"),
         ((*SHAPES, "--methods", "tome"), r"methods must be like tome:0.1,0.5, .*got 'tome'"),
         ((*SHAPES, "--methods", "tome:0.9"), r"ratio must be at most 0.75, got 0.9"),
-        ((*SHAPES, "--methods", "tome:0"), r"ratio 0 is the unpatched row"),
+        ((*SHAPES, "--methods", "tome:0"), r"ratio 0 is unpatched, which is always included"),
         ((*SHAPES, "--methods", "tome:0.5,0.5"), r"each ratio once, got tome 0.5 twice"),
         (
             (*SHAPES, "--patch-preset", "paper", "--methods", "tome:0.6"),
@@ -118,16 +112,16 @@ def test_a_broken_reference_picture_is_named_before_any_picture_is_made(refused,
 
 def test_the_papers_preset_is_its_appendix():
     paper = PRESETS["paper"]
-    asked = prompts(paper["prompts"], paper["num_images"])
+    asked = load_prompts(paper["prompts"], paper["num_images"])
     assert len(asked) == 2000
     assert sorted(asked) == sorted(2 * asked[:1000])
     assert asked[0] == "A high quality photograph of a tench."
-    compared = rows(paper["methods"], paper["patch_preset"])
-    assert [row.name for row in compared[1:]] == (
+    methods = parse_methods(paper["methods"], paper["patch_preset"])
+    assert [method.name for method in methods[1:]] == (
         ["prune 0.1", "prune 0.2"] + [f"tome 0.{tenth}" for tenth in range(1, 6)]
     )
-    for row in compared[1:]:
-        assert row.settings.merge_crossattn
-        assert row.settings.merge_mlp
-        assert row.settings.partition == "alternating"
-        assert not row.settings.prop_attn
+    for method in methods[1:]:
+        assert method.settings.merge_crossattn
+        assert method.settings.merge_mlp
+        assert method.settings.partition == "alternating"
+        assert not method.settings.prop_attn

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -19,15 +18,16 @@ from PIL import Image
 
 from benchmarks.common import memory
 from benchmarks.common.memory import Peak
-from benchmarks.fid.fid import speeds
-from benchmarks.fid.limits import Largest, Prober, largest
-from benchmarks.pictures.run import Model, rows
+from benchmarks.fid.command import main
+from benchmarks.fid.measurements import measure_speed
+from benchmarks.fid.memory_limits import Largest, Prober, largest
+from benchmarks.pictures.picture_set import PipelineSpec, parse_methods
+from tests.benchmarks.support import ROOT
 from tests.support.tiny_shapes import save_untrained
 
 # As in the child processes: the number of threads touches the rounding.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "fid.py"
 
 
@@ -49,12 +49,7 @@ def options(models) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
-
-
-@pytest.fixture(scope="module")
-def fid(main, options):
+def fid(options):
     """Run the script without times; gives the folder with everything."""
 
     def run(output: Path, *more: str) -> Path:
@@ -201,7 +196,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_is_averaged(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(SystemExit, match=r"File too large.*\nWhat is done stays") as stop:
+        with pytest.raises(SystemExit, match=r"File too large.*\nFinished work is kept") as stop:
             fid(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -211,18 +206,18 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_is_averaged(
     assert table(fid(tmp_path)) == table(finished)
 
 
-def test_times_and_memory_are_measured_once(main, options, tmp_path, monkeypatch):
+def test_times_and_memory_are_measured_once(options, tmp_path, monkeypatch):
     peaks = {}
 
-    def in_child(function, model, run, row):
-        assert row.name not in peaks
+    def in_child(function, spec, pictures, method):
+        assert method.name not in peaks
         # One process shows that it works.
-        peaks[row.name] = (
-            Peak(0, 123) if row.settings else memory.in_child(function, model, run, row)
+        peaks[method.name] = (
+            Peak(0, 123) if method.settings else memory.in_child(function, spec, pictures, method)
         )
-        return peaks[row.name]
+        return peaks[method.name]
 
-    monkeypatch.setattr("benchmarks.fid.speed.in_child", in_child)
+    monkeypatch.setattr("benchmarks.fid.speed_and_memory.in_child", in_child)
     command = [*options, "--methods", "tome:0.5", "--num-images", "4", "--rounds", "1"]
     written = []
     for _ in range(2):
@@ -242,17 +237,17 @@ def test_times_and_memory_are_measured_once(main, options, tmp_path, monkeypatch
 
 
 def test_times_of_another_number_of_threads_are_not_taken_for_this_ones(tmp_path, monkeypatch):
-    run = Mock(rows=rows([], None), folder=tmp_path)
-    plan = Mock(run=run, rounds=1, device=torch.device("cpu"))
+    pictures = Mock(methods=parse_methods([], None), folder=tmp_path)
+    plan = Mock(pictures=pictures, rounds=1, device=torch.device("cpu"))
     threads = Mock()
     monkeypatch.setattr("torch.get_num_threads", threads)
     monkeypatch.setattr(
-        "benchmarks.fid.speed.measure",
+        "benchmarks.fid.speed_and_memory.measure",
         lambda *args: {"unpatched": {"seconds": [6 / threads()], "memory": 123}},
     )
     for count in (2, 2, 3):
         threads.return_value = count
-        assert speeds(plan, pipe=None)["unpatched"]["seconds"] == 6 / count
+        assert measure_speed(plan, pipe=None)["unpatched"]["seconds"] == 6 / count
 
 
 @pytest.mark.parametrize("true", [0, 1, 2, 27, 64, 99, 100])
@@ -278,23 +273,23 @@ class _Forgetful(Prober):
 
     def _try(self, *asked):
         if self._pool is None:
-            self.processes, self._tries, self._pool = self.processes + 1, 0, Mock()
-        self._tries += 1
-        return "too large" if asked[1] > 8 or self._tries > 2 else ""
+            self.processes, self._trials, self._pool = self.processes + 1, 0, Mock()
+        self._trials += 1
+        return "too large" if asked[1] > 8 or self._trials > 2 else ""
 
 
 def test_what_earlier_tries_left_behind_is_not_taken_for_the_limit():
-    prober = _Forgetful(Model(None, "cpu", torch.float32, None))
+    prober = _Forgetful(PipelineSpec(None, "cpu", torch.float32, None))
     batch = largest(lambda n: prober.fits(None, n, 128, 4.0), 64)
     assert batch == Largest(8, "too large")
     assert prober.processes > 1
 
 
 def test_a_picture_that_memory_does_not_allow_does_not_fit_and_the_next_is_tried(models):
-    model = Model(str(models / "pipeline"), "cpu", torch.float32, None)
+    model = PipelineSpec(str(models / "pipeline"), "cpu", torch.float32, None)
     # Python with torch alone takes half a gigabyte or more. The side is one of which not even the
     # first layer can be computed: smaller ones take minutes before memory is all used.
     with Prober(model, 1_500_000_000) as prober:
-        tome = rows(["tome:0.5"], None)[1].settings
+        tome = parse_methods(["tome:0.5"], None)[1].settings
         assert "can't allocate memory" in prober.fits(tome, 1, 16384, 4.0)
         assert prober.fits(tome, 1, 64, 4.0) == ""

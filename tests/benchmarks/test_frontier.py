@@ -1,7 +1,6 @@
-"""scripts/frontier.py compares what it says, goes on where it stopped, and mixes nothing."""
+"""scripts/frontier.py measures its candidates, resumes interrupted runs, and mixes nothing."""
 
 import json
-import runpy
 import shutil
 import statistics
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 from PIL import Image
 
 from benchmarks.frontier.candidates import CANDIDATES, FAMILIES, chosen
-from benchmarks.frontier.frontier import frontier, mark
-from benchmarks.speed import full_size
-from tests.support.benchmark_script import UNET
+from benchmarks.frontier.command import main
+from benchmarks.frontier.results import mark_frontiers, pareto_front
+from benchmarks.models import unets
+from tests.benchmarks.support import UNET, refused, save_peer, save_unet
 from tests.support.tiny_models import hooks
 from tests.support.tiny_shapes import save_untrained, untrained_pipeline
 from tomesd.diffusion.settings import PRESETS
@@ -21,24 +21,7 @@ from tomesd.diffusion.settings import PRESETS
 # As in the peer's process: the number of threads touches the rounding.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = [each for each in CANDIDATES if each.settings is not None and not each.is_peer]
-# Stands in for the release on PyPI: leaves the model alone at 0.3 and adds noise at 0.5.
-PEER = {
-    "__init__.py": """
-import torch
-from tomesd import merge
-
-def apply_patch(model, ratio, **settings):
-    for handle in getattr(model, "handles", ()):
-        handle.remove()
-    def hook(module, args):
-        merge.bipartite_soft_matching_random2d()
-        return (args[0] + (torch.randn(args[0].shape) if ratio == 0.5 else 0), *args[1:])
-    model.handles = [model.mid_block.register_forward_pre_hook(hook)]
-""",
-    "merge.py": "def bipartite_soft_matching_random2d():\n    pass\n",
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +35,10 @@ def pipe():
 def options(tmp_path_factory) -> list[str]:
     """A small run of every kind of candidate, in batches that do not come out even."""
     root = save_untrained(tmp_path_factory.mktemp("models"))
-    (root / "unet").mkdir()
-    (root / "unet" / "config.json").write_text(json.dumps(UNET))
-    package = root / "peers" / "tomesd-0.1.3" / "tomesd"
-    package.mkdir(parents=True)
-    for name, source in PEER.items():
-        (package / name).write_text(source)
+    save_unet(root / "large")
+    save_peer(root / "peers")
     text = (
-        f"--model {root / 'pipeline'} --speed-model {root / 'unet'} --speed-size 64 --rounds 2 "
+        f"--model {root / 'pipeline'} --speed-model {root / 'large'} --speed-size 64 --rounds 2 "
         f"--num-images 5 --batch 3 --num-reference 8 --size 32 --steps 2 --device cpu "
         f"--peer-cache {root / 'peers'}"
     )
@@ -69,7 +48,7 @@ def options(tmp_path_factory) -> list[str]:
 ONLY = (
     "attention 0.5",
     "grid 2x2",
-    "attention 0.5 kept 2 steps",
+    "attention 0.5, drawn",
     "tomesd==0.1.3 0.3",
     "tomesd==0.1.3 0.5",
 )
@@ -78,7 +57,6 @@ ONLY = (
 @pytest.fixture(scope="module")
 def run(options):
     """Runs the script; gives its results."""
-    main = runpy.run_path(str(ROOT / "scripts" / "frontier.py"))["main"]
 
     def run(output: Path, *more: str, only: tuple[str, ...] = ONLY) -> dict:
         main([*options, "--output", str(output), "--only", *only, *more])
@@ -108,7 +86,7 @@ def predict(unet, size: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("candidate", OURS, ids=lambda each: each.name)
-def test_every_candidate_merges_and_leaves_nothing_behind(pipe, candidate):
+def test_every_candidate_merges_and_is_removed_bit_for_bit(pipe, candidate):
     before = predict(pipe.unet)
     with candidate.patched(pipe):
         merged = predict(pipe.unet)
@@ -130,23 +108,23 @@ def test_a_schedule_takes_the_time_of_its_steps_with_and_without_merging(run, tm
     assert left["blocks 0.5, late"] == pytest.approx(0.2 + 0.8 * left["blocks 0.5"])
 
 
-def test_a_candidate_brings_the_one_that_is_timed_for_it():
+def test_a_schedule_is_chosen_together_with_its_steady_candidate():
     for each in CANDIDATES:
         names = [there.name for there in chosen([each.name], with_peer=True)]
-        assert {each.name, each.timed} <= set(names)
+        assert {each.name, each.steady.name} <= set(names)
 
 
-def test_candidates_have_names_of_their_own_that_can_be_folders():
+def test_candidates_have_unique_names_that_can_be_folders():
     names = [candidate.name for candidate in CANDIDATES]
     assert len({name.lower() for name in names}) == len(names)
     assert not [name for name in names if set(name) & set('/\\:*?"<>|') or name != name.strip()]
     assert {candidate.family for candidate in CANDIDATES} == set(FAMILIES)
 
 
-def test_the_frontier_is_what_nothing_beats():
+def test_the_frontier_are_the_points_that_no_other_one_beats():
     draw = torch.Generator().manual_seed(0)
     points = [tuple(p) for p in torch.randint(0, 6, (40, 2), generator=draw).tolist()]
-    best = frontier(points)
+    best = pareto_front(points)
     assert [points[i] for i in best] == sorted(points[i] for i in best)
     for index, (x, y) in enumerate(points):
         beaten = [a for a in points if a[0] >= x and a[1] >= y and a != (x, y)]
@@ -164,12 +142,12 @@ def test_settings_have_a_frontier_of_their_own():
         return figures | {"is_setting": is_setting, "settings": {}}
 
     rows = [row(1.2, 30, 5, True), row(1.3, 31, 6, False), row(1.1, 29, 7, True)]
-    mark(rows)
+    mark_frontiers(rows)
     assert [row["frontier"] for row in rows] == [["frechet"], ["psnr", "frechet"], []]
     assert [row["settings_frontier"] for row in rows] == [["psnr", "frechet"], [], []]
 
 
-def test_the_folder_holds_every_figure_settings_versions_and_device(finished):
+def test_the_results_have_every_figure_settings_versions_and_the_device(finished):
     results = json.loads((finished / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == [
         each.name for each in CANDIDATES if each.name in ("unpatched", *ONLY)
@@ -193,7 +171,7 @@ def test_the_folder_holds_every_figure_settings_versions_and_device(finished):
 def test_the_attention_left_is_the_share_of_pairs_that_is_still_computed(finished):
     rows = json.loads((finished / "results.json").read_text())["rows"]
     left = {row["name"]: row["attention_left"]["large"] for row in rows}
-    levels = full_size.levels(UNET, 8)
+    levels = unets.levels(UNET, 8)
     pairs = [level.blocks * (level.h * level.w) ** 2 for level in levels]
     assert left["unpatched"] == 1
     assert left["attention 0.5"] == pytest.approx((pairs[0] / 4 + sum(pairs[1:])) / sum(pairs))
@@ -210,9 +188,7 @@ def test_the_peers_pictures_come_from_the_same_prompts_and_seeds(finished):
         assert made[names[0]] != made[f"tomesd==0.1.3 0.5/{index:05}.png"]
 
 
-def test_halves_at_different_times_and_an_interrupted_run_make_the_same_pictures(
-    run, finished, tmp_path
-):
+def test_separate_halves_and_a_resumed_run_make_the_same_pictures(run, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "speed.json").unlink()
     (tmp_path / "frontier.png").unlink()
@@ -236,7 +212,7 @@ def test_halves_at_different_times_and_an_interrupted_run_make_the_same_pictures
     assert (tmp_path / "frontier.png").exists()
 
 
-def test_rounds_that_are_there_stay_and_more_candidates_get_as_many(run, tmp_path):
+def test_earlier_rounds_are_kept_and_new_candidates_get_as_many(run, tmp_path):
     def rounds() -> list[dict]:
         return json.loads((tmp_path / "speed.json").read_text())["rounds"]
 
@@ -250,7 +226,7 @@ def test_rounds_that_are_there_stay_and_more_candidates_get_as_many(run, tmp_pat
     assert len(rounds()) == 5
 
 
-def test_figures_of_other_candidates_stay_and_equal_those_of_one_run(run, finished, tmp_path):
+def test_results_of_other_candidates_are_kept_and_equal_those_of_one_run(run, finished, tmp_path):
     one, other = ("attention 0.5",), ("grid 2x2",)
     run(tmp_path, "--quality-only", only=one)
     run(tmp_path, "--quality-only", only=other)
@@ -264,20 +240,18 @@ def test_figures_of_other_candidates_stay_and_equal_those_of_one_run(run, finish
 @pytest.mark.parametrize(
     ("half", "changed", "said"),
     [
-        ("speed", ["--speed-size", "32"], "size=64 there, 32 now"),
-        ("quality", ["--num-reference", "9"], "reference='shapes-8' there, 'shapes-9' now"),
+        ("speed", ["--speed-size", "32"], "size=64 in it, 32 now"),
+        ("quality", ["--num-reference", "9"], "reference='shapes-8' in it, 'shapes-9' now"),
     ],
 )
-def test_figures_that_cannot_be_mixed_are_refused_and_stay(
-    run, finished, tmp_path, capsys, half, changed, said
+def test_results_of_other_settings_are_refused_and_kept(
+    options, finished, tmp_path, capsys, half, changed, said
 ):
     for name in ("quality.json", "speed.json"):
         shutil.copy(finished / name, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *changed)
-    assert stopped.value.code == 2
-    message = " ".join(capsys.readouterr().err.split())
+    argv = [*options, "--output", str(tmp_path), "--only", *ONLY, *changed]
+    message = refused(main, argv, capsys)
     assert f"output must be another folder, or {tmp_path / half}.json deleted" in message
     assert said in message
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -302,11 +276,7 @@ def test_figures_that_cannot_be_mixed_are_refused_and_stay(
     ],
 )
 def test_bad_input_is_named_before_any_work(options, args, message, tmp_path, capsys):
-    main = runpy.run_path(str(ROOT / "scripts" / "frontier.py"))["main"]
     (tmp_path / "file").write_text("")
     args = [arg.format(file=tmp_path / "file") for arg in args]
-    with pytest.raises(SystemExit) as stopped:
-        main([*options, "--output", str(tmp_path / "out"), *args])
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in refused(main, [*options, "--output", str(tmp_path / "out"), *args], capsys)
     assert not (tmp_path / "out").exists()

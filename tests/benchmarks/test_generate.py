@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from benchmarks.pictures.generate_command import main
+from tests.benchmarks.support import ROOT
 from tests.support.tiny_shapes import untrained_pipeline
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "generate.py"
 PROMPT = "a photo of a red heart on a blue striped background"
-
-
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +29,7 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(main, model):
+def run(model):
     """Run the script on the tiny model; gives the picture, if `path` is one afterwards."""
 
     def generate(path: Path, *options: str) -> Image.Image | None:
@@ -198,7 +193,7 @@ def test_a_bad_argument_is_one_line_before_any_work(generate, tmp_path, capsys, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_a_denoiser_that_can_be_patched_is_one_line(main, tmp_path, capsys, model):
+def test_a_model_without_a_denoiser_that_can_be_patched_is_one_line(tmp_path, capsys, model):
     index = json.loads((Path(model) / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "DiTPipeline"}))
     with pytest.raises(SystemExit) as stop:
@@ -217,7 +212,7 @@ def test_a_picture_that_overflows_is_not_written(generate, model, tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
-def test_the_script_explains_itself(main, capsys):
+def test_the_script_explains_itself(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert not stop.value.code
@@ -237,7 +232,7 @@ print(*sorted(slow & sys.modules.keys()))
 
 
 def test_help_and_typos_wait_for_no_model_library():
-    scripts = [str(SCRIPT), str(SCRIPT.with_name("benchmark.py"))]
+    scripts = [str(ROOT / "scripts" / f"{name}.py") for name in ("generate", "benchmark")]
     done = subprocess.run(
         [sys.executable, "-c", WHAT_THE_SCRIPTS_IMPORT, *scripts],
         capture_output=True,

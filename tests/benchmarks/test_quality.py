@@ -1,8 +1,7 @@
-"""scripts/quality.py compares what it says, goes on where it stopped, and mixes nothing."""
+"""scripts/quality.py measures each case, resumes an interrupted run, and mixes no settings."""
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.fid import fid
-from benchmarks.quality import quality
-from benchmarks.quality.quality import CASES, Case, held_out, psnr
+from benchmarks.common import files
+from benchmarks.pictures.differences import psnr
+from benchmarks.pictures.prompts import held_out
+from benchmarks.quality import command
+from benchmarks.quality.cases import CASES, Case, merge_rows
+from benchmarks.quality.command import main
+from tests.benchmarks.support import refused
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes.world import HELD_OUT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quality.py"
 NAMES = ("whole blocks", "in the second half")
 FEW = ["--num-images", "3", "--batch", "2", "--steps", "2", "--cases", *NAMES]
 
 
 @pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
-
-
-@pytest.fixture(scope="module")
-def finished(main, tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A folder with one ratio of two cases. Later tests add to it."""
     folder = tmp_path_factory.mktemp("quality")
     main([*FEW, "--ratios", "0.5", "--output", str(folder)])
@@ -43,7 +40,7 @@ def results(folder: Path) -> dict:
     return json.loads(file.read_text())
 
 
-def test_an_interrupted_run_ends_with_the_same_files_and_remakes_what_says_it_is_another(
+def test_a_resumed_run_ends_with_the_same_files_and_remakes_pictures_of_other_settings(
     main, finished
 ):
     before, figures = pictures(finished), results(finished)
@@ -58,7 +55,7 @@ def test_an_interrupted_run_ends_with_the_same_files_and_remakes_what_says_it_is
     assert results(finished) == figures
 
 
-def test_rows_of_other_ratios_join_those_that_are_there(main, finished, capsys):
+def test_rows_of_other_ratios_are_added_to_existing_ones(finished, capsys):
     before = results(finished)["rows"]
     main([*FEW, "--ratios", "0.1", "--output", str(finished)])
     after = results(finished)["rows"]
@@ -70,27 +67,27 @@ def test_rows_of_other_ratios_join_those_that_are_there(main, finished, capsys):
     assert re.search(r"^\| whole blocks \| [^|]+ \|$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_rows_of_a_case_that_means_something_else_now_are_left_out(monkeypatch):
+def test_earlier_rows_of_a_changed_case_are_left_out(monkeypatch):
     def row(name: str) -> dict:
         return {"case": name, "ratio": 0.5, "merging": Case(name, at=0.5).merging}
 
     rows = [row(name) for name in NAMES]
     rows = json.loads(json.dumps(rows))
-    assert quality.joined(rows, []) == rows
+    assert merge_rows(rows, []) == rows
     monkeypatch.setitem(CASES, NAMES[1], CASES["in the first half of the steps"])
-    assert quality.joined(rows, []) == rows[:1]
+    assert merge_rows(rows, []) == rows[:1]
     monkeypatch.delitem(CASES, NAMES[0])
-    assert quality.joined(rows, []) == []
+    assert merge_rows(rows, []) == []
 
 
-def test_pictures_of_other_settings_or_of_another_classifier_are_kept_apart(main, tmp_path):
+def test_pictures_of_other_settings_or_another_classifier_get_another_folder(tmp_path):
     few = ["--num-images", "1", "--steps", "1", "--ratios", "--output", str(tmp_path)]
     for more in ([], ["--batch", "3"], ["--num-images", "2"]):
         main([*few, *more])
     assert len(list(tmp_path.glob("*/results.json"))) == 3
     with pytest.MonkeyPatch.context() as patch:
-        digest = fid.digest
-        patch.setattr(fid, "digest", lambda path: digest(path)[path.name == "classifier" :])
+        digest = files.digest
+        patch.setattr(command, "digest", lambda path: digest(path)[1:])
         main(few)
     assert len(list(tmp_path.glob("*/results.json"))) == 4
 
@@ -113,7 +110,7 @@ def test_every_case_changes_the_picture(pipe, case):
     assert not np.array_equal(picture(Case(case, at=0.5)), picture(Case(case, at=0.0)))
 
 
-def test_cases_that_merge_differently_say_so():
+def test_cases_that_merge_differently_have_different_metadata():
     said = [json.dumps(Case(name, at=0.5).merging) for name in CASES]
     assert len(set(said)) == len(CASES)
 
@@ -128,18 +125,14 @@ def test_cases_that_merge_differently_say_so():
         (["--output", "{file}"], "output must be a folder, got the file"),
     ],
 )
-def test_bad_input_is_named_before_any_work(main, options, message, tmp_path, capsys):
+def test_bad_input_is_named_before_any_work(options, message, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     options = [option.format(file=tmp_path / "file") for option in options]
-    with pytest.raises(SystemExit) as stopped:
-        main(options)
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in refused(main, options, capsys)
 
 
-def test_every_option_says_its_default(main):
-    parser = main.__globals__["build_parser"]()
-    for action in parser._actions:
+def test_every_option_names_its_default():
+    for action in main.parser()._actions:
         assert action.dest == "help" or "(" in (action.help or ""), action.dest
 
 

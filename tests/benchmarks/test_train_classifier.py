@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -10,28 +9,20 @@ import torch
 from torch import nn
 
 import tomesd
-from benchmarks.classifier import classify
 from benchmarks.classifier.classifiers import load_classifier
-from benchmarks.fid import fid
-from benchmarks.quality.quality import run_folder
-from benchmarks.training import merged_training
-from benchmarks.training.shapes import (
-    LabelledPictures,
-    MaskedClassifier,
-    Stage,
-    classifier_loss,
-    labelled_pictures,
-)
+from benchmarks.classifier.data import shapes_data
+from benchmarks.common.files import settings_folder
+from benchmarks.training import classifier_command, merged_classifier
+from benchmarks.training.classifier_command import main
+from benchmarks.training.data import LabelledPictures, labelled_pictures
+from benchmarks.training.loop import Stage
+from benchmarks.training.losses import MaskedClassifier, classifier_loss
+from benchmarks.training.merged_classifier import UNTRAINED, TrainingSetup
+from tests.benchmarks.support import refused
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import scene
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_classifier.py"
 FEW = ["--steps", "2", "--batch", "2", "--pictures", "6", "--num-images", "4", "--rounds", "2"]
-
-
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +31,14 @@ def drawn(tmp_path_factory) -> LabelledPictures:
     return labelled_pictures(6, config, tmp_path_factory.mktemp("pictures"), "cpu")
 
 
-def course(drawn: LabelledPictures, steps: int = 1) -> merged_training.Course:
-    return merged_training.Course(Stage("", steps, batch=2, lr=1e-3, warmup=1), drawn)
+def setup(drawn: LabelledPictures, steps: int = 1) -> TrainingSetup:
+    return TrainingSetup(Stage("", steps, batch=2, lr=1e-3, warmup=1), drawn)
 
 
 def test_a_model_is_trained_with_its_own_r(drawn, tmp_path):
-    trained = {r: course(drawn).train(r, tmp_path / f"{r}.pt") for r in (0, 28)}
+    trained = {r: setup(drawn).train(r, tmp_path / f"{r}.pt") for r in (0, 28)}
     for r, got in trained.items():
-        model = course(drawn).begin()
+        model = setup(drawn).initial_model()
         tomesd.apply_patch(model, r=r)
         generator = torch.Generator().manual_seed(0)
         classifier_loss(model, drawn, 2, generator).backward()
@@ -59,12 +50,12 @@ def test_a_model_is_trained_with_its_own_r(drawn, tmp_path):
     assert not torch.equal(trained[0].mask_head.weight, trained[28].mask_head.weight)
 
 
-def test_all_models_begin_alike_whatever_the_global_random_state(drawn):
-    first, again = course(drawn).begin(), course(drawn).begin()
+def test_all_models_start_with_the_same_weights_in_any_global_random_state(drawn):
+    first, again = setup(drawn).initial_model(), setup(drawn).initial_model()
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    third = course(drawn).begin()
+    third = setup(drawn).initial_model()
     assert torch.equal(torch.rand(3), expected)
     for other in (again, third):
         assert all(
@@ -80,25 +71,25 @@ def test_training_with_merging_learns(drawn, tmp_path):
             generator = torch.Generator().manual_seed(99)
             return classifier_loss(model, drawn, 6, generator).item()
 
-    learning = course(drawn, steps=8)
-    assert loss(learning.train(28, tmp_path / "r28.pt")) < 0.9 * loss(learning.begin())
+    learning = setup(drawn, steps=8)
+    assert loss(learning.train(28, tmp_path / "r28.pt")) < 0.9 * loss(learning.initial_model())
 
 
-def test_each_model_is_read_with_every_r(main, drawn, tmp_path, capsys):
+def test_the_accuracy_of_each_model_is_measured_with_every_r(drawn, tmp_path, capsys):
     main([*FEW, "--r", "28", "0", "--output", str(tmp_path)])
     (file,) = tmp_path.glob("*/results.json")
     results = json.loads(file.read_text())
-    names = [merged_training.UNTRAINED, "0", "28"]
+    names = [UNTRAINED, "0", "28"]
     assert list(results["accuracy"]) == names
     assert {name: len(times) for name, times in results["seconds"].items()} == {"0": 2, "28": 2}
-    data = classify.shapes_data(4)
+    data = shapes_data(4)
     model = load_classifier().model
     for r in (0, 28):
         with torch.no_grad(), tomesd.patched(model, r=r):
             pixels = torch.stack([pixels_of(data.load(i)) for i in range(4)])
             read = shapes.read(model(pixels).logits)
         right = [answer == tuple(data.labels[i].tolist()) for i, answer in enumerate(read)]
-        assert results["accuracy"][merged_training.UNTRAINED][str(r)] == sum(right) / 4
+        assert results["accuracy"][UNTRAINED][str(r)] == sum(right) / 4
     printed = capsys.readouterr().out
     assert "2 steps of 2 pictures from the embedded classifier's weights" in printed
     for name in ("off the shelf", "r = 0", "r = 28"):
@@ -110,8 +101,8 @@ def pixels_of(image) -> torch.Tensor:
     return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
-def test_a_stopped_run_goes_on_and_measures_nothing_twice(main, tmp_path, monkeypatch):
-    measured, real = [], merged_training.accuracy
+def test_a_resumed_run_measures_nothing_twice(tmp_path, monkeypatch):
+    measured, real = [], merged_classifier.accuracy
 
     def stopped(*args):
         if len(measured) == 3:
@@ -120,7 +111,7 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(main, tmp_path, monkey
         return measured[-1]
 
     command = [*FEW, "--r", "0", "28", "--from-scratch", "--output", str(tmp_path)]
-    monkeypatch.setattr(merged_training, "accuracy", stopped)
+    monkeypatch.setattr(merged_classifier, "accuracy", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     (file,) = tmp_path.glob("*/results.json")
@@ -130,7 +121,7 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(main, tmp_path, monkey
         "28": ["0"],
     }
     calls = []
-    monkeypatch.setattr(merged_training, "accuracy", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(merged_classifier, "accuracy", lambda *args: calls.append(1) or real(*args))
     main(command)
     after = json.loads(file.read_text())
     assert len(calls) == 1
@@ -139,16 +130,16 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(main, tmp_path, monkey
     assert list(after["accuracy"]["28"]) == ["0", "28"]
 
 
-def test_figures_of_other_weights_machines_or_versions_are_kept_apart(main, tmp_path, monkeypatch):
-    names = main.__globals__
+def test_results_of_other_weights_machines_or_versions_get_another_folder(tmp_path, monkeypatch):
     (tmp_path / "classifier").mkdir()
     weights = tmp_path / "classifier" / "model.safetensors"
     monkeypatch.setattr(shapes, "ASSETS", tmp_path)
 
     def folder(*options: str) -> Path:
-        args = names["build_parser"]().parse_args(options)
-        stage = names["choose_stage"](args)
-        return run_folder(tmp_path, names["identity"](args, stage, torch.device("cpu")))
+        args = main.parser().parse_args(options)
+        stage = classifier_command.chosen_stage(args)
+        identity = classifier_command.identity(args, stage, torch.device("cpu"))
+        return settings_folder(tmp_path, identity)
 
     weights.write_bytes(b"one")
     first, scratch = folder(), folder("--from-scratch")
@@ -156,16 +147,16 @@ def test_figures_of_other_weights_machines_or_versions_are_kept_apart(main, tmp_
     assert folder("--from-scratch") == scratch
     found = {first, scratch, folder()}
     assert len(found) == 3
-    monkeypatch.setattr(fid, "device_name", lambda device: "an abacus")
+    monkeypatch.setattr(classifier_command, "device_name", lambda device: "an abacus")
     assert folder() not in found
     found.add(folder())
-    monkeypatch.setitem(names, "versions", lambda *packages: dict.fromkeys(packages))
+    monkeypatch.setattr(classifier_command, "versions", lambda *packages: dict.fromkeys(packages))
     assert folder() not in found
     said = json.loads((folder() / "settings.json").read_text())
     assert {"tomesd", "torch", "transformers"} <= said.keys()
 
 
-def test_the_first_scenes_are_what_is_learnt(drawn):
+def test_the_training_data_are_the_first_scenes(drawn):
     assert drawn.labels.tolist() == [list(scene(index).labels) for index in range(6)]
     assert drawn.images.shape == (6, 3, 128, 128)
     assert drawn.covered.shape[:2] == (6, 256)
@@ -174,7 +165,7 @@ def test_the_first_scenes_are_what_is_learnt(drawn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--r", "8", "16"], "r must have 0, which the others are compared with, got [8, 16]"),
+        (["--r", "8", "16"], "r must include 0, which the others are compared with, got [8, 16]"),
         (["--r", "-1"], "must be a whole number from 0 to 10000, got '-1'"),
         (["--lr", "2"], "must be a number from 1e-08 to 1, got '2'"),
         (["--steps", "0"], "must be a whole number from 1 to 1000000, got '0'"),
@@ -182,9 +173,6 @@ def test_the_first_scenes_are_what_is_learnt(drawn):
         (["--device", "abacus"], "device must be one of cuda, mps, cpu, got 'abacus'"),
     ],
 )
-def test_bad_input_is_named_before_any_work(main, tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--output", str(tmp_path / "out"), *options])
-    assert stopped.value.code == 2
-    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+def test_bad_input_is_named_before_any_work(tmp_path, capsys, options, message):
+    assert message in refused(main, ["--output", str(tmp_path / "out"), *options], capsys)
     assert not (tmp_path / "out").exists()

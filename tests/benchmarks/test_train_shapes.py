@@ -1,27 +1,23 @@
-"""scripts/train_shapes.py goes on from its own checkpoints only, and replaces models as a whole."""
+"""scripts/train_shapes.py resumes its own checkpoints only, and replaces models atomically."""
 
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.training.shapes import whole_folder
+from benchmarks.common.files import atomic_folder
+from benchmarks.training.shapes_command import main
+from benchmarks.training.shapes_models import scaled_latents
+from tests.benchmarks.support import refused
 from tomesd.shapes import pipeline as shapes
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_shapes.py"
 FEW = ["--pictures", "4", "--steps-scale", "0.0005", "--precision", "fp32", "--no-compile"]
 FEW += ["--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
-
-
-@pytest.fixture(scope="module")
-def trained(main, tmp_path_factory) -> Path:
+def trained(tmp_path_factory) -> Path:
     """A folder with the first stage's checkpoint. Not to be written to."""
     work = tmp_path_factory.mktemp("work")
     main([*FEW, "--stage", "autoencoder", "--work", str(work), "--output", str(work / "models")])
@@ -36,9 +32,9 @@ def held(folder: Path) -> dict[Path, int]:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["--steps-scale", "0.001"], "steps=1 there, 2 now"),
-        (["--pictures", "5"], "pictures=4 there, 5 now"),
-        (["--precision", "bf16"], "precision='fp32' there, 'bf16' now"),
+        (["--steps-scale", "0.001"], "steps=1 in it, 2 now"),
+        (["--pictures", "5"], "pictures=4 in it, 5 now"),
+        (["--precision", "bf16"], "precision='fp32' in it, 'bf16' now"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_before_any_work(
@@ -46,60 +42,56 @@ def test_a_checkpoint_of_other_settings_is_refused_before_any_work(
 ):
     before = held(trained)
     where = ["--work", str(trained), "--output", str(trained / "models")]
-    with pytest.raises(SystemExit) as stopped:
-        main([*FEW, *changed, "--stage", stage, *where])
-    assert stopped.value.code == 2
-    message = " ".join(capsys.readouterr().err.split())
+    message = refused(main, [*FEW, *changed, "--stage", stage, *where], capsys)
     assert "autoencoder.pt is of another training" in message
     assert said in message
     assert held(trained) == before
 
 
-def test_a_denoiser_of_another_autoencoder_is_refused(main, trained, tmp_path, capsys):
+def test_a_denoiser_of_another_autoencoder_is_refused(trained, tmp_path, capsys):
     work = tmp_path / "work"
     shutil.copytree(trained, work)
-    args = main.__globals__["build_parser"]().parse_args([*FEW, "--work", str(work)])
-    schedule, about = (main.__globals__[name] for name in ("schedule", "about"))
-    told = about(args) | {**vars(schedule(args)["denoiser-64"]), "autoencoder": "another"}
-    torch.save({"about": told}, work / "denoiser-64.pt")
+    settings = main.prepare(main.parser().parse_args([*FEW, "--work", str(work)])).settings
+    stage = vars(settings.stages["denoiser-64"])
+    metadata = settings.metadata | stage | {"autoencoder": "another"}
+    torch.save({"metadata": metadata}, work / "denoiser-64.pt")
     with pytest.raises(SystemExit) as stopped:
         main([*FEW, "--stage", "denoiser", "--work", str(work), "--output", str(tmp_path / "out")])
-    assert "denoiser-64.pt is of another training: autoencoder='another' there" in str(
+    assert "denoiser-64.pt is of another training: autoencoder='another' in it" in str(
         stopped.value
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_are_made_anew_for_another_autoencoder(main, tmp_path):
-    args = main.__globals__["build_parser"]().parse_args([*FEW, "--work", str(tmp_path)])
-    args.device = torch.device("cpu")
+def test_latents_of_another_autoencoder_are_not_reused(tmp_path):
+    settings = main.prepare(main.parser().parse_args([*FEW, "--work", str(tmp_path)])).settings
     made = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         model = shapes.build_autoencoder().eval()
-        made.append(main.__globals__["latents"](args, model, f"made-by-{seed}", 64).clone())
+        made.append(scaled_latents(settings, model, f"made-by-{seed}", 64).clone())
     assert made[0].shape == made[1].shape
     assert not torch.allclose(made[0], made[1])
     (file,) = tmp_path.glob("latents-*.pt")
     assert "made-by-1" in file.name
 
 
-def test_trying_it_leaves_the_embedded_models_alone(main):
-    args = main.__globals__["build_parser"]().parse_args([])
+def test_the_default_output_does_not_replace_the_embedded_models():
+    args = main.parser().parse_args([])
     assert args.output.resolve() != shapes.ASSETS
     assert args.output == Path("runs/shapes/models")
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, error):
+def test_a_model_is_replaced_atomically(tmp_path, error):
     path = tmp_path / "models" / "classifier"
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "weights").write_text("old")
         (partial / "gone").write_text("old")
         assert not path.exists()
 
     def stop_halfway() -> None:
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             (partial / "weights").write_text("ha")
             raise error
 
@@ -109,7 +101,7 @@ def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, error):
         "weights": "old",
         "gone": "old",
     }
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "weights").write_text("new")
     assert {file.name: file.read_text() for file in path.iterdir()} == {"weights": "new"}
     assert list(path.parent.iterdir()) == [path]
@@ -117,7 +109,7 @@ def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, error):
 
 def test_a_model_that_was_put_aside_by_a_killed_run_comes_back(tmp_path):
     (tmp_path / ".classifier.old").mkdir()
-    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "classifier"):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "classifier"):
         raise OSError("the disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["classifier"]
 
@@ -133,10 +125,7 @@ def test_a_model_that_was_put_aside_by_a_killed_run_comes_back(tmp_path):
         (["--stage", "denoiser"], "which --stage autoencoder makes"),
     ],
 )
-def test_bad_input_is_named_before_any_work(main, tmp_path, capsys, options, message):
+def test_bad_input_is_named_before_any_work(tmp_path, capsys, options, message):
     where = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as stopped:
-        main([*where, *options])
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in refused(main, [*where, *options], capsys)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
 from benchmarks.cost import cost_table
-from tests.support.tiny_models import TEXT_LENGTH, TEXT_WIDTH, sd_unet, unet_inputs
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_unets import SD_TEXT_TOKENS, sd_unet, unet_inputs
 from tomesd.core import cost, workload
 from tomesd.core.workload import Branches
 from tomesd.diffusion.settings import DiffusionSettings
@@ -68,14 +70,13 @@ def test_a_block_s_flops_are_those_that_torch_counts(tokens, channels, text):
 )
 def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings):
     unet = sd_unet().to("meta")
-    before = _unet_flops(unet)
     chosen = DiffusionSettings(**{"merge_block": False, "max_downsample": 1} | settings)
     tomesd.apply_patch(unet, **asdict(chosen))
     saved = 0
     levels = ((16, 16, 3), (8, 32, 3), (4, 32, 1))
     for side, channels, blocks in levels if chosen.max_downsample > 1 else levels[:1]:
         at = (BATCH, side * side, channels)
-        text = {"text_tokens": TEXT_LENGTH, "text_channels": TEXT_WIDTH}
+        text = {"text_tokens": SD_TEXT_TOKENS, "text_channels": WIDTH}
         branches = Branches(
             merge_attn=chosen.merge_attn,
             merge_crossattn=chosen.merge_crossattn,
@@ -91,7 +92,12 @@ def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings)
             workload.flops(workload.block(*at, **text)) - workload.flops(less) - workload.flops(own)
         )
         saved += blocks * gain
-    assert before - _unet_flops(unet) == saved
+    assert _unpatched_flops() - _unet_flops(unet) == saved
+
+
+@cache
+def _unpatched_flops() -> int:
+    return _unet_flops(sd_unet().to("meta"))
 
 
 def _unet_flops(unet) -> int:

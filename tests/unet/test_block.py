@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import tomesd
-from tests.support.tiny_models import hooks, predict, sd_unet, sdxl_unet, unet_inputs
+from tests.support.recorders import count_hooks
+from tests.support.tiny_unets import predict, sd_unet, sdxl_unet, unet_inputs
 from tomesd import TokenMap
 from tomesd.diffusion.unet.levels import Place
 
@@ -92,7 +93,7 @@ def test_removing_it_restores_the_output_bit_for_bit():
     tomesd.apply_patch(unet, **WHOLE)
     assert not torch.equal(predict(unet), before)
     assert torch.equal(predict(tomesd.remove_patch(unet)), before)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 def test_dropped_tokens_pass_a_block_unchanged():

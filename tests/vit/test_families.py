@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tomesd
+from tests.support.recorders import count_hooks
 from tests.support.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
 from tests.support.vit_reference import encode, features, merge_into, unmerge
 
@@ -88,10 +89,6 @@ def test_removing_the_patch_restores_the_output_bit_for_bit(name):
     tomesd.remove_patch(vit.model)
     assert torch.equal(vit.output(), expected)
     assert count_hooks(vit.model) == hooks
-
-
-def count_hooks(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @families

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
-from tests.support import tiny_models
+from tests.support import tiny_unets
 from tests.support.tiny_vits import build
 from tomesd.vit import settings as vit_settings
 
@@ -89,7 +89,7 @@ def test_numpy_s_numbers_count_as_python_s(settings, same):
 
 def test_denoisers_are_refused_r_with_a_word_on_ratio():
     with pytest.raises(TypeError, match="UNet2DConditionModel must be given ratio"):
-        tomesd.apply_patch(tiny_models.sd_unet(), r=8)
+        tomesd.apply_patch(tiny_unets.sd_unet(), r=8)
 
 
 def test_an_unknown_model_is_refused_with_what_is_supported():
@@ -98,7 +98,7 @@ def test_an_unknown_model_is_refused_with_what_is_supported():
 
 
 def test_a_model_with_both_kinds_is_patched_by_what_is_given():
-    both = nn.ModuleDict({"unet": tiny_models.sd_unet(), "vit": build("ViT").model})
+    both = nn.ModuleDict({"unet": tiny_unets.sd_unet(), "vit": build("ViT").model})
     tomesd.apply_patch(both, ratio=0.5)
     assert list(tomesd.report(both).rows) == ["unet"]
     tomesd.apply_patch(both, r=3)

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.tiny_vits import TRANSFORMERS, build
 from tests.support.vit_reference import encode
 from tomesd.vit.schedule import tokens_after
@@ -265,6 +266,7 @@ def test_vit_compiles_to_one_graph_with_merging():
     torch.testing.assert_close(vit.output(), expected)
 
 
+@slow
 @torch.no_grad()
 def test_an_attention_mask_compiles_to_one_graph_with_merging():
     vit = build("ViT", num_hidden_layers=2)

@@ -1,15 +1,16 @@
 """What token merging saves and costs in seconds: an estimate from shapes and a device's rates.
 
-Each operation of `tomesd.core.workload` takes as long as the slowest of its arithmetic, its traffic and
-its calls. Nothing is ever timed here, so a model behaves the same in every run. See
-docs/performance.md.
+Each operation of `tomesd.core.workload` and `tomesd.core.merging_work` takes as long as the slowest
+of its arithmetic, its memory traffic and its calls. Nothing is timed, so a model behaves the same
+in every run. See docs/performance.md.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tomesd.core.workload import TEXT_TOKENS, WINDOW, Branches, Work, block, joint_block, patch
+from tomesd.core.merging_work import WINDOW, patch
+from tomesd.core.workload import TEXT_TOKENS, Branches, Work, block, joint_block
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,11 @@ class Rates:
     """How fast a device is.
 
     matmul, attention: FLOPs per second of matrix products and of fused attention.
-    memory: bytes per second, read and written, of what goes through memory in order.
-    rows: the same of rows that are read or written by an index, as merging and unmerging do.
-    best, topk: bytes per second of similarities, looking for the best of each row and for the
-        largest r of all.
-    call: seconds that an operator takes however small it is.
-    itemsize: bytes of a number in the precision that these rates are for.
+    memory: bytes per second of contiguous reads and writes.
+    rows: bytes per second of rows gathered or scattered by index, as merging and unmerging do.
+    best, topk: bytes per second of similarities, for the maximum of each row and for the r largest.
+    call: seconds that an operator takes at least.
+    itemsize: bytes per number in the precision that the rates are for.
     """
 
     matmul: float
@@ -69,7 +69,7 @@ CUDA = Rates(
 
 
 class Balance(NamedTuple):
-    """Seconds that merging saves in one block, and seconds that it spends on that."""
+    """Seconds that merging saves in one block, and seconds that it costs."""
 
     saved: float
     spent: float
@@ -85,8 +85,8 @@ def rates(device_kind: str) -> Rates:
     >>> rates("cpu").itemsize
     4
 
-    device_kind: torch.device's type. For one that is neither "cpu" nor "cuda" the rates are those
-        of "cuda": fast arithmetic and dear calls make merging pay last of all.
+    device_kind: torch.device's type. Devices other than "cpu" use the GPU's rates, the conservative
+        choice: with fast arithmetic and expensive calls merging pays least.
     Raises TypeError if it is not a string.
     """
     if not isinstance(device_kind, str):
@@ -109,9 +109,11 @@ def seconds(work: Iterable[Work], device_kind: str) -> float:
 
 def slowest(work: Work, speed: Rates) -> float:
     """Seconds of one operation: those of its arithmetic, its traffic or its calls."""
+    arithmetic: float = getattr(speed, work.arithmetic)
+    traffic: float = getattr(speed, work.traffic)
     return max(
-        work.flops / getattr(speed, work.arithmetic),
-        work.elements * speed.itemsize / getattr(speed, work.traffic),
+        work.flops / arithmetic,
+        work.elements * speed.itemsize / traffic,
         work.calls * speed.call,
     )
 
@@ -131,25 +133,25 @@ def balance(
     text_tokens: int = TEXT_TOKENS,
     joint: bool = False,
 ) -> Balance:
-    """What merging saves and spends in blocks of this shape, in seconds: an estimate.
+    """Estimate what merging saves and costs in one block of this shape, in seconds.
 
     >>> balance("cpu", 2, 4096, 2048, 320).pays, balance("cpu", 2, 16, 8, 320).pays
     (True, False)
 
     device_kind: torch.device's type: see `rates`.
     batch, tokens, channels: the shape of the block's input.
-    r: how many of the tokens merge, 0 (which never pays) to tokens − 1.
-    branches: default: self-attention with its queries.
-    destinations: how many of the tokens others may merge into, at most tokens − r; default one in
-        four, as in cells of 2×2, or what r leaves of that.
-    window: the side of the windows in which matches are looked for, in tokens; None: no windows.
+    r: how many of the tokens merge, from 0 (which never pays) to tokens − 1.
+    branches: which branches merge; default: self-attention.
+    destinations: how many tokens are destinations, at most tokens − r; default one in four, as in
+        cells of 2×2, or what r leaves of that.
+    window: the side of the windows that tokens are matched in, in tokens; None: no windows.
     refine, keep_norm: as in `DiffusionSettings`.
     text_tokens: how many tokens the text has.
-    joint: whether it is a block of SD3's or Flux's kind (see `joint_block`), not a UNet's.
+    joint: a block with joint attention to text, as in SD3 and Flux (`joint_block`).
 
-    From shapes and rates alone, so that it is the same in every run. A GPU's rates are its peaks,
-    with which what is saved, arithmetic, looks smaller than it is; what is spent is mostly calls.
-    Raises TypeError for what is no whole number, ValueError for one out of its range.
+    The GPU's rates are its peaks, which understates the arithmetic that is saved; what merging
+    costs is mostly calls.
+    Raises TypeError for a value that is not an int, ValueError for one out of range.
     """
     _check(batch, tokens, r, channels, destinations, window, text_tokens)
     kind = joint_block if joint else block

@@ -1,7 +1,7 @@
 """Which tokens merge: from token features and a partition to a token map.
 
-Every function here returns a map of exactly `n - r` groups. r is a Python integer from shapes and
-settings; nothing depends on the data but the values of the indices.
+Every function here returns a map of exactly `n - r` groups. r is a Python integer that depends on
+shapes and settings; only the values of the indices depend on the data.
 """
 
 from dataclasses import replace
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from tomesd.core.partition import Partition, Windows
-from tomesd.core.token_map import TokenMap, in_batch, norms, select
+from tomesd.core.rows import in_batch, norms, select
+from tomesd.core.token_map import TokenMap
 
-# As many tokens are compared at a time as fit in this, with their scores. All at once they would
-# take gigabytes for a 2048 px picture. On the CPU an allocation above 32 MB is mapped anew each
-# time, which costs more than what is then done with it; elsewhere fewer calls count for more.
+# Tokens and their scores are processed in chunks of at most this size: at 2048 px all scores at
+# once would take gigabytes. On the CPU the C library maps every allocation above 32 MB anew, which
+# costs more than the arithmetic; on other devices fewer calls matter more.
 CPU_CHUNK_BYTES, CHUNK_BYTES = 24 * 2**20, 128 * 2**20
-
-DISTANCES = ("cosine", "dot", "euclidean", "softmax")
 
 
 @torch.no_grad()
@@ -25,10 +24,9 @@ def bipartite_soft_matching(
     metric: Tensor,
     partition: Partition | Windows,
     r: int,
-    distance: str = "cosine",
     refine: int = 0,
 ) -> TokenMap:
-    """Merge the r sources that are most similar to a destination into that destination.
+    """Merge the r sources with the highest cosine similarity to their best destination into it.
 
     >>> metric = torch.tensor([[[1., 0.], [0., 1.], [0., 2.], [3., 0.1]]])
     >>> sides = Partition(src=torch.tensor([0, 2]), dst=torch.tensor([1, 3]))
@@ -36,20 +34,16 @@ def bipartite_soft_matching(
     tensor([[0, 1, 1, 2]])
 
     metric: [B, N, C], the features to compare. No gradient flows through the matching.
-    partition: who may merge into whom. In windows, a source looks for its destination in its own
-        window, while the r best are still chosen among all sources.
-    r: how many sources merge, at most all of them. Of equally similar destinations the first is
-        taken; of equally similar sources, those that torch.topk takes.
-    distance: how similarity is measured: "cosine" (default: among the best in ToMe, Table 1, and
-        blind to how long a token is), "dot" product, "euclidean" distance, or "softmax" of the
-        scaled dot products over all destinations, as in attention.
-    refine: how often all sources look again, by cosine, for the destination whose group, of all
-        sources that found it, is most like them: rounds of spherical k-means in which destinations
-        stay where they are. 0 is the papers' matching.
-    Raises ValueError if r is negative or above the number of sources, there is no destination, the
-        distance is another, or refine is negative or goes with another distance than the cosine.
+    partition: sources and destinations. With `Windows`, a source is compared with the destinations
+        of its own window only, while the r best are still chosen among all sources.
+    r: how many sources merge, at most all of them. Ties: the first of equally similar destinations;
+        of equally similar sources, those that torch.topk picks.
+    refine: extra rounds of spherical k-means: every source is compared again, with the mean
+        directions of the groups found so far; destinations stay fixed. 0 is the papers' matching.
+    Raises ValueError if r is negative or above the number of sources, r > 0 without a destination,
+        or refine is negative.
     Source: ToMe, section 3, Table 1b and Appendix D. Dhillon and Modha, "Concept Decompositions for
-    Large Sparse Text Data Using Clustering" (2001) for the rounds.
+    Large Sparse Text Data Using Clustering" (2001) for the k-means rounds.
     """
     batch, n, _ = metric.shape
     if isinstance(partition, Windows):
@@ -61,35 +55,31 @@ def bipartite_soft_matching(
         raise ValueError(f"r must be from 0 to the {n_src} sources, got {r}")
     if r > 0 and windows.dst.numel() == 0:
         raise ValueError(f"r must be 0 where there is no destination, got {r}")
-    if distance not in DISTANCES:
-        raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
-    if refine < 0 or (refine and distance != "cosine"):
-        raise ValueError(
-            f"refine must be 0 or, with distance 'cosine', more; got {refine} with {distance!r}"
-        )
+    if refine < 0:
+        raise ValueError(f"refine must be 0 or more, got {refine}")
     if r == 0:
         none = windows.order.new_empty(batch, 0)
         return TokenMap.from_moved_rows(n, none, none)
 
-    similarity, edges = _nearest(metric, windows, distance, refine)
+    similarity, edges = _nearest(metric, windows, refine)
     if r < windows.src.numel():
         kept = similarity.topk(r, dim=1, sorted=False).indices
         edges = edges.gather(2, kept.expand(2, -1, -1))
     return TokenMap.from_moved_rows(n, *edges.unbind())
 
 
-def _nearest(metric: Tensor, windows: Windows, distance: str, refine: int) -> tuple[Tensor, Tensor]:
-    """Each source's similarity to its best destination, [B, all sources], and the edge between
-    them, [2, B, all sources]: both as rows of the whole batch."""
+def _nearest(metric: Tensor, windows: Windows, refine: int) -> tuple[Tensor, Tensor]:
+    """Each source's similarity to its best destination, [B, sources], and the edges between them as
+    rows of the batch, [2, B, sources]."""
     batch, _, channels = metric.shape
     n_src, n_dst = windows.src.shape[1], windows.dst.shape[1]
     room = CPU_CHUNK_BYTES if metric.device.type == "cpu" else CHUNK_BYTES
     room //= batch * metric.itemsize
-    # So many windows at a time, and where a single one is too large, so many of its sources.
+    # `count` windows per chunk and, if a single window is too large, `sources` of its sources.
     count = max(1, room // ((n_src + n_dst) * channels + n_src * n_dst))
     sources = max(1, room // (count * n_dst))
     found = [
-        _nearest_at_once(metric, replace(windows, order=part), distance, refine, sources)
+        _nearest_in_chunk(metric, replace(windows, order=part), refine, sources)
         for part in windows.order.split(count)
     ]
     if len(found) == 1:
@@ -98,26 +88,25 @@ def _nearest(metric: Tensor, windows: Windows, distance: str, refine: int) -> tu
     return similarity, edges
 
 
-def _nearest_at_once(
-    metric: Tensor, windows: Windows, distance: str, refine: int, sources: int
+def _nearest_in_chunk(
+    metric: Tensor, windows: Windows, refine: int, sources: int
 ) -> tuple[Tensor, Tensor]:
-    """`_nearest` of some windows, for so many sources of each at a time."""
+    """`_nearest` for some windows, comparing `sources` tokens of each at a time."""
     order, padding = windows.order, windows.padding
     sides = [windows.src.shape[1], windows.dst.shape[1]]
     places = order.clamp(min=0) if padding else order
     rows = in_batch(places.expand(len(metric), -1, -1), metric.shape[1])
     tokens = select(metric, rows).flatten(0, 1)
-    if padding:  # It adds nothing to a group, and counts for nothing below.
+    if padding:  # Zeros add nothing to a group; their similarities are masked below.
         tokens.unflatten(0, (len(metric), -1)).mul_((order >= 0)[..., None])
-    if distance == "cosine":
-        tokens.div_(norms(tokens))  # They are a copy.
+    tokens.div_(norms(tokens))  # In place: `select` made a copy.
     left, right = tokens.split(sides, dim=1)
-    away = windows.dst < 0 if padding else None
-    similarity, place = _best(left, right, away, distance, sources)
+    padded = windows.dst < 0 if padding else None
+    similarity, place = _best(left, right, padded, sources)
     for _ in range(refine):
         into = in_batch(place, right.shape[1]).flatten()
         groups = right.flatten(0, 1).index_add(0, into, left.flatten(0, 1)).view_as(right)
-        similarity, place = _best(left, directions(groups), away, distance, sources)
+        similarity, place = _best(left, directions(groups), padded, sources)
     similarity, place = (of.unflatten(0, (len(metric), -1)) for of in (similarity, place))
     if padding:
         similarity = similarity.masked_fill(windows.src < 0, -torch.inf)
@@ -127,23 +116,20 @@ def _nearest_at_once(
 
 
 def _best(
-    left: Tensor, right: Tensor, away: Tensor | None, distance: str, sources: int
+    left: Tensor, right: Tensor, padded: Tensor | None, sources: int
 ) -> tuple[Tensor, Tensor]:
-    """The similarity of each token on the left to its best on the right, and that one's place.
+    """The largest dot product of each token on the left with one on the right, and its position.
 
-    left, right: [B·windows, tokens, C]. away: [windows, tokens], who on the right is padding.
-    sources: compared at a time.
+    left, right: [B·windows, tokens, C]. padded: bool [windows, tokens] of the right side.
+    sources: how many tokens of the left side to compare at a time.
     """
-    left, right = _factors(left, right, distance)
     right = right.transpose(1, 2)
     values, places = [], []
     for chunk in left.split(sources, dim=1):
         scores = torch.bmm(chunk, right)
-        if away is not None:
-            of_window = scores.unflatten(0, (-1, len(away)))
-            scores = of_window.masked_fill(away[:, None], -torch.inf).flatten(0, 1)
-        if distance == "softmax":
-            scores = scores.softmax(-1)
+        if padded is not None:
+            by_window = scores.unflatten(0, (-1, len(padded)))
+            scores = by_window.masked_fill(padded[:, None], -torch.inf).flatten(0, 1)
         best = scores.max(dim=-1)
         values.append(best.values)
         places.append(best.indices)
@@ -152,29 +138,13 @@ def _best(
     return torch.cat(values, dim=1), torch.cat(places, dim=1)
 
 
-def _factors(left: Tensor, right: Tensor, distance: str) -> tuple[Tensor, Tensor]:
-    """Two sides such that the products of their tokens are the similarities."""
-    if distance in ("cosine", "dot"):
-        return left, right
-    left, right = (
-        side.to(torch.promote_types(side.dtype, torch.float32)) for side in (left, right)
-    )
-    if distance == "softmax":
-        return left / left.shape[-1] ** 0.5, right
-    # −|a − b|² = 2ab − |a|² − |b|²
-    of_left, of_right = (side.square().sum(-1, keepdim=True) for side in (left, right))
-    return (
-        torch.cat([2 * left, -of_left, -torch.ones_like(of_left)], -1),
-        torch.cat([right, torch.ones_like(of_right), of_right], -1),
-    )
-
-
 def directions(tokens: Tensor) -> Tensor:
+    """Tokens scaled to unit norm; zero tokens stay zero."""
     return (tokens / norms(tokens)).to(tokens.dtype)
 
 
 def random_pruning(batch: int, n: int, partition: Partition) -> TokenMap:
-    """Drop all sources; unmerging fills their places with zeros.
+    """Drop all sources; unmerging fills them with zeros.
 
     >>> from tomesd.core.partition import random
     >>> random_pruning(1, 4, random(4, n_src=1)).m

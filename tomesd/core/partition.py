@@ -1,8 +1,9 @@
-"""Which tokens may merge (sources) and into which (destinations), before any similarity is known.
+"""Sources, which may merge away, and destinations, which they may merge into.
 
-A partition depends on shapes and settings alone, is shared by all samples of a batch, and where it
-is random, it is a pure function of a key: never of the global random state, so that it compiles,
-repeats, and is the same for both halves of a guidance batch.
+A partition depends on shapes and settings only and is shared by all samples of a batch. A random
+one
+is a pure function of a key, never of the global random state: it compiles, repeats, and is the same
+for both halves of a guidance batch.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class Partition(NamedTuple):
-    """Sources and destinations, int64 [n_src] and [n_dst]; protected tokens are in neither."""
+    """Sources int64 [n_src] and destinations int64 [n_dst]; protected tokens are in neither."""
 
     src: Tensor
     dst: Tensor
@@ -21,11 +22,10 @@ class Partition(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The same in windows: a source may merge into a destination of its own window only.
+    """A partition in windows: a source may merge into a destination of its own window only.
 
-    order: int64 [windows, n_src + n_dst], in each window the sources, then the destinations; −1
-    fills up what is smaller than others. n_src: how many are sources. padding: how many −1 are
-    among all the sources.
+    order: int64 [windows, n_src + n_dst], the sources of each window, then its destinations; −1
+    pads smaller windows. n_src: sources per window. padding: how many of all the sources are −1.
     """
 
     order: Tensor
@@ -41,7 +41,7 @@ class Windows:
         return self.order[:, self.n_src :]
 
 
-def alternating(n: int, *, prefix: int = 0, device=None) -> Partition:
+def alternating(n: int, *, prefix: int = 0, device: torch.device | str | None = None) -> Partition:
     """Every other token is a source, as in ToMe's classifiers and its Appendix F.
 
     >>> alternating(5)
@@ -57,22 +57,13 @@ def alternating(n: int, *, prefix: int = 0, device=None) -> Partition:
     return Partition(tokens[even::2], tokens[odd::2])
 
 
-def sequential(n: int, *, prefix: int = 0, device=None) -> Partition:
-    """The first half are sources, the second half destinations (ToMe, Table 1e).
-
-    >>> sequential(5)
-    Partition(src=tensor([0, 1, 2]), dst=tensor([3, 4]))
-
-    Raises ValueError if n < 0 or prefix is not from 0 to n.
-    """
-    _check(n, prefix)
-    tokens = torch.arange(prefix, n, device=device)
-    half = (len(tokens) + 1) // 2
-    return Partition(tokens[:half], tokens[half:])
-
-
 def random(
-    n: int, *, n_src: int | None = None, key: Tensor | None = None, prefix: int = 0, device=None
+    n: int,
+    *,
+    n_src: int | None = None,
+    key: Tensor | None = None,
+    prefix: int = 0,
+    device: torch.device | str | None = None,
 ) -> Partition:
     """A random half (or `n_src`) of the tokens are sources (ToMe, Table 1e).
 
@@ -94,7 +85,13 @@ def random(
 
 
 def strided(
-    h: int, w: int, sy: int = 2, sx: int = 2, *, key: Tensor | None = None, device=None
+    h: int,
+    w: int,
+    sy: int = 2,
+    sx: int = 2,
+    *,
+    key: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> Partition:
     """One destination in each cell of sy×sx tokens of an h×w grid; all others are sources.
 
@@ -112,7 +109,7 @@ def strided(
     dy, dx = _chosen(y, x, h, w, sy, sx, key)
     dst = ((y + dy) * w + x + dx).flatten()
     is_src = torch.ones(h * w, dtype=torch.bool, device=device).index_fill(0, dst, False)
-    # Without looking at the data: the rank of a source among the sources is its place in the list.
+    # Without a host sync: the rank of a source among the sources is its position in the list.
     place = torch.where(is_src, is_src.cumsum(0) - 1, h * w - len(dst))
     tokens = torch.arange(h * w, device=device)
     src = tokens.new_zeros(h * w - len(dst) + 1).scatter(0, place, tokens)[:-1]
@@ -127,18 +124,18 @@ def windowed(
     window: int = 32,
     *,
     key: Tensor | None = None,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> Windows:
-    """`strided`, in windows: a source may merge into the destinations near it only.
+    """`strided` in windows: a source may merge into the destinations of its window only.
 
     >>> windowed(2, 4, window=2).dst
     tensor([[0],
             [2]])
 
-    window: tokens along a side. A window holds as many whole cells as fit, one at least; where they
-        do not divide the grid, all windows are made a little smaller, as equal as they can be.
-    The number of comparisons grows with h·w instead of its square. The rest as in `strided`: the
-    same tokens are destinations.
+    window: tokens along a side. A window holds as many whole cells as fit, at least one; if windows
+        do not divide the grid, all of them shrink, to sizes as equal as possible.
+    The number of comparisons grows with h·w instead of its square. Destinations are the same tokens
+    as in `strided`.
     Raises ValueError if h, w, sy, sx or window is below 1.
     """
     _check_grid(h, w, sy, sx, window)
@@ -151,7 +148,7 @@ def windowed(
     y, x = y.flatten(0, 1), x.flatten(0, 1)
     dy, dx = _chosen(y.clamp(max=h - 1), x.clamp(max=w - 1), h, w, sy, sx, key)
     dst = _token(y + dy, x + dx, h, w)
-    # The places of a cell in reading order, without the chosen one.
+    # The positions in a cell in reading order, without the destination.
     others = torch.arange(sy * sx - 1, device=device)
     others = others + (others >= (dy * sx + dx)[..., None]).long()
     src = _token(y[..., None] + others // sx, x[..., None] + others % sx, h, w).flatten(1)
@@ -160,7 +157,7 @@ def windowed(
 
 
 def _even_split(count: int, most: int) -> tuple[int, int]:
-    """The fewest parts of at most so many, and how many the largest of equal parts then holds."""
+    """The fewest parts of at most `most` items, and the size of the largest of equal parts."""
     parts = -(-count // most)
     return parts, -(-count // parts)
 
@@ -172,7 +169,7 @@ def _token(y: Tensor, x: Tensor, h: int, w: int) -> Tensor:
 def _chosen(
     y: Tensor, x: Tensor, h: int, w: int, sy: int, sx: int, key: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Where in its cell the destination is: (dy, dx), for cells that begin at y and x."""
+    """The offset (dy, dx) of the destination in each cell; cells begin at y and x."""
     if key is None:
         zero = torch.zeros_like(y + x)
         return zero, zero
@@ -186,9 +183,9 @@ def make_key(seed: int, step: Tensor | float = 0, block: int = 0) -> Tensor:
     >>> bool(make_key(0, step=981) == make_key(0, step=torch.tensor(981)))
     True
 
-    step: the timestep as the model gets it, so that a step is known by its noise level and no
-        counter has to be kept; a tensor stays where it is (the first value of a batch counts).
-    Returns an int64 scalar tensor. No generator object and no host synchronisation is involved.
+    step: the timestep that the model is given: it identifies the step without a counter. A tensor
+        stays on its device (the first value of a batch counts).
+    Returns an int64 scalar tensor. No generator object and no host sync is involved.
     """
     step = torch.as_tensor(step).flatten()[:1].float()
     bits = step.view(torch.int32).long() & 0xFFFFFFFF
@@ -196,7 +193,7 @@ def make_key(seed: int, step: Tensor | float = 0, block: int = 0) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Scramble integers to 32 random-looking bits; no product leaves the range of int64."""
+    """Scramble integers to 32 random-looking bits; no product overflows int64."""
     x = x & 0xFFFFFFFF
     for _ in range(2):
         x = (((x >> 16) ^ x) * 0x045D9F3B) & 0xFFFFFFFF

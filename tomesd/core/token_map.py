@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below any norm that matters: a zero token has a direction of zeros instead of NaN.
-_SMALLEST_NORM = 1e-6
+from tomesd.core.rows import in_batch, in_sample, norms, select, select_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,18 +20,16 @@ class TokenMap:
     tensor([[[2.],
              [5.]]])
 
-    group: int64 [B, N], the group of each token; −1 for a token that was dropped (pruning).
-    head:  int64 [B, M], one token of each group, the one that the others merge into. Groups are
-           numbered by their heads' places, so that tokens keep their order.
-    moved: int64 [B, K], the tokens that merged into a head; K = N−M where none was dropped. How
-           many is fixed by shapes and settings, never by the data: a map costs no host
-           synchronisation and compiles.
-    size:  float32 [B, M, 1], how many tokens the group holds. float32 also where the tokens are
-           bfloat16, which cannot count past 256.
+    group: int64 [B, N], the group of each token; −1 for a dropped token (pruning).
+    head:  int64 [B, M], the destination of each group, which the other tokens merge into. Groups
+           are numbered by the positions of their heads, so tokens keep their order.
+    moved: int64 [B, K], the tokens that merged into a head; K = N−M if no token was dropped. K
+           depends on shapes and settings, never on the data: a map costs no host sync and compiles.
+    size:  float32 [B, M, 1], the number of tokens in each group. float32 even for bfloat16 tokens:
+           bfloat16 cannot count past 256.
 
-    What is kept are rows: the same numbers counted through the whole batch, b·N or b·M more in
-    sample b, since that is how tokens [B, N, C] lie in memory. To select whole rows takes a single
-    call, and on the CPU it is several times faster than to gather single elements.
+    group_rows, head_rows and moved_rows hold the same as rows of the whole batch
+    (`tomesd.core.rows`); that is what is stored.
 
     Source: ToMe, section 3 and Appendix D; the groups are its merged tokens.
     """
@@ -44,15 +41,15 @@ class TokenMap:
 
     @property
     def group(self) -> Tensor:
-        return _in_sample(self.group_rows, self.m)
+        return in_sample(self.group_rows, self.m)
 
     @property
     def head(self) -> Tensor:
-        return _in_sample(self.head_rows, self.n)
+        return in_sample(self.head_rows, self.n)
 
     @property
     def moved(self) -> Tensor:
-        return _in_sample(self.moved_rows, self.n)
+        return in_sample(self.moved_rows, self.n)
 
     @property
     def n(self) -> int:
@@ -66,39 +63,39 @@ class TokenMap:
 
     @property
     def drops(self) -> bool:
-        """Whether tokens were dropped: some are neither heads nor merged into one."""
+        """Whether some tokens were dropped: they are neither heads nor merged into one."""
         return self.m + self.moved_rows.shape[1] < self.n
 
     @staticmethod
     def from_moves(n: int, moved: Tensor, target: Tensor | None) -> TokenMap:
-        """The map in which each moved token joins a token that stays; without targets, is dropped.
+        """The map in which each moved token joins its target, or is dropped if there is none.
 
         >>> TokenMap.from_moves(4, torch.tensor([[0, 3]]), torch.tensor([[2, 2]])).group
         tensor([[1, 0, 1, 1]])
 
-        n: the number of tokens. moved: int64 [B, k], distinct. target: int64 [B, k], none of them
-        in moved, or None. Neither is checked: that would need a host synchronisation.
+        n: the number of tokens. moved: int64 [B, k], distinct. target: int64 [B, k], disjoint from
+        moved, or None. Neither is checked: that would need a host sync.
         """
         into = None if target is None else in_batch(target, n)
         return TokenMap.from_moved_rows(n, in_batch(moved, n), into)
 
     @staticmethod
     def from_moved_rows(n: int, moved: Tensor, target: Tensor | None) -> TokenMap:
-        """`from_moves` for tokens that are counted through the whole batch.
+        """`from_moves` for rows of the batch.
 
         >>> moved, target = torch.tensor([[0], [4]]), torch.tensor([[2], [3]])
         >>> TokenMap.from_moved_rows(3, moved, target).group
         tensor([[1, 0, 1],
                 [0, 0, 1]])
 
-        n: the number of tokens of each sample. moved, target: int64 [B, k], rows of the batch.
+        n: the number of tokens of each sample. moved, target: int64 [B, k].
         """
         batch, count = moved.shape
         left = batch * (n - count)
         stays = torch.ones(batch * n, dtype=torch.bool, device=moved.device)
         rank = stays.scatter_(0, moved.flatten(), False).cumsum(0) - 1
         rows = torch.arange(batch * n, device=moved.device)
-        # Moved tokens have no place among the heads: they are written to one slot past the end.
+        # Moved tokens are no heads: they are all written to one slot past the end.
         slot = rank.scatter(0, moved.flatten(), left)
         head = rows.scatter(0, slot, rows)[:left]
         one = torch.ones((), device=moved.device)
@@ -112,6 +109,16 @@ class TokenMap:
         return TokenMap(group.view(batch, n), head.view(batch, -1), moved, size.view(batch, -1, 1))
 
     @staticmethod
+    def identity(x: Tensor) -> TokenMap:
+        """The map of tokens [B, N, C] in which each token is a group of its own.
+
+        >>> TokenMap.identity(torch.zeros(1, 3, 8)).group
+        tensor([[0, 1, 2]])
+        """
+        none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+        return TokenMap.from_moved_rows(x.shape[1], none, none)
+
+    @staticmethod
     def from_groups(group: Tensor | Sequence[Sequence[int]]) -> TokenMap:
         """The map with these groups; the first token of each is its head.
 
@@ -120,9 +127,9 @@ class TokenMap:
                 [0, 1]])
 
         group: [B, N] integers, any labels, the same number of distinct ones in each sample. Groups
-        are numbered anew by their heads' places.
-        Raises ValueError if the samples have different numbers of groups. Looks at the data: for
-        tests, pictures and loading, not for use inside a model.
+        are renumbered by the positions of their heads.
+        Raises ValueError if the samples have different numbers of groups. Reads the data (a host
+        sync): for tests, pictures and loading, not for use inside a model.
         """
         labels = torch.as_tensor(group)
         if labels.dim() != 2:
@@ -147,18 +154,16 @@ class TokenMap:
                  [5.]]])
 
         x: [B, N, C], any float dtype and device. Returns [B, M, C] in the same dtype; sums are
-            taken in float32 or wider, so that large groups stay exact in half precision.
+            accumulated in float32 or wider, so large groups stay exact in half precision.
             Differentiable.
         weight: [B, N, 1] or None, each token's weight in the mean: the number of original tokens it
-            stands for, where merging goes on layer after layer (ToMe's size-weighted average).
-            None weighs all alike.
-        how: "mean" (default: the best in ToMe, Table 1), "sum", "max", "head", which keeps the
-            head's value, or "direction", the mean's direction with the head's length. A mean is
-            shorter than what it is of, the more so the less alike they are; where a layer gets
-            tokens fresh from a norm it has learned to expect their length. Dropped tokens count
-            for nothing.
-        Raises ValueError for an unknown `how`, a weight beside a `how` that has no use for it, or
-            an x or weight of another shape.
+            stands for, where every layer merges (ToMe's size-weighted average). None: all equal.
+        how: "mean" (default: the best in ToMe, Table 1), "sum", "max", "head" (keep the head's
+            value), or "direction": the mean rescaled to its head's norm. Averaging shrinks tokens,
+            the more the less alike they are, and a layer behind a norm has learned to expect their
+            norm. Dropped tokens are ignored.
+        Raises ValueError for an unknown `how`, a weight with a `how` that ignores weights, or an x
+            or weight of another shape.
         """
         batch = len(self.size)
         _require_shape("x", x, batch, self.n)
@@ -175,10 +180,10 @@ class TokenMap:
         wide = torch.promote_types(dtype, torch.float32)
         if weight is not None:
             x, count = x.to(wide) * weight, self.merge(weight.to(wide), how="sum")
-        # Both are copies, so that what follows may write into them.
+        # Both are copies, so they can be written in place below.
         heads, moved = select(x, self.head_rows), select(x, self.moved_rows).flatten(0, 1)
         into = self.group_rows.flatten().index_select(0, self.moved_rows.flatten())
-        if self.drops:  # Some of them may have merged into a head that was dropped later.
+        if self.drops:  # A token may have merged into a head that was dropped later.
             nothing = float("-inf") if how == "max" else 0
             moved, into = moved.masked_fill(into[:, None] < 0, nothing), into.clamp(min=0)
         if how == "max":
@@ -191,7 +196,7 @@ class TokenMap:
         return (total if how == "sum" else total.div_(count)).to(dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Give every token the value of its group; zeros where it was dropped.
+        """Copy the value of each group to its tokens; dropped tokens get zeros.
 
         >>> pairs = TokenMap.from_groups([[0, 0, 1]])
         >>> pairs.unmerge(torch.tensor([[[2.], [5.]]]))
@@ -210,32 +215,32 @@ class TokenMap:
         return select(y, self.group_rows)
 
     def then(self, other: TokenMap) -> TokenMap:
-        """This map followed by another on its groups: N → M → K as one map N → K.
+        """Compose with a map on the groups of this one: N → M → K as one map N → K.
 
         >>> first, second = TokenMap.from_groups([[0, 0, 1, 2]]), TokenMap.from_groups([[0, 1, 1]])
         >>> first.then(second).group
         tensor([[0, 0, 1, 1]])
 
-        Raises ValueError if the other map is not on the same batch of M tokens.
+        Raises ValueError if the other map does not take the same batch of M tokens.
         """
         needed, got = self.head_rows.shape, other.group_rows.shape
         if got != needed:
             raise ValueError(f"other must map [batch, tokens] {list(needed)}, got {list(got)}")
         if self.drops:
-            group = _pick(other.group_rows, self.group_rows.clamp(min=0))
+            group = select_each(other.group_rows, self.group_rows.clamp(min=0))
             group = group.masked_fill(self.group_rows < 0, -1)
         else:
-            group = _pick(other.group_rows, self.group_rows)
-        moved = _pick(self.head_rows, other.moved_rows)
+            group = select_each(other.group_rows, self.group_rows)
+        moved = select_each(self.head_rows, other.moved_rows)
         return TokenMap(
             group,
-            _pick(self.head_rows, other.head_rows),
+            select_each(self.head_rows, other.head_rows),
             torch.cat([self.moved_rows, moved], dim=1),
             other.merge(self.size, how="sum"),
         )
 
     def repeat(self, times: int) -> TokenMap:
-        """The same maps for so many times as many samples.
+        """The same maps for `times` as many samples.
 
         >>> TokenMap.from_groups([[0, 0, 1]]).repeat(2).group
         tensor([[0, 0, 1],
@@ -255,44 +260,7 @@ class TokenMap:
 
 
 def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | None = None) -> None:
-    # A wrong batch must not pass: rows of another sample would be read, or samples lost.
+    # A wrong batch must not pass: it would read rows of other samples, or lose samples.
     if x.dim() != 3 or x.shape[:2] != (batch, n) or channels not in (None, x.shape[2]):
         needed = f"[{batch}, {n}, {channels or 'channels'}]"
         raise ValueError(f"{name} must be of shape {needed}, got {list(x.shape)}")
-
-
-def norms(x: Tensor) -> Tensor:
-    """The length of each token, [B, N, 1]; that of a zero token is above zero."""
-    # In float32: the norm of a float16 token may be above float16's largest number, and rounded to
-    # bfloat16 it would move the cosine by more than the rounding of all channels does.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return norm.clamp(min=_SMALLEST_NORM)
-
-
-def in_batch(index: Tensor, n: int) -> Tensor:
-    """Places among the n tokens of each sample, [B, ...], as rows of the whole batch."""
-    if len(index) == 1:
-        return index  # Two calls fewer, which on a GPU cost more than what they do.
-    return index + _first_rows(index, n)
-
-
-def _in_sample(rows: Tensor, n: int) -> Tensor:
-    """The reverse; what is −1 stays that."""
-    if len(rows) == 1:
-        return rows
-    return torch.where(rows < 0, rows, rows - _first_rows(rows, n))
-
-
-def _first_rows(index: Tensor, n: int) -> Tensor:
-    first = torch.arange(0, len(index) * n, n, device=index.device)
-    return first.view(-1, *(1,) * (index.dim() - 1))
-
-
-def select(x: Tensor, rows: Tensor) -> Tensor:
-    """These rows of x [B, N, C], counted through the whole batch: [*rows, C], a copy."""
-    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, x.shape[2])
-
-
-def _pick(values: Tensor, rows: Tensor) -> Tensor:
-    return values.flatten().index_select(0, rows.flatten()).view_as(rows)

@@ -1,7 +1,7 @@
-"""How diffusers' attention takes log(size) on its keys, or that it takes none.
+"""Which attention processors and backends of diffusers add log(size) to the logits of the keys.
 
-What is said here of processors and backends is so in diffusers 0.42, models/attention_processor.py
-and models/attention_dispatch.py; what xformers wants, in its 0.0.35, ops/fmha/cutlass.py.
+Checked against diffusers 0.42 (models/attention_processor.py and models/attention_dispatch.py) and
+xformers 0.0.35 (ops/fmha/cutlass.py).
 """
 
 import inspect
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# In the names of backends that raise for a mask of numbers. Those of NPUs do not, but take it for
-# one of booleans.
+# In the names of backends that raise for a float mask. Those of NPUs do not: they read it as a
+# boolean mask.
 _MASKLESS = ("flash", "sage", "aiter", "npu", "xla")
 
-# Processors that take a mask of numbers for one of booleans.
+# Processors that read a float mask as a boolean one.
 _MISTAKEN = ("AttnProcessorNPU", "XLAFlashAttnProcessor2_0")
 
 
 def check_takes_bias(attention: Any) -> None:
-    """Raise ValueError where proportional attention would be refused or, worse, be left out.
+    """Raise ValueError if this attention would reject or, worse, ignore a bias on its keys.
 
-    attention: a module of diffusers with a processor; its backend is the one set now.
+    attention: an attention module of diffusers, with its current processor and backend.
     """
     processor = attention.processor
     name, backend = type(processor).__name__, _backend(processor)
@@ -31,20 +31,19 @@ def check_takes_bias(attention: Any) -> None:
         _refuse(f"attention backend {backend!r}")
     attend = nn.functional.scaled_dot_product_attention
     if not torch.compiler.is_compiling() and _swallows_masks(attend):
-        _refuse(f"{attend.__name__} in the place of scaled_dot_product_attention")
+        _refuse(f"{attend.__name__} in place of scaled_dot_product_attention")
 
 
 def fit_bias(bias: Tensor, attention: Any, queries: int) -> Tensor:
-    """The bias of keys as the processor takes it: another one for xformers alone.
+    """The bias in the form that the processor takes; only xformers needs another form.
 
     bias: [B, 1, M], or [B, 1, 1, M]. queries: their number. Raises what check_takes_bias raises,
-    since the processor may be another one by now.
+    since the processor may have been replaced since.
 
-    xformers adds a tensor to the logits only if its rows begin at every eighth number of its memory
-    (`_check_bias_alignment`), so that it must be a part of a larger one where M is not a multiple
-    of 8. Of three dimensions, diffusers would copy it for each head, and not keep it so; one that
-    is there for all heads is left alone. Autocast does not know xformers' kernel, which wants
-    the precision of the queries.
+    xformers needs rows that are aligned to eight elements (`_check_bias_alignment`), so the bias
+    must be a view into a larger tensor if M is not a multiple of 8. diffusers would copy a 3-D bias
+    for each head and lose the alignment; it leaves one alone that already has all heads. Autocast
+    does not cover xformers' kernel, which wants the dtype of the queries.
     """
     check_takes_bias(attention)
     processor = attention.processor
@@ -56,14 +55,14 @@ def fit_bias(bias: Tensor, attention: Any, queries: int) -> Tensor:
         bias = bias.repeat_interleave(attention.heads, dim=0)
     keys = bias.shape[-1]
     bias = nn.functional.pad(bias, (0, -keys % 8))[..., :keys]
-    # A view, which XFormersAttnProcessor would make by itself, but not that of Custom Diffusion.
+    # A view: XFormersAttnProcessor would expand it, that of Custom Diffusion would not.
     return bias.expand(-1, queries, -1) if bias.dim() == 3 else bias
 
 
 def _backend(processor: Any) -> str:
-    """What computes the attention of a processor; empty where it does not leave that to diffusers.
+    """The attention backend that a processor dispatches to; empty if it does not dispatch.
 
-    One that was set for all models counts where none was set for its own.
+    A processor without a backend of its own uses the global one.
     """
     if not hasattr(processor, "_attention_backend"):
         return ""
@@ -72,14 +71,14 @@ def _backend(processor: Any) -> str:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
         backend, _ = _AttentionBackendRegistry.get_active_backend()
-    return getattr(backend, "value", backend)
+    return str(getattr(backend, "value", backend))
 
 
 def _swallows_masks(attend: Any) -> bool:
-    """Whether it is of SageAttention, put there as its README says, and ignores attn_mask.
+    """Whether it is SageAttention's, installed as its README says, and ignores attn_mask.
 
-    sageattn does, in 1.0.6 and in the sources of 2.2.0; one of the kernels that it chooses from,
-    sageattn_qk_int8_pv_fp16_triton, has that argument in the latter.
+    sageattn does so in 1.0.6 and 2.2.0; one of its kernels, sageattn_qk_int8_pv_fp16_triton, has
+    the argument in 2.2.0.
     """
     module = getattr(attend, "__module__", None) or ""
     return (
@@ -91,5 +90,5 @@ def _swallows_masks(attend: Any) -> bool:
 def _refuse(what: str) -> None:
     raise ValueError(
         f"prop_attn must be False with {what}, which adds no attn_mask to the logits, got True: "
-        "apply_patch(..., prop_attn=False), or compute attention in another way"
+        "apply_patch(..., prop_attn=False), or choose another processor or backend"
     )

@@ -1,30 +1,26 @@
-"""How much merges in which part of the denoising, and where a pipeline is in it."""
+"""Ratios that change over the denoising steps, and all forms in which a ratio may be given."""
 
-import weakref
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
-
-# A compiled model is compiled anew for each ratio, and torch.compile gives up after eight times.
+# A compiled model is compiled once per ratio, and torch.compile gives up after eight times.
 MOST_PIECES = 6
 
 
 @dataclass(frozen=True)
 class RatioSchedule:
-    """A ratio for each part of the denoising, constant within each of a few pieces.
+    """A ratio that changes over the denoising steps, constant within each of a few pieces.
 
     >>> tomesd.apply_patch(pipe, ratio=tomesd.RatioSchedule.last(0.5, since=0.5))
     >>> tomesd.RatioSchedule.ramp(0.6, 0.2, pieces=3).pieces
     ((0.3333333333333333, 0.6), (0.6666666666666666, 0.4), (1.0, 0.2))
 
-    pieces: (until, ratio) in order: the ratio up to which progress, from 0 before the first step
-        to 1, where the last piece must end. Progress is the share of the scheduler's steps that are
-        done: the first k of n steps end at k/n, and image-to-image with strength 0.6 begins at 0.4.
-        At most six pieces, so that a compiled model is compiled a few times and no more.
+    pieces: (until, ratio) in order: the ratio up to that progress, which is 0 before the first step
+        and 1 after the last; the last piece must end at 1. Progress is the share of the scheduler's
+        steps that are done: the first k of n steps end at k/n, and image-to-image with strength 0.6
+        begins at 0.4. At most six constant pieces; each is compiled once.
 
     Raises TypeError or ValueError, naming what is wrong and what is allowed.
     """
@@ -47,8 +43,8 @@ class RatioSchedule:
 
     @classmethod
     def last(cls, ratio: float, since: float) -> "RatioSchedule":
-        """Merge in the last part of the steps only: the picture is laid out by then, and changes
-        least (`scripts/quality.py`).
+        """Merge in the last part of the steps only: by then the layout of the image is settled, and
+        merging changes it least (`scripts/quality.py`).
 
         >>> RatioSchedule.last(0.5, since=10 / 25).pieces  # all but the first 10 of 25 steps
         ((0.4, 0.0), (1.0, 0.5))
@@ -57,7 +53,7 @@ class RatioSchedule:
 
     @classmethod
     def first(cls, ratio: float, until: float) -> "RatioSchedule":
-        """Merge in the first part of the steps only, and leave the details to whole tokens.
+        """Merge in the first part of the steps only, and compute the details with all tokens.
 
         >>> RatioSchedule.first(0.5, until=10 / 25).pieces  # the first 10 of 25 steps
         ((0.4, 0.5), (1.0, 0.0))
@@ -66,7 +62,7 @@ class RatioSchedule:
 
     @classmethod
     def ramp(cls, start: float, end: float, pieces: int = 4) -> "RatioSchedule":
-        """From one ratio in the first steps to another in the last, in equal stairs.
+        """From one ratio in the first steps to another in the last, in equal pieces.
 
         >>> RatioSchedule.ramp(0.5, 0.0, pieces=2).pieces
         ((0.5, 0.5), (1.0, 0.0))
@@ -77,7 +73,7 @@ class RatioSchedule:
 
     @classmethod
     def of(cls, function: Callable[[float], float], pieces: int = 4) -> "RatioSchedule":
-        """Any function of progress, taken in the middle of each of a few equal pieces.
+        """Any function of progress, evaluated in the middle of each of a few equal pieces.
 
         >>> RatioSchedule.of(lambda progress: 0.5 * progress, pieces=2).pieces
         ((0.5, 0.125), (1.0, 0.375))
@@ -90,7 +86,7 @@ class RatioSchedule:
         return cls(tuple(((i + 1) / len(ratios), ratio) for i, ratio in enumerate(ratios)))
 
     def at(self, until: float) -> float:
-        """The ratio of the piece in which a part of the denoising ends.
+        """The ratio of the piece that holds this progress.
 
         >>> RatioSchedule.first(0.5, until=0.4).at(0.2)
         0.5
@@ -98,176 +94,54 @@ class RatioSchedule:
         return next(ratio for end, ratio in self.pieces if until <= end)
 
 
+# What apply_patch takes as a ratio, and the forms that remain once functions are sampled.
 OneRatio = float | RatioSchedule | Callable[[float], float]
 Ratio = OneRatio | Mapping[int, OneRatio]
+NormalRatio = float | RatioSchedule | dict[int, float | RatioSchedule]
 
 
-class RatioPlan:
-    """The ratio of each level of a model in each stage of the denoising.
+def normal_ratio(ratio: Any) -> NormalRatio:
+    """A float, a RatioSchedule, or a dict of these by level, from any form of a ratio.
 
-    >>> RatioPlan({1: RatioSchedule.first(0.5, until=0.4), 2: 0.25}, pipe).of_level(1)
-    (0.5, 0.0)
+    >>> normal_ratio({1: 0.5, 2: lambda progress: 0.5 * progress})[1]
+    0.5
 
-    ratio: a number, a `RatioSchedule` or a function of progress; or a dict of these by level, that
-        is, by how much coarser its grid is than the finest one with attention.
-    pipe: the diffusers pipeline whose scheduler tells the steps, where the ratio changes over them.
-    ends: of the stages, in which the ratio changes at no level.
-
-    Raises TypeError or ValueError, naming what is wrong and what is allowed.
+    Raises TypeError for any other type, ValueError for levels that are not whole numbers from 1.
     """
-
-    def __init__(self, ratio: Any, pipe: Any):
-        levels = ratio if isinstance(ratio, Mapping) else {0: ratio}
-        if not levels or (levels is ratio and not all(map(_is_level, ratio))):
-            raise ValueError(
-                "ratio by level must name how much coarser than the finest each level is, for "
-                f"example {{1: 0.5, 2: 0.25}}, got {ratio!r}"
-            )
-        self.schedules = {level: _schedule(each) for level, each in levels.items()}
-        ends = {end for each in self.schedules.values() for end, _ in each.pieces}
-        self.ends = tuple(sorted(ends))
-        if len(ends) > MOST_PIECES:
-            raise ValueError(f"ratio must change at most {MOST_PIECES - 1} times, got {self.ends}")
-        self.steps = None
-        if len(ends) > 1:
-            if not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
-                raise TypeError(
-                    "ratio must be a float where no pipeline with a scheduler tells the steps: "
-                    f"a schedule needs apply_patch(pipe, ...), got a {type(pipe).__name__}"
-                )
-            self.steps = Steps(pipe)
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        return tuple(ratio for each in self.schedules.values() for _, ratio in each.pieces)
-
-    @property
-    def changes(self) -> bool:
-        """Whether it depends on the step."""
-        return self.steps is not None
-
-    @property
-    def names_levels(self) -> bool:
-        return 0 not in self.schedules
-
-    def check_levels(self, levels: list[int]) -> None:
-        """Raises ValueError for a level that is named but not there."""
-        missing = set(self.schedules) - {0, *levels}
-        if missing:
-            there = ", ".join(map(str, levels)) or "none"
-            raise ValueError(f"ratio by level must name levels among {there}, got {min(missing)}")
-
-    def of_level(self, level: int) -> tuple[float, ...]:
-        """Its ratio in each stage; 0 for a level that is not named."""
-        schedule = self.schedules.get(0) or self.schedules.get(level)
-        return tuple(schedule.at(end) if schedule else 0.0 for end in self.ends)
-
-    def stage(self, timestep: Any) -> int:
-        """The number of the stage in which the model is called with this timestep."""
-        return self._stage_at(self.steps.progress(timestep)) if self.steps else 0
-
-    def _stage_at(self, progress: float) -> int:
-        # Ten of 25 steps are 0.4, however that rounds.
-        return sum(progress >= end - 1e-6 for end in self.ends[:-1])
-
-    def why_idle(self) -> str:
-        """Why nothing merges in any step of the picture that is being made, or nothing if some do.
-
-        A turbo model's only step is both the first and the last.
-        """
-        if self.steps is None:
-            return ""
-        first, last = map(self._stage_at, self.steps.span())
-        ends = self.ends[first : last + 1]
-        if any(each.at(end) for each in self.schedules.values() for end in ends):
-            return ""
-        return f"the ratio is 0 in each of the steps that it takes, {self.steps.count} in all"
+    if not isinstance(ratio, Mapping):
+        return _one_ratio(ratio)
+    if not ratio or not all(type(level) is int and level > 0 for level in ratio):
+        raise ValueError(
+            "ratio by level must name how much coarser than the finest each level is, for "
+            f"example {{1: 0.5, 2: 0.25}}, got {ratio!r}"
+        )
+    return {level: _one_ratio(each) for level, each in ratio.items()}
 
 
-def _check_count(pieces: Any) -> None:
-    if type(pieces) is not int or not 1 <= pieces <= MOST_PIECES:
-        raise ValueError(f"pieces must be a whole number from 1 to {MOST_PIECES}, got {pieces!r}")
+def all_ratios(ratio: NormalRatio) -> list[float]:
+    """Every value that a ratio takes, at any level in any step.
+
+    >>> all_ratios(RatioSchedule.last(0.5, since=0.4))
+    [0.0, 0.5]
+    """
+    if isinstance(ratio, dict):
+        return [value for each in ratio.values() for value in all_ratios(each)]
+    return [value for _, value in ratio.pieces] if isinstance(ratio, RatioSchedule) else [ratio]
 
 
-def _is_level(level: Any) -> bool:
-    return type(level) is int and level > 0
-
-
-def _schedule(ratio: Any) -> RatioSchedule:
+def _one_ratio(ratio: Any) -> float | RatioSchedule:
     if isinstance(ratio, RatioSchedule):
         return ratio
     if callable(ratio):
         return RatioSchedule.of(ratio)
     if isinstance(ratio, Real) and not isinstance(ratio, bool):
-        return RatioSchedule(((1.0, float(ratio)),))
+        return float(ratio)
     raise TypeError(
         "ratio must be a float, a RatioSchedule, a function of progress, or a dict of these by "
         f"level, got {ratio!r}"
     )
 
 
-class Steps:
-    """Where a pipeline is in its denoising, as its scheduler counts it.
-
-    >>> Steps(pipe).progress(timestep)
-
-    pipe: a diffusers pipeline with a scheduler, which may be exchanged later. It is not kept alive:
-        a model must not hold on to the pipeline that it was part of. Most schedulers count their
-        steps in a Python number, so that nothing waits for the device. DDIM, DDPM and PNDM do not:
-        they read each step's timestep from the device themselves, and so does this.
-    """
-
-    def __init__(self, pipe: Any):
-        self._pipe: Callable[[], Any] = weakref.ref(pipe)
-        self._scheduler = pipe.scheduler
-
-    @property
-    def scheduler(self) -> Any:
-        pipe = self._pipe()
-        if pipe is not None:
-            self._scheduler = pipe.scheduler
-        return self._scheduler
-
-    def __deepcopy__(self, memo: dict) -> "Steps":
-        # A copied pipeline's model follows the copy, a model copied alone its old pipeline.
-        copied = memo.get(id(self._pipe()))
-        steps = _alone(self.scheduler if copied is None else deepcopy(self.scheduler, memo))
-        steps._pipe = self._pipe if copied is None else weakref.ref(copied)
-        return steps
-
-    def __reduce__(self) -> tuple:
-        # The model alone, not its pipeline: in a pipeline's pickle it is the same scheduler.
-        return _alone, (self.scheduler,)
-
-    @property
-    def count(self) -> int:
-        return len(self.scheduler.timesteps)
-
-    def span(self) -> tuple[float, float]:
-        """The progress at which a picture's first and last step are called, as far as the scheduler
-        knows: where image-to-image begins, DDIM, DDPM and PNDM are not told."""
-        begin = getattr(self.scheduler, "_begin_index", None) or 0
-        return begin / self.count, (self.count - 1) / self.count
-
-    def progress(self, timestep: Any) -> float:
-        """The share of the steps that are done, when the model is called with this timestep."""
-        scheduler = self.scheduler
-        steps = self.count
-        if hasattr(scheduler, "_step_index"):
-            done = scheduler._step_index
-            if done is None:  # Until the first step, begin_index says where to start.
-                done = scheduler._begin_index or 0
-            return done / steps
-        now = float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
-        return int((scheduler.timesteps.cpu() > now).sum()) / steps
-
-
-def _alone(scheduler: Any) -> Steps:
-    """The steps of a scheduler whose pipeline is gone or elsewhere."""
-    steps = Steps.__new__(Steps)
-    steps._pipe, steps._scheduler = _gone, scheduler
-    return steps
-
-
-def _gone() -> None:
-    return None
+def _check_count(pieces: Any) -> None:
+    if type(pieces) is not int or not 1 <= pieces <= MOST_PIECES:
+        raise ValueError(f"pieces must be a whole number from 1 to {MOST_PIECES}, got {pieces!r}")

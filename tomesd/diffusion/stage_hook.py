@@ -1,4 +1,4 @@
-"""How a model learns in which stage of the denoising it is called, where the ratio changes.
+"""How a model learns in which stage of the denoising it is called, if the ratio changes over it.
 
 Imported only then: `torch.compiler.disable` imports the compiler.
 """
@@ -10,28 +10,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from tomesd.diffusion.ratio_schedule import RatioPlan
-from tomesd.hooks import Threads, by_name
+from tomesd.diffusion.block import ThreadState
+from tomesd.diffusion.ratio_plan import RatioPlan
+from tomesd.hooks import PerThread, by_name
 
 
 @dataclass(eq=False)
 class StageHook:
-    """Notes the stage for the thread that calls the model, before it runs.
+    """Records the stage for the thread that calls the model, before the model runs.
 
-    names: the model's arguments in order. timestep: which of them tells the step.
+    names: the model's arguments in order. timestep: the one that holds the timestep.
     """
 
-    threads: Threads[Any]
+    threads: PerThread[ThreadState]
     plan: RatioPlan
     names: tuple[str, ...]
     timestep: str
     warned: bool = False
 
-    # A model's own hooks are no part of its graph, so that this may look at the scheduler.
-    @torch.compiler.disable
-    def note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    # A model's own hooks are not part of its graph, so this may read the scheduler.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = by_name(self.names, args, kwargs)
-        self.threads.run.stage = self.plan.stage(given[self.timestep])
+        self.threads.state.stage = self.plan.stage(given[self.timestep])
         why_idle = "" if self.warned else self.plan.why_idle()
         if why_idle:
             self.warned = True

@@ -34,14 +34,15 @@ LABELS = {
 }
 
 
-def load_pipeline(folder: Path = ASSETS / "pipeline", dtype=torch.float32):
+def load_pipeline(
+    folder: Path = ASSETS / "pipeline", dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
     """The embedded Stable Diffusion of the Shapes world, 128×128 px.
 
     >>> load_pipeline()("a photo of a red heart on a blue striped background").images[0].size
     (128, 128)
 
-    Raises FileNotFoundError if it is not there: `python scripts/train_shapes.py --output assets`
-    makes it.
+    Raises FileNotFoundError if it is not there.
     """
     _require(folder)
     return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
@@ -56,7 +57,8 @@ def load_classifier(folder: Path = ASSETS / "classifier") -> ViTForImageClassifi
 def _require(folder: Path) -> None:
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"{folder} is missing; `python scripts/train_shapes.py --output assets` makes it"
+            f"folder must hold a model, got {folder}, which does not exist: reinstall tomesd, or, "
+            "in a clone, python scripts/train_shapes.py --output assets"
         )
 
 

@@ -142,7 +142,9 @@ def _background(scene: Scene, size: int) -> np.ndarray:
         if scene.kind == "checkered":
             dark ^= np.floor(across / scene.period + scene.phase) % 2 == 1
         amount = np.where(dark, np.float32(-0.42), np.float32(0.12))
-    return amount.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING).mean((1, 3))
+    cells: np.ndarray = amount.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING)
+    means: np.ndarray = cells.mean((1, 3))
+    return means
 
 
 def draw_mask(scene: Scene, size: int = 128) -> Image.Image:

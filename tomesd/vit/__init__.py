@@ -1,0 +1,18 @@
+"""Vision Transformers of transformers, timm and torchvision."""
+
+from tomesd.vit import timm, torchvision, transformers, videomae
+from tomesd.vit.layer import HookPoints, Layer
+from tomesd.vit.patch import ViTPatch
+from tomesd.vit.spec import Places, ViT
+
+__all__ = [
+    "HookPoints",
+    "Layer",
+    "Places",
+    "ViT",
+    "ViTPatch",
+    "timm",
+    "torchvision",
+    "transformers",
+    "videomae",
+]

@@ -8,18 +8,18 @@ Schedule = int | tuple[int, float] | list[int]
 
 
 def per_layer(r: Schedule, layers: int) -> list[int]:
-    """What each layer is asked to merge.
+    """How many tokens each layer should merge.
 
     >>> per_layer((8, -1), layers=5)
     [16, 12, 8, 4, 0]
 
-    r: a number of tokens: the same in every layer, the best without knowing the model (ToMe, Figure
-        2). (r, inflection): r on average, on a line from r·(1 − inflection) in the first layer to
-        r·(1 + inflection) in the last; −1 is the paper's decreasing schedule, faster and a little
-        less accurate at the same r. A list: one number for each layer.
+    r: a number of tokens: the same in every layer, the best choice for an unknown model (ToMe,
+        Figure 2). (r, inflection): r on average, on a line from r·(1 − inflection) in the first
+        layer to r·(1 + inflection) in the last; −1 is the paper's decreasing schedule, faster and a
+        little less accurate at the same r. A list: one number per layer.
     layers: how many layers there are.
 
-    Raises TypeError and ValueError as `checked` does, and ValueError if a list has not one number
+    Raises TypeError and ValueError as `checked` does, and ValueError unless a list has one number
     per layer. Source: ToMe, section 3, "Merging Schedule".
     """
     r = checked(r)
@@ -36,7 +36,7 @@ def per_layer(r: Schedule, layers: int) -> list[int]:
 
 
 def checked(r: Schedule) -> Schedule:
-    """The schedule in Python's own numbers, whoever's they were.
+    """The schedule in Python's own numbers, also if they were NumPy's.
 
     >>> checked((8, -1))
     (8, -1.0)
@@ -86,7 +86,7 @@ class Cost(NamedTuple):
     """What one layer costs, in multiply-adds.
 
     attention: of the projections, per token. pairs: of attention, per query–key pair. mlp: per
-    token; it runs on what is left after merging.
+    token that is left after merging.
     """
 
     attention: int
@@ -107,17 +107,18 @@ class Cost(NamedTuple):
 
 
 def for_speedup(speedup: float, cost: Cost, layers: int, tokens: int, prefix: int) -> int:
-    """The smallest constant r with which the layers cost 1/speedup of what they cost unmerged.
+    """The smallest constant r with which the layers cost 1/speedup of their unmerged cost.
 
     >>> vit_b = Cost(attention=4 * 768**2, pairs=2 * 768, mlp=8 * 768**2)
     >>> for_speedup(2.0, vit_b, layers=12, tokens=197, prefix=1)
     16
 
-    speedup: 1 or more. Multiply-adds are counted, not time: what the clock says also depends on the
-        machine, and on matching and merging themselves. The other arguments: see `Cost.of`.
+    speedup: 1 or more, in multiply-adds, not time: that also depends on the machine, and on
+    matching
+        and merging themselves. The other arguments: see `Cost.of`.
 
-    Raises ValueError if the speed-up is below 1, or above what merging half of the tokens in every
-    layer gives.
+    Raises ValueError if speedup is below 1, or above what merging half of the tokens in every layer
+    gives.
     """
     if speedup < 1:
         raise ValueError(f"speedup must be 1 or more, got {speedup}")

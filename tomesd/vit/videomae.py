@@ -1,123 +1,96 @@
-"""Token merging in transformers' VideoMAE; see `tomesd.vit.patch` for the hooks.
+"""VideoMAE of transformers.
 
-Two things differ from the other models of transformers. Its attention takes no mask, so the bias
-comes in as an attention implementation that is registered with transformers and chosen only while
-the attention runs, and only in the thread that runs it. And its MLP ends in a module that adds the
-residual stream itself: the residual that it gets is merged, and nothing has to be unmerged.
+Two things differ from its other models. Its attention takes no mask, so the keys carry log(size) as
+a tensor subclass, which adds it where the logits are computed. And its MLP ends in a module that
+adds
+the residual stream itself: the residual is merged, and nothing has to be unmerged.
 """
 
-import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomesd.hooks import Threads
-from tomesd.vit.patch import Layer, Seams
-from tomesd.vit.transformers import TransformersViTPatch
-
-MODELS = ("VideoMAEModel",)
-
-_NAME = "tomesd_key_bias"
+from tomesd.registry import register
+from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
+from tomesd.vit.spec import Places
+from tomesd.vit.transformers import TRANSFORMERS
 
 
-@dataclass(eq=False)
-class _Bias:
-    """What one thread adds to the keys of the attention that it runs; None while it runs none."""
+class _WeighedKeys(Tensor):
+    """Keys that carry a bias, [B, 1, 1, N], which attention adds to the logits, eager or fused.
 
-    value: Tensor | None = None
-
-
-class _Config:
-    """What stands in for an attention's config while its model is patched.
-
-    Whoever asks it gets what config says, but for the attention itself while it runs with a bias:
-    that is another implementation, in this thread alone.
+    What is computed from them carries it on, up to the fused kernel or the softmax of the logits.
     """
 
-    def __init__(self, config: Any):
-        self.config = config
-        self.threads = Threads(_Bias)
+    bias: Tensor
 
-    @property
-    def _attn_implementation(self) -> str:
-        biased = self.threads.run.value is not None
-        return _NAME if biased else self.config._attn_implementation
-
-    def __getattr__(self, name: str) -> Any:
-        # Not what copying and pickling ask, before config is there.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
-) -> Any:
-    """The model's own attention, "eager" or "sdpa", with a bias on its keys."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    stand_in = module.config
-    own = ALL_ATTENTION_FUNCTIONS.get_interface(stand_in.config._attn_implementation, eager)
-    return own(module, query, key, value, stand_in.threads.run.value, **kwargs)
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args[:3], **kwargs | {"attn_mask": args[1].bias})
+        if func is F.softmax:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(args[0] + args[0].bias, *args[1:], **kwargs)
+        output: Any = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if isinstance(output, cls):
+            output.bias = next(arg.bias for arg in args if isinstance(arg, cls))
+        return output
 
 
 class _Layer(Layer):
+    def install(self, patch: Any, points: HookPoints) -> None:
+        patch.after(points.features["k"], self.carry_bias)
+        patch.before(points.merge, self.merge)
+        patch.before(points.unmerge, self.merge_residual)
+        patch.first_after(points.block, self.leave)
+
+    @staticmethod
+    def whole_attention(points: HookPoints) -> nn.Module:
+        return points.block.get_submodule("attention")
+
     def by_heads(self, name: str, output: Tensor) -> Tensor:
-        return output.unflatten(-1, (-1, self.attention.attention_head_size))
+        by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
+        return by_heads
 
-    def weigh_keys(self, attention: Any, args: tuple, kwargs: dict) -> tuple:
-        from transformers import AttentionInterface
+    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor:
+        bias = self.forward.key_bias(self.index, args[0], None)
+        if bias is None:
+            return output
+        keys = output.as_subclass(_WeighedKeys)
+        keys.bias = bias[:, None, None]
+        return keys
 
-        bias = self.run.key_bias(self.index, args[0], None)
-        if bias is not None:
-            AttentionInterface.register(_NAME, _attend)
-        attention.config.threads.run.value = None if bias is None else bias[:, None, None]
-        return args, kwargs
-
-    def forget_bias(self, attention: Any, args: tuple, output: Any) -> None:
-        attention.config.threads.run.value = None
-
-    def merge_residual(self, output: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    def merge_residual(self, output: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden, residual = args
-        return (hidden, self.run.merge(self.index, residual)), kwargs
+        return (hidden, self.forward.merge(self.index, residual)), kwargs
 
-    def leave(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
         return self.finish(output)
 
 
-class VideoMAEPatch(TransformersViTPatch):
-    layer_type = _Layer
-
-    def block_seams(self, block: Any) -> Seams:
-        attention = block.attention.attention
-        features = {"q": attention.query, "k": attention.key, "v": attention.value}
-        return Seams(
-            block,
-            block.layernorm_before,
-            attention,
-            block.layernorm_after,
-            block.output,
-            features,
-            attention.all_head_size,
-        )
-
-    def whole_attention(self, seams: Any) -> nn.Module:
-        return seams.block.attention
-
-    def install_block(self, seams: Seams, layer: Any) -> None:
-        attention: Any = seams.attention
-        attention.config = _Config(attention.config)
-        self.before(seams.attention, layer.weigh_keys)
-        self.after(seams.attention, layer.forget_bias)
-        self.before(seams.merge, layer.merge)
-        self.before(seams.unmerge, layer.merge_residual)
-        self.leave(seams.block, layer.leave)
-
-    def remove(self) -> None:
-        super().remove()
-        for seams in self.seams:
-            attention: Any = seams.attention
-            if isinstance(attention.config, _Config):
-                attention.config = attention.config.config
+_ATTENTION = "attention.attention"
+register(
+    replace(
+        TRANSFORMERS,
+        places={
+            "VideoMAELayer": Places(
+                "layernorm_before",
+                _ATTENTION,
+                "layernorm_after",
+                "output",
+                f"{_ATTENTION}.query",
+                f"{_ATTENTION}.key",
+                f"{_ATTENTION}.value",
+            )
+        },
+        layer=_Layer,
+    ),
+    "transformers.VideoMAEModel",
+)

@@ -1,164 +1,91 @@
-"""Which UNets merge and where, and how a block learns on which grid of tokens it is.
+"""Where a UNet merges: its spatial transformers, their levels, and the token grid of each."""
 
-A transformer inside a UNet knows its picture's height and width; its blocks see a flat list of
-tokens. So it hands them their place among the arguments that it passes on to them anyway.
-"""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from torch import nn
 
-from torch import Tensor, nn
-
-from tomesd.core.token_map import TokenMap
-from tomesd.diffusion.guidance import check_guidance
-from tomesd.diffusion.ratio_schedule import RatioPlan
+from tomesd.diffusion.block import Place, ThreadState, has_place, pop_place
+from tomesd.diffusion.conflicts import check_guidance, fused_projections_error
+from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.ratio_plan import LevelRatio, RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import Threads
-
-MODELS = (
-    "UNet2DConditionModel",
-    "UNetMotionModel",
-    "UNetSpatioTemporalConditionModel",
-    "UNet3DConditionModel",
-    "I2VGenXLUNet",
-    "ControlNetModel",
-    "ControlNetUnionModel",
-    "SparseControlNetModel",
-)
-
-_NO_TRANSFORMERS = "it has no spatial transformers, whose blocks could merge"
-REFUSED = {
-    "Kandinsky3UNet": _NO_TRANSFORMERS,
-    "StableCascadeUNet": _NO_TRANSFORMERS,
-    "UNet2DModel": _NO_TRANSFORMERS,
-    "UNet1DModel": "its tokens are moments of a signal, not of a grid",
-    "UVit2DModel": "its transformers are in blocks that are not described yet",
-    "UNetControlNetXSModel": "its transformers are in pairs, which are not described yet",
-    "ControlNetXSAdapter": "it is a part of a UNetControlNetXSModel, which does not merge",
-    "MotionAdapter": "it is a part of a UNetMotionModel: apply_patch that or its pipeline",
-}
-
-# The modules whose blocks merge, and their argument, a dict, that they hand on to them.
-_SPATIAL = {
-    "Transformer2DModel": "cross_attention_kwargs",
-    "TransformerSpatioTemporalModel": "",
-}
-
-# Under which a block finds its place in that dict.
-_PLACE = "tomesd_place"
-
-
-class Place(NamedTuple):
-    """What a block has to know of the forward pass that it is in."""
-
-    h: int
-    w: int
-    timestep: Tensor | float
-    stage: int = 0
-
-
-FUSED = (
-    "merge_queries must be True with fused projections, which know no separate keys, got False: "
-    "unfuse_qkv_projections() on the model"
-)
-
-
-@dataclass(eq=False)
-class Run:
-    """What one thread is doing in one model, or in one of its transformers.
-
-    timestep, stage: of the model's forward pass, where the partition is random or the ratio changes
-    over the steps. place: of the transformer's, where it has no argument for it. Of its block that
-    is running, map: the token map, None where nothing merges; whole, merged: the input before and
-    after merging, where all of it runs on merged tokens.
-    """
-
-    timestep: Tensor | float = 0
-    stage: int = 0
-    place: Place | None = None
-    map: TokenMap | None = None
-    whole: Tensor | None = None
-    merged: Tensor | None = None
-
-    def forget_block(self) -> None:
-        self.map = self.whole = self.merged = None
+from tomesd.diffusion.unet.spec import UNet
+from tomesd.hooks import PerThread
 
 
 @dataclass(eq=False)
 class Transformer:
-    """One transformer of a UNet, or another module in its place: what merges there.
+    """One spatial transformer of a UNet, which knows the token grid; its blocks see a flat list.
 
-    Gradient checkpointing runs a block again, with the same arguments, when other forward passes
-    may have come in between: what is not in the arguments would then be another pass's. Only a
-    TransformerSpatioTemporalModel has no argument for it; there, the last pass counts.
-
-    of_model: what threads are doing in all of it. settings: of each stage. most: those of the stage
-    in which most merges. skipped: why nothing merges here. last: batch, height and width of its
-    tokens and the kind of device in the last forward pass of any thread, zeros before the first.
-    last_place: of that pass, for a block that is called again in a thread of autograd's own.
-    threads: what they are doing here.
+    model_threads: the state of threads in the whole model. carrier: the argument in which the place
+    travels to the blocks, or "". skipped: why nothing merges here, or "". last: batch, height and
+    width of its tokens and the kind of device in the last forward pass of any thread; zeros before
+    the first. last_place: the same for a block that autograd calls again in a thread of its own.
+    threads: the state of threads in this transformer.
     """
 
-    of_model: Threads[Run]
+    model_threads: PerThread[ThreadState]
     where: str
     downsample: int
     module: Any
-    settings: tuple[DiffusionSettings, ...]
-    most: DiffusionSettings = field(init=False)
+    carrier: str
+    matcher: Matcher
+    ratio: LevelRatio
     skipped: str = ""
     last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
     last_place: Place | None = None
-    threads: Threads[Run] = field(default_factory=lambda: Threads(Run))
-
-    def __post_init__(self) -> None:
-        self.most = max(self.settings, key=lambda settings: settings.ratio)
+    threads: PerThread[ThreadState] = field(default_factory=lambda: PerThread(ThreadState))
 
     @property
-    def h(self) -> int:
-        return self.last[1]
+    def blocks(self) -> list[Any]:
+        """The blocks that merge."""
+        return [] if self.skipped else list(self.module.transformer_blocks)
 
     @property
-    def w(self) -> int:
-        return self.last[2]
+    def grid(self) -> tuple[int, int]:
+        return self.last[1:3]
 
     def why_not(self) -> str:
-        """Why nothing merges here in a picture like the last one; empty if it does."""
+        """Why nothing merges here in an image like the last one; empty if something does."""
         batch, h, w, device = self.last
         if self.skipped or not h:
             return self.skipped
-        return self.most.why_not(device, batch, h, w, self.module.inner_dim)
+        return self.matcher.why_not(self.ratio.largest, device, batch, h, w, self.module.inner_dim)
 
-    def announce(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def announce(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
         """Hand the place to the blocks."""
         x = args[0] if args else kwargs["hidden_states"]
         h, w = x.shape[-2:]
-        self.last = len(x), h, w, x.device.type
+        self.last = x.shape[0], h, w, x.device.type
         if self.skipped:
             return None
-        if self.most.merge_attn and not self.why_not():
+        settings = self.matcher.settings
+        if settings.merge_attn and not self.why_not():
             for block in self.module.transformer_blocks:
-                check_guidance(block.attn1, self.most.merge_queries, merges_keys=True)
-        place = Place(h, w, self.of_model.run.timestep, self.of_model.run.stage)
-        name = _SPATIAL[type(transformer).__name__]
-        if not name:
-            self.threads.run.place = self.last_place = place
+                check_guidance(block.attn1, settings.merge_queries, merges_keys=True)
+        model = self.model_threads.state
+        place = Place(((1, h, w),), model.timestep, model.stage)
+        if not self.carrier:
+            self.threads.state.place = self.last_place = place
             return None
-        return args, kwargs | {name: (kwargs.get(name) or {}) | {_PLACE: place}}
+        return args, kwargs | {self.carrier: place.add_to(kwargs.get(self.carrier))}
 
-    def place(self, given: dict) -> Place:
+    def place(self, given: dict[str, Any]) -> Place:
         """The place of a block with these arguments, which are then as the host made them."""
-        name = _SPATIAL[type(self.module).__name__]
-        if name:
-            if _PLACE not in (given.get(name) or {}):
+        if self.carrier:
+            if not has_place(given.get(self.carrier)):
                 raise ValueError(
-                    f"{name} of a block in {self.where} must have the place of its tokens, which "
-                    "its model puts there: call the model, or remove_patch to call blocks alone"
+                    f"{self.carrier} of a block in {self.where} must hold the token grid, which "
+                    "the model puts there: call the model, or remove_patch to call single blocks"
                 )
-            given[name] = dict(given[name])
-            return given[name].pop(_PLACE)
-        place = self.threads.run.place or self.last_place
+            return pop_place(given, self.carrier)
+        place = self.threads.state.place or self.last_place
         tokens = given["hidden_states"].shape[1]
-        if place is None or tokens != place.h * place.w:
+        if place is None or tokens != place.grids[0][1] * place.grids[0][2]:
             raise ValueError(
                 f"hidden_states of a block in {self.where} must be of the last forward pass, at "
                 f"{place}, got {tokens} tokens: with gradient checkpointing, call backward before "
@@ -168,50 +95,54 @@ class Transformer:
 
 
 def find_transformers(
-    model: Any, settings: DiffusionSettings, plan: RatioPlan, threads: Threads[Run]
+    model: Any,
+    spec: UNet,
+    plan: RatioPlan,
+    matcher: Matcher,
+    threads: PerThread[ThreadState],
 ) -> list[Transformer]:
-    """All of a UNet's or ControlNet's, also those where nothing merges.
+    """All spatial transformers of a UNet or ControlNet, including those where nothing merges.
 
-    Raises ValueError for settings that they cannot follow, and levels that they do not have.
+    Raises ValueError for settings that their blocks cannot follow, and levels that do not exist.
     """
-    factors = []
-    factor = 1
-    for block in model.down_blocks:
-        factors.append(factor)
-        factor *= 2 if getattr(block, "downsamplers", None) else 1
-    parts = [(f"down_blocks.{i}", factors[i], block) for i, block in enumerate(model.down_blocks)]
-    parts.append(("mid_block", factor, model.mid_block))
-    for i, block in enumerate(getattr(model, "up_blocks", [])):
-        parts.append((f"up_blocks.{i}", factors[-1 - i], block))
+    settings = matcher.settings
     modules = [
-        (where, factor, module, _why_impossible(module, settings))
-        for where, factor, block in parts
+        (where, factor, module, _why_impossible(module, spec, settings))
+        for where, factor, block in _stages(model)
         for module in getattr(block, "attentions", [])
     ]
     able = sorted({factor for _, factor, _, why_not in modules if not why_not})
     plan.check_levels([factor // able[0] for factor in able])
     found = []
     for where, factor, module, why_not in modules:
+        # Levels are counted from the finest one with attention that merges: also on SDXL, whose
+        # first level has none.
         level = factor // able[0] if able else 1
-        ratios = plan.of_level(level)
-        of_stages = tuple(
-            settings if ratio == settings.ratio else replace(settings, ratio=ratio)
-            for ratio in ratios
-        )
+        ratio = plan.of_level(level)
         if not why_not and not plan.names_levels and level > settings.max_downsample:
             why_not = f"coarser than max_downsample={settings.max_downsample}"
-        found.append(
-            Transformer(threads, where, factor, module, of_stages, why_not or _why_zero(ratios))
-        )
+        if not why_not and not ratio.largest:
+            why_not = "ratio is 0"
+        carrier = spec.transformers.get(type(module).__name__, "")
+        found.append(Transformer(threads, where, factor, module, carrier, matcher, ratio, why_not))
     return found
 
 
-def _why_zero(ratios: tuple[float, ...]) -> str:
-    return "" if any(ratios) else "ratio is 0"
+def _stages(model: Any) -> Iterator[tuple[str, int, Any]]:
+    """The name, downsampling factor and module of each stage of a UNet."""
+    factors = []
+    factor = 1
+    for i, block in enumerate(model.down_blocks):
+        factors.append(factor)
+        yield f"down_blocks.{i}", factor, block
+        factor *= 2 if getattr(block, "downsamplers", None) else 1
+    yield "mid_block", factor, model.mid_block
+    for i, block in enumerate(getattr(model, "up_blocks", [])):
+        yield f"up_blocks.{i}", factors[-1 - i], block
 
 
-def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
-    if type(module).__name__ not in _SPATIAL:
+def _why_impossible(module: Any, spec: UNet, settings: DiffusionSettings) -> str:
+    if type(module).__name__ not in spec.transformers:
         return f"{type(module).__name__} is not a spatial transformer"
     for block in module.transformer_blocks:
         name = "merge_block" if settings.merge_block else "merge_mlp"
@@ -221,7 +152,7 @@ def _why_impossible(module: Any, settings: DiffusionSettings) -> str:
                 "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
             )
         if settings.merge_attn and not settings.merge_queries and block.attn1.fused_projections:
-            raise ValueError(FUSED)
+            raise fused_projections_error("merge_queries", False)
         others = settings.merge_crossattn or settings.merge_mlp or settings.merge_block
         if block.only_cross_attention and not others:
             return "its blocks have no self-attention"

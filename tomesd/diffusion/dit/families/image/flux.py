@@ -1,0 +1,124 @@
+"""Flux and its variants: joint attention of two streams, then a single one, with rotary positions.
+
+The token grid is read from the image ids that a pipeline makes. The reference images of Kontext and
+Flux2 have ids of their own: they merge too, each within itself. Samples of a ControlNet are at full
+resolution, and so is the stream that they are added to.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tomesd.diffusion.block import Grid
+from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text
+from tomesd.registry import refuse, register
+
+# The grids of ids that were read before. A pipeline passes the same ids in every step, so reading
+# them costs one host sync per image.
+_known = WeakTensorKeyDictionary()
+
+
+def _grids_of_ids(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
+    ids = given["img_ids"]
+    if torch.compiler.is_compiling():
+        return _read(ids)
+    if ids not in _known:
+        _known[ids] = _read(ids)
+    known: tuple[Grid, ...] = _known[ids]
+    return known
+
+
+def _read(ids: Tensor) -> tuple[Grid, ...]:
+    """Images one after another; each has its own first coordinate, followed by row and column.
+
+    In a model that is compiled as part of something else, this runs on the example inputs and the
+    code is for their grid: every image with the same number of tokens reuses it. A model that is
+    compiled by itself reads each one: see `grid_hook`.
+    """
+    ids = (ids[0] if ids.dim() == 3 else ids).cpu()
+    starts = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1
+    grids = []
+    for image in ids.tensor_split(starts):
+        rows, columns = image[:, 1], image[:, 2]
+        w = int((rows == rows[0]).sum())
+        h = len(rows) // w
+        if h * w != len(rows) or not (
+            torch.equal(rows, rows[::w].repeat_interleave(w))
+            and torch.equal(columns, columns[:w].repeat(h))
+        ):
+            raise ValueError(
+                f"img_ids must list the tokens of each image row by row, got {len(rows)} tokens "
+                f"of which {w} are in the first row"
+            )
+        grids.append((1, h, w))
+    return tuple(grids)
+
+
+# What torch.compiler.assume_constant_result does, which would import all of the compiler.
+setattr(_read, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def _grids_without_cache(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
+    if given.get("kv_cache_mode") is not None:
+        raise ValueError(
+            f"kv_cache_mode must be None while tokens merge, got {given['kv_cache_mode']!r}: keys "
+            "that are kept from step to step would be of other tokens"
+        )
+    return _grids_of_ids(model, given)
+
+
+_TWO_STREAMS = Blocks(
+    text=Text("encoder_hidden_states"),
+    output=1,
+    proportional=Bias(4),
+    rotary=Rotary("image_rotary_emb"),
+    carrier="image_rotary_emb",
+)
+# Flux splits its single stream between the blocks; Chroma and Flux2 do not.
+_SPLIT_STREAM = replace(_TWO_STREAMS, name="single_transformer_blocks")
+_ONE_STREAM = replace(_SPLIT_STREAM, text=Text(), output=None)
+
+register(
+    DiT((_TWO_STREAMS, _SPLIT_STREAM), _grids_of_ids, rope="pos_embed", reads_data=True),
+    "diffusers.FluxTransformer2DModel",
+    "diffusers.FluxControlNetModel",
+    "diffusers.BriaTransformer2DModel",
+    "diffusers.LongCatImageTransformer2DModel",
+    "diffusers.OvisImageTransformer2DModel",
+)
+
+# Padded text is masked.
+register(
+    DiT(
+        (
+            replace(_TWO_STREAMS, mask="attention_mask"),
+            replace(_ONE_STREAM, mask="attention_mask"),
+        ),
+        _grids_of_ids,
+        rope="pos_embed",
+        reads_data=True,
+    ),
+    "diffusers.ChromaTransformer2DModel",
+)
+
+# Its tables of text and image are concatenated after they are made.
+register(
+    DiT(
+        (
+            replace(_TWO_STREAMS, carrier="joint_attention_kwargs"),
+            replace(_ONE_STREAM, carrier="joint_attention_kwargs"),
+        ),
+        _grids_without_cache,
+        kwargs="joint_attention_kwargs",
+        reads_data=True,
+    ),
+    "diffusers.Flux2Transformer2DModel",
+)
+
+refuse(
+    "its pipeline masks pairs of tokens, which merged tokens cannot follow",
+    "diffusers.BriaFiboTransformer2DModel",
+)

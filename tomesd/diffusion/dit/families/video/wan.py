@@ -1,0 +1,35 @@
+"""Wan and its variants: self-attention with rotary positions; text only in cross-attention."""
+
+from dataclasses import replace
+
+from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, latent_grid
+from tomesd.registry import register
+
+_WAN = Blocks(
+    "blocks",
+    attention=("attn1",),
+    proportional=Bias(4),
+    rotary=Rotary("rotary_emb", dim=1),
+    # If each frame has its own timestep.
+    per_token=(("temb", 1),),
+    carrier="rotary_emb",
+)
+
+register(
+    DiT(_WAN, latent_grid(frames=-3), rope="rope"),
+    "diffusers.WanTransformer3DModel",
+    "diffusers.ChronoEditTransformer3DModel",
+)
+# The blocks that make hints get the same tables: no grid can travel in them.
+register(
+    DiT(
+        replace(_WAN, carrier=""),
+        latent_grid(frames=-3),
+        unmerged=(("vace_blocks", "they hand on what they make of every token"),),
+    ),
+    "diffusers.WanVACETransformer3DModel",
+)
+register(
+    DiT(replace(_WAN, per_token=(("temb", 2),)), latent_grid(frames=-3), rope="rope"),
+    "diffusers.SkyReelsV2Transformer3DModel",
+)

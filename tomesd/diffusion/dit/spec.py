@@ -1,0 +1,129 @@
+"""What `tomesd.register` needs to know of a diffusion transformer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tomesd.diffusion.block import Grid
+from tomesd.registry import Spec
+
+# The model and the arguments of its forward by name → the grids of its image tokens.
+Grids = Callable[[Any, dict[str, Any]], tuple[Grid, ...]]
+
+
+class Text(NamedTuple):
+    """Text tokens that image tokens attend to in self-attention; they never merge.
+
+    argument: the block's argument that holds them; "" if they are in the one with the image tokens.
+    first: whether they come before the image tokens among the keys, and in that argument.
+    """
+
+    argument: str = ""
+    first: bool = True
+
+
+class Rotary(NamedTuple):
+    """Rotary position tables of the tokens; a merged token takes the angles of its destination.
+
+    argument: the block's argument that holds the table or a tuple of tables.
+    dim: the dimension of tokens. 0 means one table for all samples, hence one token map for all.
+    table: which table or tuple of them, if only one of those in the argument is of image tokens.
+    """
+
+    argument: str
+    dim: int = 0
+    table: int | None = None
+
+
+class Bias(NamedTuple):
+    """Proportional attention through an attention_mask with this many dimensions."""
+
+    ndim: int
+
+
+class UnmergeKeys(NamedTuple):
+    """Proportional attention without a mask: these projections of keys and values are unmerged.
+
+    Merged queries attend to the key of every token: exact, at half the saving.
+    """
+
+    projections: tuple[str, ...] = ("to_k", "to_v")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the blocks in one list of a model take their tokens. Each is a residual of its input.
+
+    >>> Blocks("blocks", attention=("attn1",), proportional=Bias(4), rotary=Rotary("rotary_emb"))
+    Blocks(name='blocks', tokens='hidden_states', text=None, output=None, attention=('attn1',), ...
+
+    name: of the list in the model.
+    tokens: the argument with the tokens that merge.
+    text: the text tokens that they attend to together with their own, if any.
+    output: the index of the image tokens in the block's output; None if they are all of it.
+    attention: the block's children that do self-attention; some blocks may have None there.
+    proportional: how attention can weigh keys by size; None: merge without proportional attention.
+    rotary: the rotary tables of the tokens, if any.
+    per_token: arguments that may have an entry for each image token, and in which dimension; merged
+        tokens take the entry of their destination.
+    mask: the argument that may hold a mask of all keys, in its last dimension.
+    only: the class of the blocks that merge, if the list has others that should not.
+    unless: a child module; blocks that have it do not merge, since they are no residual.
+    carrier: the dict or tuple among the block's arguments in which the token grid travels; ""
+        without one (see `DiT`).
+    """
+
+    name: str = "transformer_blocks"
+    tokens: str = "hidden_states"
+    text: Text | None = None
+    output: int | None = None
+    attention: tuple[str, ...] = ("attn",)
+    proportional: Bias | UnmergeKeys | None = None
+    rotary: Rotary | None = None
+    per_token: tuple[tuple[str, int], ...] = ()
+    mask: str = ""
+    only: str = ""
+    unless: str = ""
+    carrier: str = ""
+
+    def split(self, model: Any) -> tuple[list[Any], list[Any]]:
+        """The blocks that merge, and those that do not because of `unless`."""
+        blocks = [
+            block for block in getattr(model, self.name) if self.only in ("", type(block).__name__)
+        ]
+        others = [block for block in blocks if getattr(block, self.unless, None) is not None]
+        return [block for block in blocks if block not in others], others
+
+
+@dataclass(frozen=True)
+class DiT(Spec):
+    """How the diffusion transformers of one class are hooked.
+
+    >>> from tomesd.diffusion.dit import latent_grid
+    >>> blocks = Blocks(attention=("attn1",), proportional=Bias(3))
+    >>> spec = DiT(blocks, grids=latent_grid())
+    >>> tomesd.register(spec, "my_package.MyTransformer2DModel")
+
+    blocks: one record for each list of blocks.
+    grids: the grids of the image tokens, from the model and the arguments of its forward by name
+        (`tomesd.diffusion.dit.grids`). Exact, and without a host sync if possible.
+    kwargs: the model's argument, a dict, that it hands to its blocks; or
+    rope: its child that computes a tuple of rotary tables for them. The token grid travels in
+        either, because gradient checkpointing calls a block again, with the same arguments, when
+        other forward passes may have come in between. Without both, the last forward's grid counts.
+    reads_data: whether `grids` reads the values of tensors, which a graph cannot.
+    timestep: the model's argument with the timestep.
+    unmerged: other lists of blocks, and why they do not merge: for reports.
+    """
+
+    blocks: Blocks | tuple[Blocks, ...]
+    grids: Grids
+    kwargs: str = ""
+    rope: str = ""
+    reads_data: bool = False
+    timestep: str = "timestep"
+    unmerged: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def lists(self) -> tuple[Blocks, ...]:
+        return (self.blocks,) if isinstance(self.blocks, Blocks) else self.blocks

@@ -1,0 +1,116 @@
+"""The ratio of each level of a model in each stage of the denoising."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tomesd.diffusion.ratio_schedule import MOST_PIECES, NormalRatio, RatioSchedule
+from tomesd.diffusion.scheduler_steps import SchedulerSteps
+
+
+class LevelRatio:
+    """The ratio at one level in each stage.
+
+    >>> LevelRatio((0.5, 0.0)).largest
+    0.5
+    """
+
+    def __init__(self, by_stage: Sequence[float]):
+        # As text: torch.compile(dynamic=True) makes every float a variable, but how many tokens
+        # merge must be a constant.
+        self._by_stage = tuple(map(repr, by_stage))
+
+    @property
+    def by_stage(self) -> tuple[float, ...]:
+        return tuple([float(text) for text in self._by_stage])
+
+    def at(self, stage: int) -> float:
+        return float(self._by_stage[stage])
+
+    @property
+    def largest(self) -> float:
+        return max([float(text) for text in self._by_stage])
+
+    def __str__(self) -> str:
+        return "ratio " + ", ".join(f"{ratio:.2g}" for ratio in self.by_stage)
+
+
+class RatioPlan:
+    """The ratio at each level of a model, in each stage of the denoising.
+
+    >>> plan = RatioPlan({1: RatioSchedule.first(0.5, until=0.4), 2: 0.25}, pipe)
+    >>> plan.of_level(1).by_stage
+    (0.5, 0.0)
+
+    ratio: as `DiffusionSettings` keeps it. A level is given by how much coarser its token grid is
+        than the finest one with attention.
+    pipe: the diffusers pipeline whose scheduler counts the steps, if the ratio changes over them.
+    ends: of the stages, within which no level's ratio changes.
+
+    Raises TypeError without such a pipeline, ValueError if the ratio changes too often.
+    """
+
+    def __init__(self, ratio: NormalRatio, pipe: Any = None):
+        levels = ratio if isinstance(ratio, dict) else {0: ratio}
+        self.schedules = {
+            level: each if isinstance(each, RatioSchedule) else RatioSchedule(((1.0, each),))
+            for level, each in levels.items()
+        }
+        ends = {end for each in self.schedules.values() for end, _ in each.pieces}
+        self.ends = tuple(sorted(ends))
+        if len(ends) > MOST_PIECES:
+            raise ValueError(f"ratio must change at most {MOST_PIECES - 1} times, got {self.ends}")
+        self.steps = None
+        if len(ends) > 1:
+            if not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
+                raise TypeError(
+                    "ratio must be a float without a pipeline whose scheduler counts the steps: "
+                    f"a schedule needs apply_patch(pipe, ...), got a {type(pipe).__name__}"
+                )
+            self.steps = SchedulerSteps(pipe)
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything merges at any level in any step."""
+        return any(ratio for each in self.schedules.values() for _, ratio in each.pieces)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the ratio depends on the step."""
+        return self.steps is not None
+
+    @property
+    def names_levels(self) -> bool:
+        return 0 not in self.schedules
+
+    def check_levels(self, levels: list[int]) -> None:
+        """Raises ValueError if the ratio names a level that the model does not have."""
+        missing = set(self.schedules) - {0, *levels}
+        if missing:
+            there = ", ".join(map(str, levels)) or "none"
+            raise ValueError(f"ratio by level must name levels among {there}, got {min(missing)}")
+
+    def of_level(self, level: int) -> LevelRatio:
+        """The ratio of one level; 0 for a level that is not named."""
+        schedule = self.schedules.get(0) or self.schedules.get(level)
+        return LevelRatio([schedule.at(end) if schedule else 0.0 for end in self.ends])
+
+    def stage(self, timestep: Any) -> int:
+        """The index of the stage in which the model is called with this timestep."""
+        return self._stage_at(self.steps.progress(timestep)) if self.steps else 0
+
+    def _stage_at(self, progress: float) -> int:
+        # Ten of 25 steps are 0.4, however that rounds.
+        return sum(progress >= end - 1e-6 for end in self.ends[:-1])
+
+    def why_idle(self) -> str:
+        """Why nothing merges in any step of the current image; empty if something does.
+
+        The only step of a turbo model is both the first and the last.
+        """
+        if self.steps is None:
+            return ""
+        first, last = map(self._stage_at, self.steps.span())
+        ends = self.ends[first : last + 1]
+        if any(each.at(end) for each in self.schedules.values() for end in ends):
+            return ""
+        return f"the ratio is 0 in each of the steps that it takes, {self.steps.count} in all"

@@ -1,0 +1,35 @@
+"""What merges where in a model, as a table."""
+
+from dataclasses import dataclass
+
+from tomesd.hooks import ReportRow
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `tomesd.report` returns; printing it gives a table.
+
+    >>> report = tomesd.report(pipe)
+    >>> report.rows["unet"][0].blocks
+    2
+
+    rows: by the name of the patched model.
+    """
+
+    rows: dict[str, list[ReportRow]]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, rows in self.rows.items():
+            lines.append(
+                f"{name:<28} {'blocks':>6} {'tokens':>7} {'merged to':>9} {'attention saved':>15}"
+            )
+            for row in rows:
+                lines.append(
+                    f"  {row.where:<26} {row.blocks:>6} {row.tokens:>7} {row.merged:>9} "
+                    f"{1 - row.work:>15.1%}  {row.note}".rstrip()
+                )
+            work = sum(row.blocks * row.tokens**2 for row in rows)
+            left = sum(row.blocks * row.tokens**2 * row.work for row in rows)
+            lines.append(f"  {'all':<51} {1 - left / max(work, 1):>15.1%}")
+        return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""What `tomesd.register` needs to know of a Vision Transformer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from tomesd.registry import Spec
+from tomesd.vit.layer import HookPoints, Layer
+from tomesd.vit.settings import ViTSettings
+
+
+class Places(NamedTuple):
+    """Where the hooks of a block go, by the names of its modules; "attn.k_proj" is in a child.
+
+    enter: the first module that gets the block's input. attention: self-attention.
+    merge: the first module after attention, unmerge: the last one before its output is added to the
+    residual stream. q, k, v: the modules whose outputs are queries, keys and values; only k is
+    needed, unless the layer's hooks compute it.
+    """
+
+    enter: str
+    attention: str
+    merge: str
+    unmerge: str
+    q: str = ""
+    k: str = ""
+    v: str = ""
+
+
+@dataclass(frozen=True)
+class ViT(Spec):
+    """How the Vision Transformers of one host are hooked.
+
+    >>> block = Places("norm1", "attn", "norm2", "mlp", k="attn.key")
+    >>> spec = ViT({"MyBlock": block}, prefix=lambda model: 1, tokens=lambda model: 197)
+    >>> tomesd.register(spec, "my_package.MyViT")
+
+    places: by the class of the block.
+    prefix: how many class, distillation and register tokens lead the sequence.
+    tokens: how many tokens, with the prefix, an input of the model's own size has.
+    blocks: paths to the list of blocks in the model; the first one that exists counts.
+    attention_mask: the argument of the attention that takes a mask to add to the logits,
+        [B, 1, 1, N].
+    layer: the hooks on a block. Another class than `Layer` for attention that takes no such mask,
+    or
+        whose projections are not [B, N, heads · head_dim].
+    check: raises an error for a model or settings that it does not go with.
+    recorder: the module whose output holds the hidden states of all layers, if the host collects
+        them; they are unmerged.
+    """
+
+    places: Mapping[str, Places]
+    prefix: Callable[[Any], int]
+    tokens: Callable[[Any], int]
+    blocks: tuple[str, ...] = ("blocks", "layers", "encoder.layers", "encoder.layer")
+    attention_mask: str = "attention_mask"
+    layer: type[Layer] = Layer
+    check: Callable[[Any, ViTSettings], None] | None = None
+    recorder: Callable[[Any], nn.Module] | None = None
+
+    def find_blocks(self, model: Any) -> nn.ModuleList:
+        """Raises AttributeError if the model has none of the paths."""
+        for path in self.blocks:
+            found: nn.ModuleList | None = _get(model, path)
+            if found is not None:
+                return found
+        raise AttributeError(f"{type(model).__name__} has none of {', '.join(self.blocks)}")
+
+    def hook_points(self, index: int, block: Any) -> HookPoints:
+        """Raises TypeError for a block of another class than `places` names."""
+        name = type(block).__name__
+        if name not in self.places:
+            raise TypeError(
+                f"model must have blocks of type {' or '.join(self.places)}, in which tokens can "
+                f"merge between attention and MLP, got {name} as block {index}"
+            )
+        places = self.places[name]
+        enter, attention, merge, unmerge = map(block.get_submodule, places[:4])
+        features = {
+            feature: block.get_submodule(path)
+            for feature, path in zip("qkv", places[4:], strict=True)
+            if path
+        }
+        return HookPoints(block, enter, attention, merge, unmerge, features)
+
+
+def _get(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module

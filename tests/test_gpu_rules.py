@@ -3,6 +3,7 @@
 The tensors of these tests have no values; see `tests.support.fake_gpu`.
 """
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -65,9 +66,9 @@ def _patched_transformer(name: str, **settings) -> Any:
     tiny = TRANSFORMERS[name]
     patched = tomesd.apply_patch(tiny.build(), **settings)
     hooks = patched._tomesd_patch.hooks
-    if hooks.family.in_data:  # The one look at the data that the README tells of.
-        grids = hooks.family.grids(patched, tiny.inputs())
-        hooks.family = hooks.family._replace(grids=lambda model, given: grids)
+    if hooks.spec.reads_data:  # The one host sync, which docs/compatibility.md names.
+        grids = hooks.spec.grids(patched, tiny.inputs())
+        hooks.spec = replace(hooks.spec, grids=lambda model, given: grids)
     return patched
 
 

@@ -16,7 +16,7 @@ def _map(model) -> tuple[Tensor, list]:
     """The first block's token map in one forward pass, as groups of the first sample."""
     block, hooks = next(iter(model._tomesd_patch.blocks.items()))
     seen = []
-    handle = block.register_forward_pre_hook(lambda *_: seen.append(hooks.model.run.map))
+    handle = block.register_forward_pre_hook(lambda *_: seen.append(hooks.model.state.map))
     return handle, seen
 
 

@@ -9,12 +9,12 @@ import tomesd
 from tests.support.recorders import AttentionRecorder
 from tests.support.slow import slow
 from tests.support.tiny_transformers import TINY
-from tomesd.core.frames import clips, frame_by_frame, place_by_place
+from tomesd.core.frames import clips, time_first, time_last
 from tomesd.core.matching import random_pruning
 from tomesd.core.partition import make_key
 from tomesd.core.partition import random as random_partition
 from tomesd.core.token_map import TokenMap
-from tomesd.diffusion.dit.video import VideoMatching
+from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.settings import DiffusionSettings
 
 VIDEOS = [name for name, tiny in TINY.items() if tiny.frames > 1]
@@ -55,11 +55,11 @@ def test_a_map_of_places_is_the_same_map_of_frames(frames, h, w, drops, seed):
         mapped = TokenMap.from_groups(torch.stack([labels[order] for order in orders]))
     tokens = torch.arange(n).view(1, n, 1).expand(2, -1, -1)
     # Which token is where when the frames of each place follow one another.
-    token_at = place_by_place(tokens, frames, w)[..., 0]
+    token_at = time_last(tokens, frames, w)[..., 0]
     assert token_at[0].tolist() == [
         (t * h + y) * w + x for y in range(h) for x in range(w) for t in range(frames)
     ]
-    result = frame_by_frame(mapped, frames)
+    result = time_first(mapped, frames)
     for sample in range(2):
         expected = {
             frozenset(token_at[sample, i].item() for i in group)
@@ -85,11 +85,11 @@ def test_a_map_of_places_is_the_same_map_of_frames(frames, h, w, drops, seed):
 )
 def test_as_many_tokens_merge_as_the_settings_say(frames, how):
     chosen = DiffusionSettings(ratio=0.5, across_frames=True, **how)
-    matching = VideoMatching(chosen)
+    matching = VideoMatcher(chosen)
     x = torch.randn(2, frames * 5 * 7, 8, generator=torch.Generator().manual_seed(0))
-    found = matching.token_map(x, (frames, 5, 7), make_key(0))
+    found = matching.token_map(x, (frames, 5, 7), 0.5, make_key(0))
     assert found.n == frames * 35
-    assert found.n - found.m == matching.merged((frames, 5, 7))
+    assert found.n - found.m == matching.merged(0.5, (frames, 5, 7))
     # Half of the tokens of each clip, rounded down.
     lost = found.n // 2 - (found.n - found.m)
     assert 0 <= lost <= len(clips(frames, 4)) * max(1, frames // 4)
@@ -98,7 +98,7 @@ def test_as_many_tokens_merge_as_the_settings_say(frames, how):
 def test_a_picture_merges_as_it_would_without():
     x = torch.randn(2, 35, 8)
     maps = [
-        VideoMatching(DiffusionSettings(across_frames=across)).token_map(x, (1, 5, 7), None)
+        VideoMatcher(DiffusionSettings(across_frames=across)).token_map(x, (1, 5, 7), 0.5, None)
         for across in (False, True)
     ]
     assert torch.equal(maps[0].group, maps[1].group)

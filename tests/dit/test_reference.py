@@ -125,7 +125,7 @@ def test_a_text_token_never_merges(name):
     single = found[-1].changed(lambda value: torch.ones_like(value) if value.dim() == 3 else value)
     maps = []
     hooks = model._tomesd_patch.blocks[single.block]
-    single.block.register_forward_pre_hook(lambda *_: maps.append(hooks.model.run.map))
+    single.block.register_forward_pre_hook(lambda *_: maps.append(hooks.model.state.map))
     single()
     (token_map,) = maps
     of_grid = set(range(token_map.n)[places(tiny, token_map.n)])

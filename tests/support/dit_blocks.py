@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tomesd
 from tests.support import slow_reference
 from tests.support.tiny_transformers import CONTROLNETS, DIT, TEXT_TOKENS, TINY, TinyTransformer
+from tomesd.diffusion.block import Place
 
 # Every class of transformers that merges, or a kind of it.
 FAMILIES = TINY | {DIT.name: DIT} | CONTROLNETS
@@ -70,7 +71,7 @@ def _each(value: Any, change) -> Any:
 def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: each for key, each in value.items() if key != "tomesd_place"}
-    if type(value) is tuple and value and type(value[-1]).__name__ == "_Place":
+    if type(value) is tuple and value and isinstance(value[-1], Place):
         return value[:-1]
     return value
 

@@ -23,7 +23,7 @@ from tests.support.recorders import attention_lengths, is_spatial
 from tests.support.tiny_model import WIDTH
 from tests.support.tiny_pipelines import build_pipeline, sample, sd_components
 from tests.support.tiny_unets import TINY, predict, sd_unet, unet_inputs
-from tomesd.diffusion.unet.levels import Place
+from tomesd.diffusion.block import Place
 
 SIZE = {"height": 80, "width": 112}
 WAYS = [{}, {"prop_attn": False}, {"merge_attn": True}, {"preset": "paper"}]
@@ -139,7 +139,7 @@ def test_in_gligen_merging_tokens_that_are_equal_changes_nothing_but_rounding():
     with torch.no_grad():
         expected = block(x, encoder_hidden_states=text, cross_attention_kwargs=own)
         tomesd.apply_patch(unet, ratio=0.75)
-        own = own | {"tomesd_place": Place(8, 8, 500)}
+        own = own | {"tomesd_place": Place(((1, 8, 8),), 500)}
         got = block(x, encoder_hidden_states=text, cross_attention_kwargs=own)
     torch.testing.assert_close(got, expected)
 

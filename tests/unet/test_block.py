@@ -8,7 +8,7 @@ import tomesd
 from tests.support.recorders import count_hooks
 from tests.support.tiny_unets import predict, sd_unet, sdxl_unet, unet_inputs
 from tomesd import TokenMap
-from tomesd.diffusion.unet.levels import Place
+from tomesd.diffusion.block import Place
 
 WHOLE = {"merge_block": True, "max_downsample": 8}
 
@@ -71,7 +71,7 @@ def test_merging_tokens_that_are_equal_changes_nothing_but_rounding(make):
     with torch.no_grad():
         expected = block(x, encoder_hidden_states=text)
         tomesd.apply_patch(unet, ratio=0.75, **WHOLE)
-        place = {"tomesd_place": Place(8, 8, torch.tensor(500))}
+        place = {"tomesd_place": Place(((1, 8, 8),), torch.tensor(500))}
         got = block(x, encoder_hidden_states=text, cross_attention_kwargs=place)
     torch.testing.assert_close(got, expected)
 

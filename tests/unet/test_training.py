@@ -107,7 +107,7 @@ def test_nothing_of_a_checkpointed_pass_is_kept_after_backward():
     gc.collect()
     assert seen
     assert not [each for each in seen if each() is not None]
-    assert not [each for each in runs if each.run.whole is not None]
+    assert not [each for each in runs if each.state.x is not None]
 
 
 def test_nothing_of_a_pass_that_failed_is_kept():
@@ -122,7 +122,7 @@ def test_nothing_of_a_pass_that_failed_is_kept():
     with pytest.raises(RuntimeError, match="out of memory"):
         unet(**unet_inputs(unet))
     assert len(seen) == 1
-    assert unet._tomesd_patch.transformers[0].threads.run.whole is None
+    assert unet._tomesd_patch.transformers[0].threads.state.x is None
     handle.remove()
     assert unet(**unet_inputs(unet)).sample.isfinite().all()
 

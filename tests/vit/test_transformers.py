@@ -107,10 +107,10 @@ def test_what_an_attention_mask_hides_cannot_change_the_rest():
     tomesd.apply_patch(vit.model, r=3)
     expected = vit.output()
     vit.inputs["pixel_values"][:, :, 16:] += 10  # Rows of patches that are hidden altogether.
-    group = vit.model.vit._tomesd_patch.run.maps[-1].group
+    group = vit.model.vit._tomesd_patch.forward.maps[-1].group
     assert group.unique().numel() < 37
     changed = vit.output()
-    same = (vit.model.vit._tomesd_patch.run.maps[-1].group[:, :20] == group[:, :20]).all(1)
+    same = (vit.model.vit._tomesd_patch.forward.maps[-1].group[:, :20] == group[:, :20]).all(1)
     torch.testing.assert_close(changed[same], expected[same], atol=1e-4, rtol=1e-4)
 
 

@@ -25,7 +25,8 @@ from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import BlockTrace, DenoiserPatch, Patch, PerThread, ReportRow, argument_names
+from tomesd.hooks import BlockTrace, DenoiserPatch, Patch, PerThread, argument_names
+from tomesd.reports import ReportRow
 
 _NO_BIAS = "without proportional attention: its processors take no bias"
 

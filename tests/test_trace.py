@@ -53,7 +53,7 @@ def test_the_groups_of_every_layer_are_those_of_the_reference(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_patches_lie_in_their_grid_and_prefix_tokens_are_told_apart(name):
+def test_patches_lie_in_their_grid_and_prefix_tokens_stay_separate(name):
     vit = build(name)
     last = traced_run(vit, r=3)[-1]
     grid = GRIDS.get(name, (6, 6))

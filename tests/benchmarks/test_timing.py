@@ -1,5 +1,6 @@
 """Times are compared within a round, and memory is counted where it is used."""
 
+import gc
 import math
 import os
 import time
@@ -127,10 +128,13 @@ def test_where_the_earlier_peak_stays_it_is_said(monkeypatch):
         peak_memory(int, CPU)
 
 
-def test_the_peak_counts_memory_that_is_given_back_before_the_end():
-    count = 64 * 2**20
+def test_the_peak_counts_memory_that_is_freed_before_the_end():
+    # The system counts pages in batches for each core, and other memory of this process may be
+    # freed meanwhile: a quarter is more than that.
+    count = 256 * 2**20
+    gc.collect()
     peak = peak_memory(lambda: torch.ones(count, dtype=torch.uint8), CPU)
-    assert peak.peak - peak.before >= 0.99 * count
+    assert peak.peak - peak.before >= 0.75 * count
 
 
 def test_the_peak_is_refused_on_devices_that_count_none():

@@ -31,7 +31,7 @@ def _picture(pipe) -> Tensor:
     )
 
 
-def test_its_unet_merges_and_comes_back(pipe):
+def test_its_unet_merges_and_removing_the_patch_restores_it(pipe):
     unpatched = _picture(pipe)
     merged = _picture(tomesd.apply_patch(pipe, ratio=0.5))
     assert set(tomesd.report(pipe).rows) == {"unet"}

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import tomesd
 from tests.support.recorders import count_hooks
@@ -154,7 +154,7 @@ def test_chunking_that_is_switched_on_later_is_an_error_and_no_wrong_picture(dim
         predict(unet)
 
 
-def test_fused_projections_know_no_separate_keys():
+def test_fused_projections_need_prop_attn_off():
     unet = sd_unet()
     unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match=r"merge_queries must be True .* got False"):

@@ -38,12 +38,12 @@ def test_it_depends_on_the_seed(settings):
     assert not torch.equal(first, second)
 
 
-def test_without_chance_the_seed_does_not_matter():
+def test_without_randomness_the_seed_does_not_matter():
     first, second = (predict(tomesd.apply_patch(sd_unet(), seed=seed)) for seed in (0, 1))
     assert torch.equal(first, second)
 
 
-def test_chance_differs_from_the_fixed_destinations():
+def test_random_destinations_differ_from_the_fixed_ones():
     fixed = predict(tomesd.apply_patch(sd_unet()))
     assert not torch.equal(predict(tomesd.apply_patch(sd_unet(), use_rand=True)), fixed)
 

@@ -65,7 +65,7 @@ SHAPES = ("--prompts", "shapes", "--reference", "shapes")
         ),
         (
             (*SHAPES, "--features", "shapes", "--classifier", "none"),
-            r"folder must hold a model, got none",
+            r"must hold a model, got none",
         ),
         ((*SHAPES, "--output", "table.png"), r"output must be a folder, .* name, 'table.png'"),
         (("--prompts", "none", "--reference", "shapes"), r"prompts must be .* a file, got 'none'"),

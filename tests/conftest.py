@@ -41,6 +41,6 @@ def _names_of_examples(doctest_namespace: dict) -> None:
     for module, names in (
         (tomesd, tomesd.__all__),
         (matching, ("bipartite_soft_matching", "random_pruning")),
-        (partition, ("Partition", "alternating", "make_key", "random", "sequential", "strided")),
+        (partition, ("Partition", "alternating", "make_key", "random", "strided")),
     ):
         doctest_namespace.update({name: getattr(module, name) for name in names})

@@ -21,7 +21,7 @@ def shares(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("shares")
     # `accelerate launch --cpu` starts one process only.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, str(ROOT / "tests" / "data_parallel.py"), str(folder)]
+    command = [sys.executable, *launch, "-m", "tests.support.data_parallel", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

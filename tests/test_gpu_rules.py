@@ -1,8 +1,11 @@
-"""What a GPU asks of a patched model, seen without one: nothing waits for it, nothing is elsewhere.
+"""What a GPU asks of a patched model, seen without one: no syncs, and nothing on the CPU.
 
 The tensors of these tests have no values; see `tests.support.fake_gpu`.
 """
 
+from dataclasses import replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ import torch
 
 import tomesd
 from tests.support import tiny_transformers, tiny_unets, tiny_vits
-from tests.support.fake_gpu import can_be_faked, run_on_gpu
+from tests.support.fake_gpu import Outputs, can_be_faked, run_on_gpu
+from tests.support.slow import slow, slow_but
 
 pytestmark = pytest.mark.skipif(not can_be_faked(), reason="this torch wants a GPU's driver")
 
@@ -27,9 +31,10 @@ OF_UNETS = OF_BLOCKS | {
     "paper": {"preset": "paper"},
     "refined": {"merge_queries": False, "refine": 1},
 }
+CHOSEN = list(OF_UNETS)[1:]
 
 # These look at the masks of their texts, patched or not.
-WAITING = {
+SYNCING = {
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
     "MochiTransformer3DModel",
@@ -37,51 +42,84 @@ WAITING = {
 TRANSFORMERS = {
     name: tiny
     for name, tiny in (tiny_transformers.TINY | tiny_transformers.CONTROLNETS).items()
-    if name not in WAITING
+    if name not in SYNCING
 }
 
 
-def assert_same_on_gpu(patched, unpatched, inputs: dict, dtype=torch.float32) -> None:
-    got = run_on_gpu(patched, inputs, dtype)
-    assert {device for device, _, _ in got} == {"cuda"}
-    assert got == run_on_gpu(unpatched, inputs, dtype)
+def _on_gpu(tiny, model, dtype: torch.dtype) -> Outputs:
+    return run_on_gpu(model, tiny.inputs() | {"return_dict": False}, dtype)
 
 
-def _unet(name: str) -> tuple[Any, dict]:
+@cache
+def _unpatched_unet(name: str, dtype: torch.dtype) -> Outputs:
     tiny = tiny_unets.TINY[name]
-    inputs = {"timestep": torch.tensor(500)} | tiny.inputs(2, 6, 10, torch.randn)
-    return tiny.model(), inputs | {"return_dict": False}
+    return _on_gpu(tiny, tiny.build(), dtype)
 
 
-def _transformer(name: str, **settings) -> tuple[Any, Any, dict]:
+@cache
+def _unpatched_transformer(name: str) -> Outputs:
     tiny = TRANSFORMERS[name]
-    patched = tomesd.apply_patch(tiny.model(), **settings)
+    return _on_gpu(tiny, tiny.build(), torch.float32)
+
+
+def _patched_transformer(name: str, **settings) -> Any:
+    tiny = TRANSFORMERS[name]
+    patched = tomesd.apply_patch(tiny.build(), **settings)
     hooks = patched._tomesd_patch.hooks
-    if hooks.family.in_data:  # The one look at the data that the README tells of.
-        grids = hooks.family.grids(patched, tiny.given())
-        hooks.family = hooks.family._replace(grids=lambda model, given: grids)
-    return patched, tiny.model(), tiny.given() | {"return_dict": False}
+    if hooks.spec.reads_data:  # The one host sync, which docs/compatibility.md names.
+        grids = hooks.spec.grids(patched, tiny.inputs())
+        hooks.spec = replace(hooks.spec, grids=lambda model, given: grids)
+    return patched
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", OF_UNETS)
-@pytest.mark.parametrize("name", tiny_unets.TINY)
-def test_a_unet_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, settings, dtype):
-    unpatched, inputs = _unet(name)
-    patched = tomesd.apply_patch(_unet(name)[0], **OF_UNETS[settings])
-    assert_same_on_gpu(patched, unpatched, inputs, dtype)
+@pytest.mark.parametrize(
+    ("name", "settings", "dtype"),
+    [
+        # Every kind of UNet, and every setting with one of them.
+        *product(tiny_unets.TINY, ["default"], [torch.bfloat16]),
+        *product(["UNet2DConditionModel"], CHOSEN, [torch.bfloat16]),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in (
+                *product(tiny_unets.TINY, ["default"], [torch.float32]),
+                *product(list(tiny_unets.TINY)[1:], CHOSEN, [torch.bfloat16]),
+            )
+        ),
+    ],
+)
+def test_a_unet_never_syncs_and_leaves_nothing_on_the_cpu(name, settings, dtype):
+    tiny = tiny_unets.TINY[name]
+    patched = _on_gpu(tiny, tomesd.apply_patch(tiny.build(), **OF_UNETS[settings]), dtype)
+    assert {device for device, _, _ in patched} == {"cuda"}
+    assert patched == _unpatched_unet(name, dtype)
 
 
-@pytest.mark.parametrize("settings", OF_VIDEOS)
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_a_transformer_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, settings):
-    patched, unpatched, inputs = _transformer(name, **OF_VIDEOS[settings])
-    assert_same_on_gpu(patched, unpatched, inputs)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        # How tokens are chosen is the same code in every family, where they are is its own.
+        *product(TRANSFORMERS, ["default"]),
+        *product(tiny_transformers.KINDS, ["drawn", "pruned"]),
+        (tiny_transformers.WAN, "across frames"),
+        *(
+            pytest.param(name, "across frames", marks=slow)
+            for name, tiny in TRANSFORMERS.items()
+            if tiny.frames > 1 and name != tiny_transformers.WAN
+        ),
+    ],
+)
+def test_a_transformer_never_syncs_and_leaves_nothing_on_the_cpu(name, settings):
+    model = _patched_transformer(name, **OF_VIDEOS[settings])
+    patched = _on_gpu(TRANSFORMERS[name], model, torch.float32)
+    assert {device for device, _, _ in patched} == {"cuda"}
+    assert patched == _unpatched_transformer(name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("name", tiny_vits.FAMILIES)
-def test_a_vit_never_waits_for_the_gpu_and_leaves_nothing_on_the_cpu(name, dtype):
-    vit, patched = tiny_vits.build(name), tiny_vits.build(name)
-    tomesd.apply_patch(patched.model, r=2)
-    assert_same_on_gpu(patched.model, vit.model, vit.inputs, dtype)
+def test_a_vit_never_syncs_and_leaves_nothing_on_the_cpu(name, dtype):
+    vit = tiny_vits.build(name)
+    unpatched = run_on_gpu(vit.model, vit.inputs, dtype)
+    patched = run_on_gpu(tomesd.apply_patch(vit.model, r=2), vit.inputs, dtype)
+    assert {device for device, _, _ in patched} == {"cuda"}
+    assert patched == unpatched

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import TEXT_WIDTH, hooks, predict, sd_pipeline, sd_unet, unet_inputs
+from tests.support.recorders import count_hooks
+from tests.support.slow import slow
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_pipelines import sd_pipeline
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 from tests.support.tiny_vits import FAMILIES, Vit, build
 from tests.support.vit_reference import encode
 
@@ -138,16 +142,17 @@ def test_tracing_changes_no_output_and_leaves_no_hook():
     tomesd.apply_patch(vit.model, r=3)
     tomesd.apply_patch(unet, 0.5, use_rand=True)
     expected = vit.output(), predict(unet)
-    count = hooks(vit.model), hooks(unet)
+    count = count_hooks(vit.model), count_hooks(unet)
     with tomesd.trace(vit.model), tomesd.trace(unet):
         assert torch.equal(vit.output(), expected[0])
         assert torch.equal(predict(unet), expected[1])
     with pytest.raises(KeyboardInterrupt), tomesd.trace(vit.model):
         raise KeyboardInterrupt
-    assert (hooks(vit.model), hooks(unet)) == count
+    assert (count_hooks(vit.model), count_hooks(unet)) == count
     assert torch.equal(vit.output(), expected[0])
 
 
+@slow
 @torch.no_grad()
 def test_compiled_models_are_traced_too():
     vit = build("timm")
@@ -190,7 +195,7 @@ def test_a_blocks_groups_are_those_that_its_attention_ran_on():
     attn.register_forward_hook(lambda module, args, output: seen.append(output))
     with tomesd.trace(unet) as traced:
         inputs = unet_inputs(unet, h=4, w=6)
-        inputs["encoder_hidden_states"] = torch.zeros(2, 3, TEXT_WIDTH)
+        inputs["encoder_hidden_states"] = torch.zeros(2, 3, WIDTH)
         unet(**inputs)
     (unmerged,) = seen
     for outputs, group in zip(unmerged, traced[0].group.tolist(), strict=True):

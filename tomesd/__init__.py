@@ -10,7 +10,7 @@ from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.ratio_schedule import RatioSchedule
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.registry import register, supported
-from tomesd.report import Report
+from tomesd.reports import Report
 from tomesd.tracing import TokenGroups, trace
 from tomesd.vit.settings import ViTSettings
 

@@ -14,7 +14,7 @@ from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
 from tomesd.diffusion.unet import UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
-from tomesd.report import Report
+from tomesd.reports import Report
 from tomesd.vit import ViT, ViTPatch
 from tomesd.vit.settings import ViTSettings, vit_settings
 

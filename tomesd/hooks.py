@@ -1,4 +1,4 @@
-"""What the patches of all families share: hook handles, per-thread state, rows of a report."""
+"""What the patches of all families share: hook handles and per-thread state."""
 
 import inspect
 import threading
@@ -10,6 +10,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from tomesd.reports import ReportRow
 
 State = TypeVar("State")
 
@@ -49,21 +51,6 @@ def by_name(
     # Dynamo of torch 2.9 takes zip's strict=False for True.
     known = min(len(names), len(args))
     return dict(zip(names[:known], args[:known], strict=True)) | kwargs
-
-
-class ReportRow(NamedTuple):
-    """One line of a report: a place in a model and what merging does there.
-
-    tokens, merged: before and after, of the last image or else of the model's own size; 0 if
-        unknown. work: the share of self-attention's work that is left. note: why nothing merges.
-    """
-
-    where: str
-    blocks: int
-    tokens: int
-    merged: int
-    work: float
-    note: str = ""
 
 
 class BlockTrace(NamedTuple):

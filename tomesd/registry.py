@@ -14,6 +14,14 @@ from torch import nn
 class Spec:
     """How models of some class are hooked; each kind of model has its own subclass."""
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # Patched models are copied and pickled with their spec, whose functions cannot be.
+        for host, entries in _entries.items():
+            for name, spec in entries.items():
+                if spec is self:
+                    return _entry, (host, name)
+        return super().__reduce__()
+
 
 @dataclass(frozen=True)
 class _Refusal(Spec):
@@ -21,6 +29,10 @@ class _Refusal(Spec):
 
 
 _entries: dict[str, dict[str, Spec]] = defaultdict(dict)  # By host and class.
+
+
+def _entry(host: str, name: str) -> Spec:
+    return _entries[host][name]
 
 
 def register(spec: Spec, *models: str | type[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
-from benchmarks.cost import cost_table
-from tests.support.tiny_models import TEXT_LENGTH, TEXT_WIDTH, sd_unet, unet_inputs
-from tomesd.core import cost, workload
+from benchmarks.cost import counts, tables
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_unets import SD_TEXT_TOKENS, sd_unet, unet_inputs
+from tomesd.core import cost, merging_work, workload
 from tomesd.core.workload import Branches
+from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.settings import DiffusionSettings
 
 ROOT = Path(__file__).parents[2]
@@ -68,14 +71,13 @@ def test_a_block_s_flops_are_those_that_torch_counts(tokens, channels, text):
 )
 def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings):
     unet = sd_unet().to("meta")
-    before = _unet_flops(unet)
     chosen = DiffusionSettings(**{"merge_block": False, "max_downsample": 1} | settings)
     tomesd.apply_patch(unet, **asdict(chosen))
     saved = 0
     levels = ((16, 16, 3), (8, 32, 3), (4, 32, 1))
     for side, channels, blocks in levels if chosen.max_downsample > 1 else levels[:1]:
         at = (BATCH, side * side, channels)
-        text = {"text_tokens": TEXT_LENGTH, "text_channels": TEXT_WIDTH}
+        text = {"text_tokens": SD_TEXT_TOKENS, "text_channels": WIDTH}
         branches = Branches(
             merge_attn=chosen.merge_attn,
             merge_crossattn=chosen.merge_crossattn,
@@ -83,15 +85,20 @@ def test_a_patched_unet_saves_and_spends_the_flops_that_the_model_says(settings)
             merge_queries=chosen.merge_queries,
             merge_block=chosen.merge_block,
         )
-        r = chosen.merged(side, side)
+        r = Matcher(chosen).merged(chosen.ratio, side, side)
         less = workload.block(*at, r=r, branches=branches, **text)
         window, refine = chosen.window or None, chosen.refine
-        own = workload.patch(*at, r, branches=branches, window=window, refine=refine)
+        own = merging_work.patch(*at, r, branches=branches, window=window, refine=refine)
         gain = (
             workload.flops(workload.block(*at, **text)) - workload.flops(less) - workload.flops(own)
         )
         saved += blocks * gain
-    assert before - _unet_flops(unet) == saved
+    assert _unpatched_flops() - _unet_flops(unet) == saved
+
+
+@cache
+def _unpatched_flops() -> int:
+    return _unet_flops(sd_unet().to("meta"))
 
 
 def _unet_flops(unet) -> int:
@@ -101,10 +108,10 @@ def _unet_flops(unet) -> int:
     return counter.get_total_flops()
 
 
-TINY_SD3 = cost_table.Model(
+TINY_SD3 = counts.Model(
     "tiny SD3",
     "SD3Transformer2DModel",
-    cost_table.SD3
+    counts.SD3
     | {
         "num_layers": 2,
         "num_attention_heads": 2,
@@ -116,7 +123,7 @@ TINY_SD3 = cost_table.Model(
     batch=2,
     text_tokens=5,
 )
-TINY_FLUX = cost_table.Model(
+TINY_FLUX = counts.Model(
     "tiny Flux",
     "FluxTransformer2DModel",
     {
@@ -136,10 +143,10 @@ TINY_FLUX = cost_table.Model(
 
 @pytest.mark.parametrize("model", [TINY_SD3, TINY_FLUX], ids=lambda model: model.title)
 def test_a_joint_block_s_flops_are_those_that_torch_counts_without_its_modulation(model):
-    denoiser, args, kwargs = cost_table._empty(model, 128, model.batch)
+    denoiser, args, kwargs = counts._empty(model, 128, model.batch)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         denoiser(*args, **kwargs)
-    [level] = cost_table._joint_levels(denoiser, 128)
+    [level] = counts._joint_levels(denoiser, 128)
     expected = workload.flops(
         workload.joint_block(model.batch, 64, level.channels, text_tokens=model.text_tokens)
     )
@@ -159,8 +166,8 @@ def test_a_joint_block_s_flops_are_those_that_torch_counts_without_its_modulatio
 
 def test_a_whole_model_is_counted_as_torch_counts_it_and_its_levels_are_all_there():
     config = dict(sd_unet().config)
-    tiny = cost_table.Model("tiny", "UNet2DConditionModel", config, 2, 77)
-    small, large = (cost_table.count(tiny, size) for size in (128, 256))
+    tiny = counts.Model("tiny", "UNet2DConditionModel", config, 2, 77)
+    small, large = (counts.count(tiny, size) for size in (128, 256))
     # Convolutions are linear in pixels and attention to the text in tokens; self-attention is not.
     assert large.convolutions == 4 * small.convolutions
     assert 4 * small.attention < large.attention < 16 * small.attention
@@ -178,19 +185,19 @@ def test_a_whole_model_is_counted_as_torch_counts_it_and_its_levels_are_all_ther
 
 
 def test_the_operators_that_are_charged_for_are_those_that_are_called():
-    settings, x = DiffusionSettings(ratio=0.5), torch.randn(2, 16, 8)
-    made = settings.token_map(x, 4, 4, None)
+    matcher, x = Matcher(DiffusionSettings()), torch.randn(2, 16, 8)
+    made = matcher.token_map(x, 4, 4, 0.5, None)
     merged = made.merge(x)
-    again, norms = DiffusionSettings(ratio=0.5, refine=2), workload.NORM_CALLS
+    refined, norms = Matcher(DiffusionSettings(refine=2)), merging_work.NORM_CALLS
     for charged, call in (
-        (workload.MATCH_CALLS, lambda: settings.token_map(x, 4, 4, None)),
+        (merging_work.MATCH_CALLS, lambda: matcher.token_map(x, 4, 4, 0.5, None)),
         (
-            workload.MATCH_CALLS + 2 * workload.REFINE_CALLS,
-            lambda: again.token_map(x, 4, 4, None),
+            merging_work.MATCH_CALLS + 2 * merging_work.REFINE_CALLS,
+            lambda: refined.token_map(x, 4, 4, 0.5, None),
         ),
-        (workload.MERGE_CALLS, lambda: made.merge(x)),
-        (workload.MERGE_CALLS + norms, lambda: made.merge(x, how="direction")),
-        (workload.UNMERGE_CALLS, lambda: made.unmerge(merged)),
+        (merging_work.MERGE_CALLS, lambda: made.merge(x)),
+        (merging_work.MERGE_CALLS + norms, lambda: made.merge(x, how="direction")),
+        (merging_work.UNMERGE_CALLS, lambda: made.unmerge(merged)),
     ):
         with _Calls() as seen:
             call()
@@ -234,7 +241,7 @@ def test_fewer_tokens_fewer_samples_and_fewer_channels_are_never_slower(
     def time(batch: int, tokens: int, channels: int) -> float:
         r = tokens // 2
         work = workload.block(batch, tokens, channels, r=r, branches=branches)
-        return cost.seconds(work + workload.patch(batch, tokens, channels, r), kind)
+        return cost.seconds(work + merging_work.patch(batch, tokens, channels, r), kind)
 
     most = time(batch, tokens, channels) * (1 + 1e-9)
     assert 0 < time(batch, tokens // 2, channels) <= most
@@ -246,7 +253,7 @@ def test_fewer_tokens_fewer_samples_and_fewer_channels_are_never_slower(
 def test_matching_in_windows_grows_with_the_tokens_and_without_with_their_square(side, channels):
     def flops(side: int, window: int | None) -> int:
         tokens = side * side
-        return workload.flops(workload.patch(2, tokens, channels, tokens // 2, window=window))
+        return workload.flops(merging_work.patch(2, tokens, channels, tokens // 2, window=window))
 
     assert flops(2 * side, 32) == 4 * flops(side, 32)
     assert flops(2 * side, None) == 16 * flops(side, None)
@@ -255,9 +262,9 @@ def test_matching_in_windows_grows_with_the_tokens_and_without_with_their_square
 @given(tokens=st.integers(2, 70000), window=st.integers(1, 300), data=st.data())
 def test_a_window_never_holds_more_candidates_than_there_are(tokens, window, data):
     destinations = data.draw(st.integers(1, tokens))
-    near = workload.candidates(tokens, destinations, window)
+    near = merging_work.candidates(tokens, destinations, window)
     assert 1 <= near <= destinations
-    assert workload.candidates(tokens, destinations, None) == destinations
+    assert merging_work.candidates(tokens, destinations, None) == destinations
 
 
 @given(**ROOM)
@@ -267,7 +274,7 @@ def test_a_device_twice_as_fast_in_everything_takes_half_as_long(
     rates = cost.rates(kind)
     rest = ("matmul", "attention", "memory", "rows", "best", "topk")
     twice = replace(rates, call=rates.call / 2, **{name: 2 * getattr(rates, name) for name in rest})
-    for work in workload.patch(batch, tokens, channels, tokens // 2, branches=branches):
+    for work in merging_work.patch(batch, tokens, channels, tokens // 2, branches=branches):
         assert cost.slowest(work, rates) == pytest.approx(2 * cost.slowest(work, twice))
 
 
@@ -336,7 +343,7 @@ def test_what_makes_no_sense_is_refused(changed, error, message):
 @pytest.mark.parametrize("size", [0, 500, -64])
 def test_a_size_that_models_cannot_take_is_refused(size):
     with pytest.raises(ValueError, match=f"size must be a positive multiple of 64, got {size}"):
-        cost_table.count(TINY_SD3, size)
+        counts.count(TINY_SD3, size)
 
 
 @pytest.fixture
@@ -368,12 +375,12 @@ def test_the_command_refuses_a_size_before_any_work(script, monkeypatch, capsys)
 
 def test_the_documentation_shows_what_the_command_prints():
     shown = (ROOT / "docs" / "performance.md").read_text().splitlines()
-    counts = [cost_table.count(cost_table.MODELS["sd15"], 512)]
+    counted = [counts.count(counts.MODELS["sd15"], 512)]
     for table in (
-        cost_table.levels_table(counts, 0.5, workload.WINDOW),
-        cost_table.shares_table(counts),
-        cost_table.ideal_table(counts, [0.25, 0.5, 0.75]),
-        cost_table.budget_table(counts, 0.5, workload.WINDOW),
+        tables.levels_table(counted, 0.5, merging_work.WINDOW),
+        tables.shares_table(counted),
+        tables.ideal_table(counted, [0.25, 0.5, 0.75]),
+        tables.budget_table(counted, 0.5, merging_work.WINDOW),
     ):
         for line in table.splitlines():
             assert line in shown

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.support.slow import slow
+
 # The whole score matrix would be 49,152 × 16,384 floats: 3.2 GB.
 MATCHING = """
 import resource
@@ -25,6 +27,7 @@ print(token_map.m, peak_mb() - before)
 """
 
 
+@slow
 def test_matching_65536_tokens_of_320_channels_needs_less_than_600_mb_above_its_input():
     # In a process of its own, whose peak is that of the matching and of nothing before it.
     done = subprocess.run(

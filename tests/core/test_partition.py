@@ -140,14 +140,6 @@ def test_alternating_is_every_other_token_and_protects_the_prefix(case):
     assert got.dst.tolist() == [token for token in range(prefix, n) if token % 2 == 1]
 
 
-@given(prefixed)
-def test_sequential_is_the_first_and_the_second_half_and_protects_the_prefix(case):
-    n, prefix = case
-    got = partition.sequential(n, prefix=prefix)
-    assert got.src.tolist() + got.dst.tolist() == list(range(prefix, n))
-    assert 0 <= len(got.src) - len(got.dst) <= 1
-
-
 @given(prefixed, keys, st.data())
 def test_random_covers_all_but_the_protected_prefix_with_the_sources_asked_for(case, key, data):
     n, prefix = case
@@ -171,7 +163,7 @@ def test_sides_and_strides_below_one_are_refused_by_name(name, value):
         partition.strided(**arguments)
 
 
-@pytest.mark.parametrize("kind", [partition.alternating, partition.sequential, partition.random])
+@pytest.mark.parametrize("kind", [partition.alternating, partition.random])
 def test_a_number_of_tokens_or_a_prefix_that_cannot_be_is_refused(kind):
     with pytest.raises(ValueError, match=r"^n must be 0 or more, got -1$"):
         kind(-1)

@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tomesd
-from tests.support.tiny_transformers import FLUX, KINDS, PIXART, SD3, TINY, WAN, Tiny
+from tests.support.recorders import RecordingProcessor
+from tests.support.tiny_transformers import FLUX, KINDS, PIXART, SD3, TINY, WAN, TinyTransformer
 
 ORDERS = pytest.mark.parametrize("when", ["before", "after"])
 
 
 @pytest.fixture(params=KINDS)
-def tiny(request) -> Tiny:
+def tiny(request) -> TinyTransformer:
     return TINY[request.param]
 
 
@@ -34,7 +35,7 @@ def _native_backend_afterwards():
 @pytest.mark.usefixtures("_native_backend_afterwards")
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 def test_an_attention_backend_gives_the_same_output(tiny, backend, when):
-    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
+    expected = tiny.predict(tomesd.apply_patch(tiny.build()))
     model = tiny.patched(when, lambda model: model.set_attention_backend(backend))
     torch.testing.assert_close(tiny.predict(model), expected, rtol=0, atol=1e-5)
 
@@ -43,7 +44,7 @@ def test_an_attention_backend_gives_the_same_output(tiny, backend, when):
 @pytest.mark.parametrize("name", [FLUX, WAN])
 def test_a_backend_that_takes_no_bias_needs_merging_without_proportional_attention(name):
     tiny = TINY[name]
-    model: Any = tomesd.apply_patch(tiny.model())
+    model: Any = tomesd.apply_patch(tiny.build())
     model.set_attention_backend("_native_flash")
     with pytest.raises(ValueError, match="attn_mask"):
         tiny.predict(model)
@@ -53,34 +54,22 @@ def test_a_backend_that_takes_no_bias_needs_merging_without_proportional_attenti
     torch.testing.assert_close(flash, tiny.predict(model), rtol=0, atol=1e-5)
 
 
-class _Noting:
-    """A processor of a user's own around the model's."""
-
-    def __init__(self, processor):
-        self.processor = processor
-        self.lengths: list[int] = []
-
-    def __call__(self, attn, hidden_states, *args, **kwargs):
-        self.lengths.append(hidden_states.shape[1])
-        return self.processor(attn, hidden_states, *args, **kwargs)
-
-
 @ORDERS
 def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
-    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
-    own: list[_Noting] = []
+    expected = tiny.predict(tomesd.apply_patch(tiny.build()))
+    own: list[RecordingProcessor] = []
 
     def change(model) -> None:
         for module in model.modules():
             if hasattr(module, "processor"):
-                own.append(_Noting(module.processor))
+                own.append(RecordingProcessor(module.processor))
                 module.processor = own[-1]
 
     # Replaced as an attribute: diffusers' setters look at a processor's signature.
     model = tiny.patched(when, change)
     assert torch.equal(tiny.predict(model), expected)
     assert own
-    lengths = {length for processor in own for length in processor.lengths}
+    lengths = {length for processor in own for length, _ in processor.seen}
     assert lengths <= {tiny.frames * 18, tiny.frames * 18 + 5}
     assert {module.processor for module in model.modules() if hasattr(module, "processor")} == set(
         own
@@ -91,7 +80,7 @@ def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
 @pytest.mark.parametrize("name", [FLUX, PIXART, WAN])
 def test_fused_projections_give_the_same_output(name, when):
     tiny = TINY[name]
-    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
+    expected = tiny.predict(tomesd.apply_patch(tiny.build()))
     model = tiny.patched(when, lambda model: model.fuse_qkv_projections())
     torch.testing.assert_close(tiny.predict(model), expected, rtol=0, atol=1e-5)
 
@@ -112,9 +101,9 @@ LORA = [(name, when) for name in (SD3, FLUX, WAN) for when in ("before", "after"
 @pytest.mark.parametrize(("name", "when"), LORA)
 def test_lora_adapters_may_be_added_before_or_after_and_taken_off_again(name, when):
     tiny = TINY[name]
-    bare = tiny.predict(tiny.model())
-    merged = tiny.predict(tomesd.apply_patch(tiny.model()))
-    adapted = tiny.model()
+    bare = tiny.predict(tiny.build())
+    merged = tiny.predict(tomesd.apply_patch(tiny.build()))
+    adapted = tiny.build()
     _add_lora(adapted)
     unpatched = tiny.predict(adapted)
     expected = tiny.predict(tomesd.apply_patch(adapted))
@@ -135,7 +124,7 @@ def test_lora_adapters_may_be_added_before_or_after_and_taken_off_again(name, wh
 @pytest.mark.parametrize(("name", "when"), LORA)
 def test_unloading_lora_leaves_merging_as_it_was(name, when):
     tiny = TINY[name]
-    merged = tiny.predict(tomesd.apply_patch(tiny.model()))
+    merged = tiny.predict(tomesd.apply_patch(tiny.build()))
     model = tiny.patched(when, _add_lora)
     model.unload_lora()
     assert torch.equal(tiny.predict(model), merged)
@@ -144,14 +133,14 @@ def test_unloading_lora_leaves_merging_as_it_was(name, when):
 def test_a_model_inside_a_peft_model_merges():
     """How LoRA is loaded where diffusers has no loader for it."""
     tiny = TINY[PIXART]
-    wrapped: Any = get_peft_model(tiny.model(), _lora())
+    wrapped: Any = get_peft_model(tiny.build(), _lora())
     unpatched = tiny.predict(wrapped)
     merged = tiny.predict(tomesd.apply_patch(wrapped))
     assert not torch.equal(merged, unpatched)
-    inside: Any = get_peft_model(tomesd.apply_patch(tiny.model()), _lora())
+    inside: Any = get_peft_model(tomesd.apply_patch(tiny.build()), _lora())
     assert torch.equal(tiny.predict(inside), merged)
     with inside.disable_adapter():
-        expected = tiny.predict(tomesd.apply_patch(tiny.model()))
+        expected = tiny.predict(tomesd.apply_patch(tiny.build()))
         assert torch.equal(tiny.predict(inside), expected)
     assert torch.equal(tiny.predict(tomesd.remove_patch(inside)), unpatched)
 
@@ -168,7 +157,7 @@ def _cast(model) -> None:
 @pytest.mark.parametrize("change", [_quantized, _cast])
 def test_weights_of_eight_bits_merge(tiny, change, when):
     """Quantized by torchao, or stored in eight bits and cast layer by layer."""
-    plain = tiny.model()
+    plain = tiny.build()
     exact = tiny.predict(plain)
     change(plain)
     unpatched = tiny.predict(plain)
@@ -202,7 +191,7 @@ def test_a_cache_is_refused_while_tokens_merge(name, config, when):
 
 def test_a_cache_works_again_without_the_patch():
     tiny = TINY[FLUX]
-    model: Any = tomesd.apply_patch(tiny.model())
+    model: Any = tomesd.apply_patch(tiny.build())
     model.enable_cache(CACHES[0])
     tomesd.remove_patch(model)
     with model.cache_context("cond"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_transformers import TINY
+from tests.support.slow import slow, slow_but
+from tests.support.tiny_transformers import KINDS, TINY
 from tomesd.api import _TRANSFORMERS
 
 # Where diffusers' own forward looks at values, unpatched too.
@@ -26,6 +27,10 @@ ONE_OF_EACH = [
 ]
 
 
+# Joint attention, joint and single-stream blocks, cross-attention, and a video's.
+SAMPLE = KINDS
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled_yet():
     torch.compiler.reset()
@@ -33,11 +38,11 @@ def _nothing_is_compiled_yet():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", slow_but(SAMPLE, ONE_OF_EACH))
 @torch.no_grad()
 def test_one_graph(name):
     tiny = TINY[name]
-    model = tiny.model()
+    model = tiny.build()
     if name in BROKEN_BY_THE_HOST:
         with pytest.raises(torch._dynamo.exc.TorchDynamoException):
             tiny.call(torch.compile(model, fullgraph=True, backend="eager"))
@@ -51,7 +56,7 @@ def test_one_graph(name):
 def test_sizes_that_are_known_from_values_alone():
     """Flux's grid is read from its image ids, also while it is compiled."""
     tiny = TINY["FluxTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     for h, w in ((4, 9), (5, 7)):
         assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
@@ -67,6 +72,7 @@ def _in_place(model, **how):
     return model
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [
@@ -78,7 +84,7 @@ def _in_place(model, **how):
 @torch.no_grad()
 def test_another_grid_of_as_many_tokens_is_noticed(name, compiled):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     own = compiled(model, fullgraph=True, backend="eager")
     for h, w in ((4, 9), (9, 4), (4, 9)):
         assert torch.equal(tiny.call(own, h=h, w=w), tiny.call(model, h=h, w=w))
@@ -93,10 +99,11 @@ class _Around(torch.nn.Module):
         return self.model(**given)
 
 
+@slow
 @torch.no_grad()
 def test_a_model_inside_of_what_is_compiled_is_in_the_one_graph():
     tiny = TINY["FluxTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     compiled = torch.compile(_Around(model), fullgraph=True, backend="eager", dynamic=False)
     for h, w in ((4, 9), (5, 7)):
         assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
@@ -105,7 +112,7 @@ def test_a_model_inside_of_what_is_compiled_is_in_the_one_graph():
 @torch.no_grad()
 def test_the_patch_may_come_and_go_after_compiling():
     tiny = TINY["SD3Transformer2DModel"]
-    model = tiny.model()
+    model = tiny.build()
     plain = tiny.call(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(tiny.call(compiled), plain)
@@ -120,7 +127,7 @@ def test_the_patch_may_come_and_go_after_compiling():
 @torch.no_grad()
 def test_blocks_may_be_compiled_one_by_one(name):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     expected = tiny.call(model)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.equal(tiny.call(model), expected)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tomesd
-from tests.support.tiny_models import hooks
-from tests.support.tiny_transformers import CONTROLNETS, TEXT, TINY, Attention, Tiny
+from tests.support.recorders import AttentionRecorder, count_hooks
+from tests.support.tiny_transformers import CONTROLNETS, TEXT_TOKENS, TINY, TinyTransformer
 
 DENOISERS = (
     "SD3Transformer2DModel",
@@ -21,9 +21,11 @@ DENOISERS = (
 GRIDS = [(6, 6), (4, 9), (5, 7)]
 
 
-def _samples(tiny: Tiny, controlnet, batch: int, h: int, w: int) -> tuple[list[Tensor], dict]:
+def _samples(
+    tiny: TinyTransformer, controlnet, batch: int, h: int, w: int
+) -> tuple[list[Tensor], dict]:
     """What the ControlNet hands over, as arguments of the denoiser too."""
-    output = controlnet(**tiny.given(batch, h, w), return_dict=False)
+    output = controlnet(**tiny.inputs(batch, h, w), return_dict=False)
     if tiny.name.startswith("Flux"):
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
         return output[0] + output[1], dict(zip(names, output, strict=True))
@@ -33,14 +35,14 @@ def _samples(tiny: Tiny, controlnet, batch: int, h: int, w: int) -> tuple[list[T
 
 
 @pytest.fixture(params=CONTROLNETS)
-def tiny(request) -> Tiny:
+def tiny(request) -> TinyTransformer:
     return CONTROLNETS[request.param]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @torch.no_grad()
 def test_a_controlnet_merges_and_hands_over_every_token(tiny, grid):
-    controlnet, size = tiny.model(), (2, *grid)
+    controlnet, size = tiny.build(), (2, *grid)
     expected, _ = _samples(tiny, controlnet, *size)
     tomesd.apply_patch(controlnet, ratio=0.5)
     samples, _ = _samples(tiny, controlnet, *size)
@@ -48,16 +50,16 @@ def test_a_controlnet_merges_and_hands_over_every_token(tiny, grid):
         assert sample.shape == whole.shape
         assert sample.isfinite().all()
         assert not torch.equal(sample, whole)
-    with Attention() as attention:
+    with AttentionRecorder() as attention:
         _samples(tiny, controlnet, *size)
     n = grid[0] * grid[1]
     assert {queries for queries, _ in attention.seen} <= {
-        n - n // 2 + text for text in (0, TEXT, TEXT + 1)
+        n - n // 2 + text for text in (0, TEXT_TOKENS, TEXT_TOKENS + 1)
     }
     tomesd.remove_patch(controlnet)
     for sample, whole in zip(_samples(tiny, controlnet, *size)[0], expected, strict=True):
         assert torch.equal(sample, whole)
-    assert hooks(controlnet) == hooks(tiny.model())
+    assert count_hooks(controlnet) == count_hooks(tiny.build())
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def test_a_denoiser_and_its_controlnet_merge_together(tiny):
     """As in a pipeline, where one call patches both."""
     size = (2, 5, 7)
     denoiser = next(TINY[name] for name in DENOISERS if name[:3] == tiny.name[:3])
-    model, controlnet = denoiser.model(), tiny.model()
+    model, controlnet = denoiser.build(), tiny.build()
     plain = denoiser.call(model)
     controlled = denoiser.call(model, **_samples(tiny, controlnet, *size)[1])
     assert not torch.equal(controlled, plain)

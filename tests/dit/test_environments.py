@@ -9,14 +9,15 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 import tomesd
-from tests.support.tiny_models import hooks
-from tests.support.tiny_transformers import KINDS, TINY, Tiny, side_by_side
+from tests.support.recorders import count_hooks
+from tests.support.threads import replicate, side_by_side
+from tests.support.tiny_transformers import KINDS, TINY, TinyTransformer
 
 ORDERS = pytest.mark.parametrize("when", ["before", "after"])
 
 
 @pytest.fixture(params=KINDS)
-def tiny(request) -> Tiny:
+def tiny(request) -> TinyTransformer:
     return TINY[request.param]
 
 
@@ -47,8 +48,8 @@ def _offload_blocks(model) -> None:
 )
 def test_offloading_gives_the_same_output_bit_for_bit(tiny, offload, when):
     # From the CPU to the CPU, but through the same hooks of accelerate and of diffusers.
-    unpatched = tiny.predict(tiny.model())
-    plain = tomesd.apply_patch(tiny.model())
+    unpatched = tiny.predict(tiny.build())
+    plain = tomesd.apply_patch(tiny.build())
     model = tiny.patched(when, offload)
     assert torch.equal(tiny.predict(model), tiny.predict(plain))
     assert tiny.attention(model) == tiny.attention(plain)
@@ -63,7 +64,7 @@ def test_sequential_offloading_still_offloads(tiny):
 
 @pytest.mark.parametrize("rest", ["cpu", "disk"])
 def test_a_model_loaded_with_a_device_map_merges(tiny, rest, tmp_path):
-    model = tiny.model()
+    model = tiny.build()
     model.save_pretrained(tmp_path / "model")
     parts = [*dict(model.named_children()), *dict(model.named_parameters(recurse=False))]
     blocks = next(name for name in parts if name.endswith("blocks"))
@@ -79,7 +80,7 @@ def test_a_model_loaded_with_a_device_map_merges(tiny, rest, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_changes_less_than_half_of_what_merging_does(tiny, dtype):
-    model = tiny.model()
+    model = tiny.build()
     unpatched = tiny.predict(model)
     full = tiny.predict(tomesd.apply_patch(model))
     half = tiny.predict(model.to(dtype))
@@ -89,7 +90,7 @@ def test_half_precision_changes_less_than_half_of_what_merging_does(tiny, dtype)
 
 
 def test_it_works_under_autocast(tiny):
-    model = tiny.model()
+    model = tiny.build()
     unpatched = tiny.predict(model)
     full = tiny.predict(tomesd.apply_patch(model))
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,7 +99,7 @@ def test_it_works_under_autocast(tiny):
 
 
 def test_saving_a_patched_model_saves_a_clean_one(tiny, tmp_path):
-    model = tiny.model()
+    model = tiny.build()
     before = tiny.predict(model)
     model.save_pretrained(tmp_path / "clean")
     patched = tomesd.apply_patch(model)
@@ -109,11 +110,11 @@ def test_saving_a_patched_model_saves_a_clean_one(tiny, tmp_path):
         assert saved.read_bytes() == clean.read_bytes()
     loaded = type(model).from_pretrained(tmp_path / "patched")
     assert torch.equal(tiny.predict(loaded), before)
-    assert hooks(loaded) == hooks(tiny.model())
+    assert count_hooks(loaded) == count_hooks(tiny.build())
 
 
 def test_threads_may_run_different_sizes_and_batches_of_one_model(tiny):
-    model = tomesd.apply_patch(tiny.model(), use_rand=True)
+    model = tomesd.apply_patch(tiny.build(), use_rand=True)
     sizes = [{"batch": 1, "h": 9, "w": 4}, {"batch": 3, "h": 5, "w": 7}]
     expected = [tiny.predict(model, **size) for size in sizes]
     outputs = side_by_side([partial(tiny.predict, model, **size) for size in sizes], times=5)
@@ -123,22 +124,22 @@ def test_threads_may_run_different_sizes_and_batches_of_one_model(tiny):
 
 @ORDERS
 def test_a_data_parallel_model_merges(tiny, when):
-    expected = tiny.predict(tomesd.apply_patch(tiny.model()))
-    model = tiny.model()
+    expected = tiny.predict(tomesd.apply_patch(tiny.build()))
+    model = tiny.build()
     if when == "before":
         wrapped = tomesd.apply_patch(nn.DataParallel(model))
     else:
         wrapped = nn.DataParallel(tomesd.apply_patch(model))
     with torch.no_grad():
-        assert torch.equal(wrapped(**tiny.given(), return_dict=False)[0], expected)
+        assert torch.equal(wrapped(**tiny.inputs(), return_dict=False)[0], expected)
     tomesd.remove_patch(wrapped)
-    assert hooks(model) == hooks(tiny.model())
+    assert count_hooks(model) == count_hooks(tiny.build())
 
 
 def test_replicas_of_data_parallel_in_their_threads_do_not_mix(tiny):
     """What DataParallel does with several devices: copies that share all hooks, one per thread."""
-    model = tomesd.apply_patch(tiny.model())
-    replicas = [_replica(model) for _ in range(2)]
+    model = tomesd.apply_patch(tiny.build())
+    replicas = [replicate(model) for _ in range(2)]
     sizes = [{"h": 4, "w": 9}, {"h": 5, "w": 7}]
     expected = [tiny.predict(model, **size) for size in sizes]
     calls = [
@@ -147,13 +148,3 @@ def test_replicas_of_data_parallel_in_their_threads_do_not_mix(tiny):
     ]
     for output, want in zip(side_by_side(calls, times=5), expected, strict=True):
         assert all(torch.equal(each, want) for each in output)
-
-
-def _replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate, but on the same device."""
-    copy = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(copy, name, parameter)
-    for name, child in module._modules.items():
-        setattr(copy, name, child if child is None else _replica(child))
-    return copy

@@ -11,7 +11,7 @@ from diffusers.models import controlnets, transformers, unets
 import tomesd
 from tests.support import tiny_unets
 from tests.support.dit_blocks import FAMILIES
-from tests.support.tiny_models import hooks
+from tests.support.recorders import count_hooks
 from tests.support.tiny_transformers import CONTROLNETS, TINY
 
 SD3 = TINY["SD3Transformer2DModel"]
@@ -31,10 +31,10 @@ SD3 = TINY["SD3Transformer2DModel"]
 )
 @pytest.mark.parametrize("name", TINY)
 def test_branches_of_a_block_do_not_merge_by_themselves(name, settings):
-    model = TINY[name].model()
+    model = TINY[name].build()
     with pytest.raises(ValueError, match=f"merge_block must be True for {name}.*got False"):
         tomesd.apply_patch(model, **settings)
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0
 
 
 def test_a_linear_transformer_is_refused_with_the_reason():
@@ -76,7 +76,7 @@ def test_every_denoiser_of_diffusers_merges_or_is_refused_by_name_with_a_reason(
     torch.nn.Module.__init__(empty)
     if "Multi" in name:
         # A list of ControlNets, each of which merges if it can.
-        empty.nets = torch.nn.ModuleList([CONTROLNETS["SD3ControlNetModel"].model()])
+        empty.nets = torch.nn.ModuleList([CONTROLNETS["SD3ControlNetModel"].build()])
         tomesd.apply_patch(empty)
         assert set(tomesd.report(empty).rows) == {"nets.0"}
         return
@@ -94,7 +94,7 @@ def test_a_unet_with_transformers_of_its_own_is_refused_by_their_name():
         ValueError, match="in DreamLiteUNetModel: DreamLiteTransformer2DModel is not"
     ):
         tomesd.apply_patch(model)
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0
 
 
 def test_supported_lists_what_can_be_patched():
@@ -107,26 +107,26 @@ def test_supported_lists_what_can_be_patched():
 
 def test_a_model_without_blocks():
     with pytest.raises(ValueError, match="nothing would be merged in SD3Transformer2DModel"):
-        tomesd.apply_patch(SD3.model(num_layers=0))
+        tomesd.apply_patch(SD3.build(num_layers=0))
 
 
 def test_fused_projections_know_no_separate_keys():
     # The host's own fused processor knows neither of 3.5's novelties.
     plain = {"dual_attention_layers": (), "qk_norm": None}
-    model = SD3.model(**plain)
+    model = SD3.build(**plain)
     model.fuse_qkv_projections()
     with pytest.raises(ValueError, match=r"prop_attn must be False .*got True"):
         tomesd.apply_patch(model)
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0
     with torch.no_grad():
         fused = SD3.call(tomesd.apply_patch(model, prop_attn=False))
-        expected = SD3.call(tomesd.apply_patch(SD3.model(**plain), prop_attn=False))
+        expected = SD3.call(tomesd.apply_patch(SD3.build(**plain), prop_attn=False))
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)
 
 
 def test_a_mask_of_image_tokens_cannot_be_combined_with_merging():
     tiny = TINY["PixArtTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     with pytest.raises(ValueError, match="attention_mask on self-attention"):
         tiny.call(model, attention_mask=torch.ones(2, 35))
 
@@ -134,7 +134,7 @@ def test_a_mask_of_image_tokens_cannot_be_combined_with_merging():
 def test_texts_of_several_lengths_before_the_image_are_refused():
     """Their images begin at different tokens."""
     tiny = TINY["Lumina2Transformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[0, 3:] = 0
     with pytest.raises(ValueError, match="attention_mask on self-attention"):
@@ -143,8 +143,8 @@ def test_texts_of_several_lengths_before_the_image_are_refused():
 
 def test_pictures_of_several_sizes_or_in_lists_are_refused():
     tiny = TINY["ZImageTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
-    (one, other), smaller = tiny.given()["x"], tiny.given(h=4, w=6)["x"][0]
+    model = tomesd.apply_patch(tiny.build())
+    (one, other), smaller = tiny.inputs()["x"], tiny.inputs(h=4, w=6)["x"][0]
     with pytest.raises(ValueError, match="x must list latents of one size while tokens merge"):
         tiny.call(model, x=[one, smaller])
     with pytest.raises(ValueError, match="x must list latents while tokens merge, got lists"):
@@ -152,23 +152,23 @@ def test_pictures_of_several_sizes_or_in_lists_are_refused():
 
 
 def test_a_video_that_goes_on_from_replaced_tokens_is_refused():
-    model = TINY["HunyuanVideoTransformer3DModel"].model(image_condition_type="token_replace")
+    model = TINY["HunyuanVideoTransformer3DModel"].build(image_condition_type="token_replace")
     with pytest.raises(ValueError, match="nothing would be merged in HunyuanVideoTransformer3D"):
         tomesd.apply_patch(model)
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0
 
 
 @pytest.mark.parametrize("prop_attn", [False, True])
 def test_frames_that_see_earlier_frames_alone_are_refused(prop_attn):
     tiny = TINY["SkyReelsV2Transformer3DModel"]
-    model = tomesd.apply_patch(tiny.model(num_frame_per_block=3), prop_attn=prop_attn)
+    model = tomesd.apply_patch(tiny.build(num_frame_per_block=3), prop_attn=prop_attn)
     with pytest.raises(ValueError, match="attention_mask on self-attention"):
         tiny.call(model)
 
 
 def test_blocks_that_are_left_alone_are_reported_with_the_reason():
     tiny = TINY["WanVACETransformer3DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     tiny.call(model)
     assert "vace_blocks" in str(tomesd.report(model))
     assert "they hand on what they make of every token" in str(tomesd.report(model))
@@ -176,14 +176,14 @@ def test_blocks_that_are_left_alone_are_reported_with_the_reason():
 
 def test_keys_that_are_kept_from_step_to_step_are_refused():
     tiny = TINY["Flux2Transformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     with pytest.raises(ValueError, match=r"kv_cache_mode must be None .*got 'extract'"):
         tiny.call(model, kv_cache_mode="extract")
 
 
 def test_a_cache_that_keeps_outputs_from_step_to_step_is_refused():
     tiny = TINY["FluxTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="cache must not be enabled while tokens merge"):
         tiny.call(model)
@@ -194,14 +194,14 @@ def test_a_cache_that_keeps_outputs_from_step_to_step_is_refused():
 @pytest.mark.parametrize("change", [lambda ids: ids.flip(0)[1:], lambda ids: ids.roll(3, 0)])
 def test_image_ids_that_are_no_grid_are_refused(change):
     tiny = TINY["FluxTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
-    ids = change(tiny.given()["img_ids"])
+    model = tomesd.apply_patch(tiny.build())
+    ids = change(tiny.inputs()["img_ids"])
     with pytest.raises(ValueError, match="img_ids must list the tokens of each picture row by row"):
         tiny.call(model, img_ids=ids)
 
 
 def test_a_picture_that_is_too_small_to_merge_is_left_alone_with_a_warning():
-    model = SD3.model()
+    model = SD3.build()
     with torch.no_grad():
         expected = SD3.call(model)
         tomesd.apply_patch(model, min_tokens=36)

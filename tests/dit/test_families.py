@@ -1,6 +1,6 @@
 """Diffusion transformers of diffusers' own classes: each merges at any size and is left as it was.
 
-For every family, for square, oblong and indivisible grids, and batches of one to three.
+For every family, for square, oblong and indivisible grids, and batches of two, one and three.
 """
 
 import copy
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import hooks
-from tests.support.tiny_transformers import DIT, TINY, side_by_side
+from tests.support.recorders import count_hooks
+from tests.support.threads import side_by_side
+from tests.support.tiny_transformers import DIT, TINY
 
 GRIDS = [(6, 6), (4, 9), (5, 7)]
 
@@ -23,11 +24,10 @@ def tiny(request):
     return TINY[request.param]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("grid", "batch"), zip(GRIDS, (2, 1, 3), strict=True), ids=str)
 def test_it_merges_at_every_size(tiny, grid, batch):
     size = {"batch": batch, "h": grid[0], "w": grid[1]}
-    model = tiny.model()
+    model = tiny.build()
     expected, before = tiny.predict(model, **size), tiny.attention(model, **size)
     tomesd.apply_patch(model, ratio=0.5)
     output, after = tiny.predict(model, **size), tiny.attention(model, **size)
@@ -46,9 +46,9 @@ def test_it_merges_at_every_size(tiny, grid, batch):
 
 
 def test_without_proportional_attention_keys_merge_as_queries_do(tiny):
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5, prop_attn=False)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5, prop_attn=False)
     gone = tiny.frames * (35 // 2)
-    seen = zip(tiny.attention(tiny.model()), tiny.attention(model), strict=True)
+    seen = zip(tiny.attention(tiny.build()), tiny.attention(model), strict=True)
     merged = [(before, after) for before, after in seen if before != after]
     own = [after for before, after in merged if before[0] == before[1]]
     assert own
@@ -58,26 +58,26 @@ def test_without_proportional_attention_keys_merge_as_queries_do(tiny):
 
 
 def test_removing_the_patch_restores_the_output_bit_for_bit(tiny):
-    model = tiny.model()
-    expected, keys, own = tiny.predict(model), set(model.state_dict()), hooks(model)
+    model = tiny.build()
+    expected, keys, own = tiny.predict(model), set(model.state_dict()), count_hooks(model)
     tomesd.apply_patch(model)
     tiny.predict(model)
     assert set(model.state_dict()) == keys
     assert not torch.equal(tiny.predict(model), expected)
     tomesd.remove_patch(model)
     assert torch.equal(tiny.predict(model), expected)
-    assert hooks(model) == own
+    assert count_hooks(model) == own
 
 
 def test_a_ratio_of_zero_changes_nothing(tiny):
-    model = tiny.model()
+    model = tiny.build()
     expected = tiny.predict(model)
     assert torch.equal(tiny.predict(tomesd.apply_patch(model, ratio=0)), expected)
 
 
 def test_every_random_way_of_merging_is_a_function_of_the_seed(tiny):
     for way in ({"use_rand": True}, {"method": "prune"}):
-        model = tomesd.apply_patch(tiny.model(), **way)
+        model = tomesd.apply_patch(tiny.build(), **way)
         output = tiny.predict(model)
         assert output.isfinite().all()
         torch.manual_seed(1)
@@ -87,7 +87,7 @@ def test_every_random_way_of_merging_is_a_function_of_the_seed(tiny):
 
 
 def test_copies_and_pickles_of_a_patched_model_merge_by_themselves(tiny):
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     expected = tiny.predict(model)
     for other in (copy.deepcopy(model), _pickled(model)):
         assert torch.equal(tiny.predict(other), expected)
@@ -104,7 +104,7 @@ def _pickled(model):
 
 
 def test_threads_that_share_a_model_do_not_mix_their_sizes(tiny):
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     sizes = [{"h": 4, "w": 9}, {"h": 9, "w": 4}, {"h": 5, "w": 7}]
     expected = [tiny.predict(model, **size) for size in sizes]
     outputs = side_by_side([partial(tiny.predict, model, **size) for size in sizes], times=4)
@@ -113,7 +113,7 @@ def test_threads_that_share_a_model_do_not_mix_their_sizes(tiny):
 
 
 def test_a_report_says_what_merges(tiny):
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5)
     tiny.predict(model)
     (rows,) = tomesd.report(model).rows.values()
     merging = [row for row in rows if row.merged < row.tokens]
@@ -124,14 +124,14 @@ def test_a_report_says_what_merges(tiny):
 
 
 def test_half_precision_stays_half(tiny):
-    model = tomesd.apply_patch(tiny.model().bfloat16())
+    model = tomesd.apply_patch(tiny.build().bfloat16())
     output = tiny.predict(model)
     assert output.dtype == torch.bfloat16
     assert output.isfinite().all()
 
 
 def test_a_trace_shows_what_merged_in_each_block(tiny):
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5)
     expected = tiny.predict(model)
     with tomesd.trace(model) as traced:
         assert torch.equal(tiny.predict(model), expected)
@@ -143,12 +143,12 @@ def test_a_trace_shows_what_merged_in_each_block(tiny):
         assert record.patches.shape[1:] == grid
         for sample in record.patches:
             assert len(sample.unique()) == tiny.frames * 18
-    assert hooks(tomesd.remove_patch(model)) == hooks(tiny.model())
+    assert count_hooks(tomesd.remove_patch(model)) == count_hooks(tiny.build())
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1 / 36])
 def test_dit_merges_the_square_pictures_that_it_knows(ratio):
-    model, size = DIT.model(), {"h": 6, "w": 6}
+    model, size = DIT.build(), {"h": 6, "w": 6}
     expected = DIT.predict(model, **size)
     tomesd.apply_patch(model, ratio=ratio)
     output = DIT.predict(model, **size)

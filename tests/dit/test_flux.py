@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import tomesd
-from tests.support.tiny_transformers import TINY, Attention, ids
+from tests.support.recorders import AttentionRecorder
+from tests.support.tiny_transformers import TINY, ids
 
 FLUX = TINY["FluxTransformer2DModel"]
 
@@ -15,7 +16,7 @@ def _map(model) -> tuple[Tensor, list]:
     """The first block's token map in one forward pass, as groups of the first sample."""
     block, hooks = next(iter(model._tomesd_patch.blocks.items()))
     seen = []
-    handle = block.register_forward_pre_hook(lambda *_: seen.append(hooks.model.run.map))
+    handle = block.register_forward_pre_hook(lambda *_: seen.append(hooks.model.state.map))
     return handle, seen
 
 
@@ -24,7 +25,7 @@ def test_reference_pictures_merge_too_each_within_itself():
     """As in Kontext: the ids of the reference follow the picture's own."""
     own, reference = (4, 6), (5, 3)
     both = torch.cat([ids(*own), ids(*reference, picture=1)])
-    model = tomesd.apply_patch(FLUX.model(), ratio=0.5)
+    model = tomesd.apply_patch(FLUX.build(), ratio=0.5)
     tokens = torch.randn(2, 24 + 15, 4)
     handle, seen = _map(model)
     output = FLUX.call(model, hidden_states=tokens, img_ids=both)
@@ -38,17 +39,17 @@ def test_reference_pictures_merge_too_each_within_itself():
 
 @torch.no_grad()
 def test_ids_may_be_scaled_or_shifted():
-    model = tomesd.apply_patch(FLUX.model(), ratio=0.5)
+    model = tomesd.apply_patch(FLUX.build(), ratio=0.5)
     moved = ids(5, 7)
     moved[:, 1:] = moved[:, 1:] * 0.5 + 3
-    with Attention() as attention:
+    with AttentionRecorder() as attention:
         FLUX.call(model, img_ids=moved)
     assert attention.seen == [(5 + 18, 5 + 18)] * 2
 
 
 @torch.no_grad()
 def test_samples_with_one_table_of_positions_merge_alike():
-    model = tomesd.apply_patch(FLUX.model(), ratio=0.5)
+    model = tomesd.apply_patch(FLUX.build(), ratio=0.5)
     handle, seen = _map(model)
     FLUX.call(model, batch=3)
     handle.remove()
@@ -70,14 +71,14 @@ class _Copies(TorchFunctionMode):
 
 @torch.no_grad()
 def test_ids_are_looked_at_once_for_a_picture_and_not_in_every_step():
-    model = tomesd.apply_patch(FLUX.model(), ratio=0.5)
+    model = tomesd.apply_patch(FLUX.build(), ratio=0.5)
     own = ids(5, 7)
     counts = []
     for _ in range(3):
         with _Copies() as copies:
             FLUX.call(model, img_ids=own)
         counts.append(copies.count)
-    plain = FLUX.model()
+    plain = FLUX.build()
     with _Copies() as copies:
         FLUX.call(plain, img_ids=own)
     assert counts[0] > counts[1] == counts[2] == copies.count
@@ -88,11 +89,11 @@ def test_ids_are_looked_at_once_for_a_picture_and_not_in_every_step():
 def test_a_single_sample_merges_as_it_would_without_a_shared_map(name):
     """With one sample in the batch, sharing its map with the others changes nothing."""
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5)
     one = tiny.call(model, batch=1)
     twins = {
         key: value.expand(2, *value.shape[1:])
-        for key, value in tiny.given(batch=1).items()
+        for key, value in tiny.inputs(batch=1).items()
         if isinstance(value, Tensor) and key not in ("img_ids", "txt_ids")
     }
     both = tiny.call(model, batch=2, **twins)

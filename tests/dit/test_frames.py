@@ -6,13 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tomesd
-from tests.support.tiny_transformers import TINY, Attention
-from tomesd.core.frames import clips, frame_by_frame, place_by_place
+from tests.support.recorders import AttentionRecorder
+from tests.support.slow import slow
+from tests.support.tiny_transformers import TINY
+from tomesd.core.frames import clips, time_first, time_last
 from tomesd.core.matching import random_pruning
 from tomesd.core.partition import make_key
 from tomesd.core.partition import random as random_partition
 from tomesd.core.token_map import TokenMap
-from tomesd.diffusion.dit.video import VideoMatching
+from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.settings import DiffusionSettings
 
 VIDEOS = [name for name, tiny in TINY.items() if tiny.frames > 1]
@@ -53,11 +55,11 @@ def test_a_map_of_places_is_the_same_map_of_frames(frames, h, w, drops, seed):
         mapped = TokenMap.from_groups(torch.stack([labels[order] for order in orders]))
     tokens = torch.arange(n).view(1, n, 1).expand(2, -1, -1)
     # Which token is where when the frames of each place follow one another.
-    token_at = place_by_place(tokens, frames, w)[..., 0]
+    token_at = time_last(tokens, frames, w)[..., 0]
     assert token_at[0].tolist() == [
         (t * h + y) * w + x for y in range(h) for x in range(w) for t in range(frames)
     ]
-    result = frame_by_frame(mapped, frames)
+    result = time_first(mapped, frames)
     for sample in range(2):
         expected = {
             frozenset(token_at[sample, i].item() for i in group)
@@ -83,11 +85,11 @@ def test_a_map_of_places_is_the_same_map_of_frames(frames, h, w, drops, seed):
 )
 def test_as_many_tokens_merge_as_the_settings_say(frames, how):
     chosen = DiffusionSettings(ratio=0.5, across_frames=True, **how)
-    matching = VideoMatching(chosen)
+    matching = VideoMatcher(chosen)
     x = torch.randn(2, frames * 5 * 7, 8, generator=torch.Generator().manual_seed(0))
-    found = matching.token_map(x, (frames, 5, 7), make_key(0))
+    found = matching.token_map(x, (frames, 5, 7), 0.5, make_key(0))
     assert found.n == frames * 35
-    assert found.n - found.m == matching.merged((frames, 5, 7))
+    assert found.n - found.m == matching.merged(0.5, (frames, 5, 7))
     # Half of the tokens of each clip, rounded down.
     lost = found.n // 2 - (found.n - found.m)
     assert 0 <= lost <= len(clips(frames, 4)) * max(1, frames // 4)
@@ -96,16 +98,16 @@ def test_as_many_tokens_merge_as_the_settings_say(frames, how):
 def test_a_picture_merges_as_it_would_without():
     x = torch.randn(2, 35, 8)
     maps = [
-        VideoMatching(DiffusionSettings(across_frames=across)).token_map(x, (1, 5, 7), None)
+        VideoMatcher(DiffusionSettings(across_frames=across)).token_map(x, (1, 5, 7), 0.5, None)
         for across in (False, True)
     ]
     assert torch.equal(maps[0].group, maps[1].group)
     assert torch.equal(maps[0].head, maps[1].head)
     tiny = TINY["SD3Transformer2DModel"]
     with torch.no_grad():
-        expected = tiny.call(tomesd.apply_patch(tiny.model()))
+        expected = tiny.call(tomesd.apply_patch(tiny.build()))
         assert torch.equal(
-            tiny.call(tomesd.apply_patch(tiny.model(), across_frames=True)), expected
+            tiny.call(tomesd.apply_patch(tiny.build(), across_frames=True)), expected
         )
 
 
@@ -119,7 +121,7 @@ def _still(frames: int) -> dict:
 @torch.no_grad()
 def test_what_stands_still_merges_across_frames_without_loss(frames):
     """In float32; within the frames alone it could not."""
-    model = COGVIDEOX.model()
+    model = COGVIDEOX.build()
     expected = COGVIDEOX.call(model, **_still(frames))
     tomesd.apply_patch(model, ratio=0.5)
     within = (COGVIDEOX.call(model, **_still(frames)) - expected).abs().max()
@@ -138,7 +140,7 @@ def test_what_stands_still_merges_across_frames_without_loss(frames):
 @torch.no_grad()
 def test_every_family_of_videos_merges_across_frames(name):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5, across_frames=True)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5, across_frames=True)
     with tomesd.trace(model) as traced:
         output = tiny.call(model)
     assert output.isfinite().all()
@@ -152,12 +154,12 @@ def test_every_family_of_videos_merges_across_frames(name):
         assert max(map(len, frames_of_groups)) > 1
         for sample in record.patches:
             assert len(sample.unique()) == tiny.frames * 35 - tiny.frames * 35 // 2
-    with Attention() as attention:
+    with AttentionRecorder() as attention:
         tiny.call(model)
     gone = tiny.frames * 35 // 2
-    before = Attention()
+    before = AttentionRecorder()
     with before:
-        tiny.call(tiny.model())
+        tiny.call(tiny.build())
     merged = [
         was - left
         for (was, _), (left, _) in zip(before.seen, attention.seen, strict=True)
@@ -168,10 +170,11 @@ def test_every_family_of_videos_merges_across_frames(name):
     assert {row.tokens - row.merged for row in rows if not row.note.startswith("they")} == {gone}
 
 
+@slow
 @torch.no_grad()
 def test_merging_across_frames_is_one_graph():
     torch.compiler.reset()
-    model = tomesd.apply_patch(COGVIDEOX.model(), across_frames=True)
+    model = tomesd.apply_patch(COGVIDEOX.build(), across_frames=True)
     still = {"hidden_states": torch.randn(2, 5, 4, 10, 14), "image_rotary_emb": None}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(COGVIDEOX.call(compiled, **still), COGVIDEOX.call(model, **still))
@@ -180,4 +183,4 @@ def test_merging_across_frames_is_one_graph():
 
 def test_across_frames_is_a_yes_or_no():
     with pytest.raises(TypeError, match="across_frames must be bool, got 4"):
-        tomesd.apply_patch(COGVIDEOX.model(), across_frames=4)
+        tomesd.apply_patch(COGVIDEOX.build(), across_frames=4)

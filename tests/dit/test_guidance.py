@@ -7,7 +7,8 @@ from diffusers.hooks import smoothed_energy_guidance_utils as smoothed
 from torch import Tensor, nn
 
 import tomesd
-from tests.support.tiny_transformers import TINY, Attention, Tiny
+from tests.support.recorders import AttentionRecorder
+from tests.support.tiny_transformers import TINY, TinyTransformer
 
 PIXART, WAN = "PixArtTransformer2DModel", "WanTransformer3DModel"
 SD3, COGVIDEOX = "SD3Transformer2DModel", "CogVideoXTransformer3DModel"
@@ -19,7 +20,7 @@ def _where(model) -> str:
 
 
 @torch.no_grad()
-def _predictions(tiny: Tiny, model: nn.Module, guider) -> list[Tensor]:
+def _predictions(tiny: TinyTransformer, model: nn.Module, guider) -> list[Tensor]:
     """What the model gives for each of a guider's passes in one step."""
     texts = [torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     guider.set_state(step=5, num_inference_steps=10, timestep=torch.tensor(500))
@@ -40,7 +41,7 @@ def _skip_layers(model: nn.Module) -> SkipLayerGuidance:
 def test_skipping_all_blocks_gives_what_it_gives_without_merging(name):
     """They hand on what they were given: nothing is left that merging could change."""
     tiny = TINY[name]
-    model = tiny.model()
+    model = tiny.build()
     plain = _predictions(tiny, model, _skip_layers(model))
     merged = _predictions(tiny, tomesd.apply_patch(model), _skip_layers(model))
     assert len(plain) == len(merged) == 3
@@ -52,13 +53,13 @@ def test_skipping_all_blocks_gives_what_it_gives_without_merging(name):
 @pytest.mark.parametrize("name", [PIXART, COGVIEW4])
 def test_perturbed_attention_guidance_perturbs_merged_tokens(name):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5)
     scores = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
     layers = LayerSkipConfig([0, 1], fqn=_where(model), **scores)
     guider = PerturbedAttentionGuidance(
         perturbed_guidance_config=layers, perturbed_guidance_stop=1.0
     )
-    with Attention() as attention:
+    with AttentionRecorder() as attention:
         attended, _, perturbed = _predictions(tiny, model, guider)
     assert not torch.equal(perturbed, attended)
     to_text = [(18, 5)] * (name == PIXART)
@@ -72,10 +73,10 @@ def test_perturbed_attention_guidance_perturbs_merged_tokens(name):
 @pytest.mark.parametrize("name", [PIXART, WAN])
 def test_auto_guidance_drops_what_merged_tokens_give(name):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model(), ratio=0.5)
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5)
     layers = LayerSkipConfig([0], fqn=_where(model), dropout=0.3)
     guided = AutoGuidance(auto_guidance_config=layers)
-    with Attention() as attention:
+    with AttentionRecorder() as attention:
         whole, dropped = _predictions(tiny, model, guided)
     assert dropped.isfinite().all()
     assert not torch.equal(whole, dropped)
@@ -86,7 +87,7 @@ def test_auto_guidance_drops_what_merged_tokens_give(name):
 def test_smoothed_energy_guidance_is_refused_where_queries_merge():
     """It blurs queries in a square, which merged tokens are not in."""
     tiny = TINY[PIXART]
-    model = tiny.model()
+    model = tiny.build()
     plain = tiny.call(model)
     layers = smoothed.SmoothedEnergyGuidanceConfig([1], fqn="transformer_blocks")
     smoothed._apply_smoothed_energy_guidance_hook(model, layers, blur_sigma=1.0)

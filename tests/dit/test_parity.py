@@ -24,13 +24,13 @@ from tests.support.dit_blocks import (
     tokens,
     tokens_of,
 )
-from tests.support.tiny_transformers import TEXT, Tiny
+from tests.support.tiny_transformers import TEXT_TOKENS, TinyTransformer
 
 RATIO = 0.4
 Groups = list[list[list[int]]]
 
 
-def _merged(tiny: Tiny, value: Tensor, groups: Groups, is_state: bool) -> Tensor:
+def _merged(tiny: TinyTransformer, value: Tensor, groups: Groups, is_state: bool) -> Tensor:
     """One row for each group, where there was one for each image token."""
     # A mask of keys has them in its last dimension; Wan's timesteps by token and branch, which may
     # be in either order.
@@ -55,7 +55,9 @@ def _rows(table: Tensor, own: slice, groups: list[list[int]], is_state: bool) ->
     return torch.cat([table[: own.start or 0], torch.stack(merged), table[own.stop :]])
 
 
-def _each_its_groups(tiny: Tiny, y: Tensor, groups: Groups, before: Tensor, x: Tensor) -> Tensor:
+def _each_its_groups(
+    tiny: TinyTransformer, y: Tensor, groups: Groups, before: Tensor, x: Tensor
+) -> Tensor:
     """What the block added to each group, added to the group's tokens."""
     m = len(groups[0])
     start = 0 if tiny.image_first else y.shape[1] - m
@@ -165,7 +167,7 @@ def test_without_proportional_attention_merging_pairs_of_equal_tokens_is_reading
             counts = torch.tensor([2] * before + [1] * n + [2] * rest)
             return value.repeat_interleave(counts, dim)
         for dim in (1, 0):
-            if value.dim() > dim and value.shape[dim] in (TEXT, TEXT + 8):
+            if value.dim() > dim and value.shape[dim] in (TEXT_TOKENS, TEXT_TOKENS + 8):
                 return value.repeat_interleave(2, dim)
         return value
 

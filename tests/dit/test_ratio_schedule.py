@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.tiny_transformers import TINY
 from tomesd import RatioSchedule
 
@@ -17,7 +18,7 @@ class _Pipeline:
 
     def __init__(self, tiny) -> None:
         self.tiny = tiny
-        self.transformer = tiny.model()
+        self.transformer = tiny.build()
         self.scheduler = FlowMatchEulerDiscreteScheduler()
 
     @property
@@ -48,6 +49,7 @@ def test_each_step_is_that_of_its_ratio(name):
     assert "ratio 0.5, 0" in note
 
 
+@slow
 @torch.no_grad()
 def test_a_compiled_transformer_is_compiled_once_for_each_ratio():
     torch.compiler.reset()
@@ -62,12 +64,12 @@ def test_a_compiled_transformer_is_compiled_once_for_each_ratio():
 
 
 def test_a_ratio_by_level_is_refused_where_there_is_one_level():
-    model = TINY["PixArtTransformer2DModel"].model()
+    model = TINY["PixArtTransformer2DModel"].build()
     with pytest.raises(TypeError, match="ratio must not be given by level for PixArtTransformer"):
         tomesd.apply_patch(model, ratio={1: 0.5})
 
 
 def test_a_schedule_without_a_pipeline_is_refused():
-    model = TINY["PixArtTransformer2DModel"].model()
+    model = TINY["PixArtTransformer2DModel"].build()
     with pytest.raises(TypeError, match="a schedule needs apply_patch"):
         tomesd.apply_patch(model, ratio=RatioSchedule.first(0.5, until=0.5))

@@ -22,18 +22,18 @@ from tests.support.dit_blocks import (
     tokens,
     tokens_of,
 )
-from tests.support.tiny_transformers import TINY, Tiny
+from tests.support.tiny_transformers import TINY, TinyTransformer
 
 RATIO = 0.4
 PROPORTIONAL = sorted(set(FAMILIES) - WITHOUT_PROPORTIONAL)
 
 
-def _where(tiny: Tiny, value: Tensor) -> tuple[int, slice] | None:
+def _where(tiny: TinyTransformer, value: Tensor) -> tuple[int, slice] | None:
     # Wan has its timesteps by token and branch, SkyReels by branch and token.
     return tokens_of(tiny, value, (1, 0, 2) if value.dim() == 4 else (1, 0))
 
 
-def _levelled(tiny: Tiny, value: Tensor, groups: list, is_state: bool) -> Tensor:
+def _levelled(tiny: TinyTransformer, value: Tensor, groups: list, is_state: bool) -> Tensor:
     """Means of groups for token states, the head's entry for everything else."""
     where = _where(tiny, value)
     if where is None:
@@ -125,7 +125,7 @@ def test_a_text_token_never_merges(name):
     single = found[-1].changed(lambda value: torch.ones_like(value) if value.dim() == 3 else value)
     maps = []
     hooks = model._tomesd_patch.blocks[single.block]
-    single.block.register_forward_pre_hook(lambda *_: maps.append(hooks.model.run.map))
+    single.block.register_forward_pre_hook(lambda *_: maps.append(hooks.model.state.map))
     single()
     (token_map,) = maps
     of_grid = set(range(token_map.n)[places(tiny, token_map.n)])

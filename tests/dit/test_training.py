@@ -49,7 +49,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(name, reentrant):
     tiny = TINY[name]
     # As many tokens, but in another grid: two forward passes before one backward pass.
     sizes = [(4, 9)] if name in LAST_PASS_ONLY else [(4, 9), (9, 4)]
-    model = tomesd.apply_patch(tiny.model().train(), use_rand=True)
+    model = tomesd.apply_patch(tiny.build().train(), use_rand=True)
     expected = _gradients(tiny, model, *sizes)
     model.enable_gradient_checkpointing(
         lambda module, *args, **kwargs: torch.utils.checkpoint.checkpoint(
@@ -69,7 +69,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(name, reentrant):
 
 def test_the_grid_of_another_pass_is_an_error_where_it_cannot_be_told():
     tiny = TINY["AuraFlowTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model().train())
+    model = tomesd.apply_patch(tiny.build().train())
     model.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match="must have the tokens of the grids"):
         _gradients(tiny, model, (6, 6), (7, 9))

@@ -1,91 +1,38 @@
-"""What each process of tests/test_data_parallel.py does: its share of a batch, and backward."""
+"""What each process of test_data_parallel does: its share of a batch, and backward."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers as hf
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 import tomesd
+from tests.support import tiny_transformers, tiny_unets, tiny_vits
 
-KINDS = ("ViT", "UNet", "transformer")
+TINY = {
+    "UNet": tiny_unets.TINY["UNet2DConditionModel"],
+    "transformer": tiny_transformers.TINY[tiny_transformers.PIXART],
+}
+KINDS = ("ViT", *TINY)
 WAYS = ("patched before", "patched after", "with checkpointing")
 SETTINGS: dict[str, dict] = {"ViT": {"r": [3, 0, 9]}, "UNet": {}, "transformer": {}}
 
 
-def _vit() -> nn.Module:
-    config = hf.ViTConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=24,
-        patch_size=4,
-    )
-    model = hf.ViTForImageClassification(config)
-    for parameter in model.parameters():
-        # Large enough for mistakes to be seen.
-        nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
-    return model
-
-
-def _unet() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    )
-
-
-def _transformer() -> nn.Module:
-    return diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_layers=2,
-        cross_attention_dim=8,
-        caption_channels=8,
-        use_additional_conditions=False,
-        norm_num_groups=4,
-    )
-
-
 def build(kind: str) -> Any:
     """A tiny model in training."""
-    torch.manual_seed(0)
-    model = {"ViT": _vit, "UNet": _unet, "transformer": _transformer}[kind]().double().train()
-    for parameter in model.parameters():
-        # Gates and last layers start at zero: nothing of what blocks do would be seen.
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
-    return model
+    model = tiny_vits.build("ViT").model if kind == "ViT" else TINY[kind].build()
+    return model.double().train()
 
 
 def _inputs(kind: str, part: slice) -> dict:
     """Of a batch of four."""
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(4, *shape, generator=draw).double()[part]
-
     if kind == "ViT":
-        return {"pixel_values": normal(3, 24, 24)}
-    latents, text = normal(4, 6, 8), normal(5, 8)
-    name = "sample" if kind == "UNet" else "hidden_states"
-    timestep = torch.full((len(latents),), 500)
-    return {name: latents, "encoder_hidden_states": text, "timestep": timestep}
+        draw = torch.Generator().manual_seed(0)
+        return {"pixel_values": torch.randn(4, 3, 24, 24, generator=draw).double()[part]}
+    inputs = TINY[kind].inputs(batch=4, dtype=torch.float64)
+    return {name: value[part] if value.dim() else value for name, value in inputs.items()}
 
 
 def gradients(kind: str, model: nn.Module, wrapped: nn.Module, accelerator: Accelerator) -> dict:

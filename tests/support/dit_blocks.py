@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import tomesd
 from tests.support import slow_reference
-from tests.support.tiny_transformers import CONTROLNETS, DIT, TEXT, TINY, Tiny
+from tests.support.tiny_transformers import CONTROLNETS, DIT, TEXT_TOKENS, TINY, TinyTransformer
+from tomesd.diffusion.block import Place
 
 # Every class of transformers that merges, or a kind of it.
 FAMILIES = TINY | {DIT.name: DIT} | CONTROLNETS
@@ -28,7 +29,7 @@ WITHOUT_PROPORTIONAL = {
 BATCH = 2
 # What is beside the image tokens: nothing, the text, or with a mode in front; AuraFlow's registers
 # and the text; Z-Image's padding to a multiple of 32, and its padded texts.
-BESIDE = (0, TEXT, TEXT + 1, TEXT + 8, 24, 24 + 96)
+BESIDE = (0, TEXT_TOKENS, TEXT_TOKENS + 1, TEXT_TOKENS + 8, 24, 24 + 96)
 
 
 class Call:
@@ -70,25 +71,25 @@ def _each(value: Any, change) -> Any:
 def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: each for key, each in value.items() if key != "tomesd_place"}
-    if type(value) is tuple and value and type(value[-1]).__name__ == "_Place":
+    if type(value) is tuple and value and isinstance(value[-1], Place):
         return value[:-1]
     return value
 
 
-def grid(tiny: Tiny) -> tuple[int, int]:
+def grid(tiny: TinyTransformer) -> tuple[int, int]:
     """One that cells of 2×2 tokens do not divide, but for DiT, which knows squares alone."""
     return (6, 6) if tiny is DIT else (5, 8)
 
 
-def tokens(tiny: Tiny) -> int:
+def tokens(tiny: TinyTransformer) -> int:
     """How many the image or video has."""
     h, w = grid(tiny)
     return tiny.frames * h * w
 
 
-def calls(tiny: Tiny, **settings) -> tuple[nn.Module, list[Call]]:
+def calls(tiny: TinyTransformer, **settings) -> tuple[nn.Module, list[Call]]:
     """The merging blocks of a patched model, with the arguments that the model gives them."""
-    model = tomesd.apply_patch(tiny.model().double(), **settings)
+    model = tomesd.apply_patch(tiny.build().double(), **settings)
     found: list[Call] = []
 
     def note(block, args, kwargs):
@@ -107,7 +108,9 @@ def calls(tiny: Tiny, **settings) -> tuple[nn.Module, list[Call]]:
     return model, found
 
 
-def tokens_of(tiny: Tiny, value: Tensor, dims: tuple[int, ...]) -> tuple[int, slice] | None:
+def tokens_of(
+    tiny: TinyTransformer, value: Tensor, dims: tuple[int, ...]
+) -> tuple[int, slice] | None:
     """In which of these dimensions a tensor has one entry for each image token, and where in it."""
     for dim in dims:
         if -value.dim() <= dim < value.dim() and value.shape[dim] - tokens(tiny) in BESIDE:
@@ -115,13 +118,13 @@ def tokens_of(tiny: Tiny, value: Tensor, dims: tuple[int, ...]) -> tuple[int, sl
     return None
 
 
-def places(tiny: Tiny, length: int) -> slice:
+def places(tiny: TinyTransformer, length: int) -> slice:
     """Those of the image tokens among so many."""
     n = tokens(tiny)
     return slice(n) if tiny.image_first else slice(length - n, length)
 
 
-def image(tiny: Tiny, call: Call) -> Tensor:
+def image(tiny: TinyTransformer, call: Call) -> Tensor:
     """The block's image tokens [B, n, C]."""
     return call.tokens[:, places(tiny, call.tokens.shape[1])]
 
@@ -140,7 +143,7 @@ def _groups(x: Tensor, frames: int, h: int, w: int, ratio: float) -> list[list[i
     return groups
 
 
-def grouped(tiny: Tiny, x: Tensor, ratio: float) -> list[list[list[int]]]:
+def grouped(tiny: TinyTransformer, x: Tensor, ratio: float) -> list[list[list[int]]]:
     """Each sample's groups, heads first. Latte's frames are samples."""
     how = (tiny.frames, *grid(tiny), ratio)
     if tiny.one_map:

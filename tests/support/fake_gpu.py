@@ -22,10 +22,12 @@ def can_be_faked() -> bool:
     return True
 
 
+# Device, precision and shape of each.
+Outputs = list[tuple[str, torch.dtype, torch.Size]]
+
+
 @torch.no_grad()  # Autograd wants the real thing.
-def run_on_gpu(
-    model: nn.Module, inputs: dict, dtype: torch.dtype
-) -> list[tuple[str, torch.dtype, torch.Size]]:
+def run_on_gpu(model: nn.Module, inputs: dict, dtype: torch.dtype) -> Outputs:
     """Device, precision and shape of all that the model gives. The model itself stays as it is."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 

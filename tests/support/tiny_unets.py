@@ -1,37 +1,112 @@
 """Diffusers' own UNets and ControlNets, tiny and with random weights, and how each is called.
 
-Two levels: the finest has transformers, the other has one in the middle. Sizes are latents' (h, w),
-which are the tokens of the finest level.
+sd_unet and sdxl_unet have the levels of the models that they are named after. TINY has one of every
+class, with two levels: the finest has transformers, the other has one in the middle. Sizes are
+latents' (h, w), which are the tokens of the finest level.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import diffusers
 import torch
-from torch import Tensor, nn
+from diffusers import ControlNetModel, UNet2DConditionModel
 
-TEXT = 5
-WIDTH = 16
+from tests.support.tiny_model import TEXT_TOKENS, WIDTH, TinyModel, randomize_zeros
+
+# Of a prompt of Stable Diffusion.
+SD_TEXT_TOKENS = 12
 FRAMES = 3
 
 
-@dataclass
-class Tiny:
-    """One kind of model. inputs: (batch, h, w, draw), where draw(*shape) gives random numbers.
+def sd_unet(seed: int = 0, **config) -> UNet2DConditionModel:
+    """Like Stable Diffusion 1: transformers at every level but the coarsest, and in the middle."""
+    torch.manual_seed(seed)
+    defaults = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**defaults | config).eval()
 
-    sizes: square, oblong, and ones that a cell of 2×2 tokens does not divide at some level.
+
+def sdxl_unet(seed: int = 0, **config) -> UNet2DConditionModel:
+    """Like SDXL: no attention at the finest level, several blocks in each transformer."""
+    torch.manual_seed(seed)
+    defaults = {
+        "sample_size": 16,
+        "block_out_channels": (16, 16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (2, 2, 4),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * WIDTH,
+        "norm_num_groups": 8,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    }
+    return UNet2DConditionModel(**defaults | config).eval()
+
+
+def controlnet(unet: UNet2DConditionModel, seed: int = 1) -> ControlNetModel:
+    """A ControlNet for the UNet, with weights of its own, so that it has an effect."""
+    torch.manual_seed(seed)
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,) * 4)
+    randomize_zeros(model, std=0.1)
+    return model.eval()
+
+
+def unet_inputs(unet, batch: int = 2, h: int = 10, w: int = 14, seed: int = 0) -> dict:
+    """What a pipeline hands to a UNet in one step, for latents of h×w."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        # The same numbers in every precision.
+        return torch.randn(shape, generator=draw).to(unet.dtype)
+
+    inputs = {
+        "sample": normal(batch, unet.config.in_channels, h, w),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": normal(batch, SD_TEXT_TOKENS, unet.config.cross_attention_dim),
+    }
+    if unet.config.addition_embed_type == "text_time":
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": normal(batch, WIDTH),
+            "time_ids": torch.ones(batch, 6),
+        }
+    return inputs
+
+
+@torch.no_grad()
+def predict(unet, **kwargs) -> torch.Tensor:
+    """The UNet's output for `unet_inputs(unet, **kwargs)`; a timestep may be given too."""
+    timestep = kwargs.pop("timestep", torch.tensor(500))
+    return unet(**unet_inputs(unet, **kwargs) | {"timestep": timestep}).sample
+
+
+@dataclass
+class TinyUNet(TinyModel):
+    """One class of UNets or their ControlNets.
+
+    kind: how its blocks' names end. sizes: square, oblong, and ones that a cell of 2×2 tokens does
+    not divide at some level.
     """
 
-    name: str
-    kind: str
-    inputs: Callable[..., dict]
-    config: dict = field(default_factory=dict)
+    kind: str = "2D"
     sizes: tuple[tuple[int, int], ...] = ((8, 8), (6, 10), (7, 9))
 
-    def model(self, **config) -> nn.Module:
-        torch.manual_seed(0)
+    default_grid: ClassVar[tuple[int, int]] = (6, 10)
+    # A ControlNet gives what it adds to the levels, and at last to the middle.
+    output: ClassVar[int] = -1
+
+    def build(self, seed: int = 0, **config) -> Any:
         defaults = {
             "sample_size": 8,
             "block_out_channels": (16, 32),
@@ -42,26 +117,17 @@ class Tiny:
         }
         if "ControlNet" in self.name:
             del defaults["sample_size"], defaults["up_block_types"]
-        model = getattr(diffusers, self.name)(**defaults | self.config | config).eval()
-        for parameter in model.parameters():
-            # Gates and last layers start at zero: nothing of what blocks do would be seen.
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.2)
-        return model
+        return super().build(seed, **defaults | self.config | config)
 
-    def call(self, model, batch: int = 2, h: int = 6, w: int = 10, **given) -> Tensor:
-        draw = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw)
-
-        inputs = {"timestep": torch.tensor(500)} | self.inputs(batch, h, w, normal)
-        # A ControlNet gives what it adds to the levels, and at last to the middle.
-        return model(**inputs | given, return_dict=False)[-1]
+    def inputs(self, *args, **kwargs) -> dict:
+        return {"timestep": torch.tensor(500)} | super().inputs(*args, **kwargs)
 
 
 def _sd(batch, h, w, normal) -> dict:
-    return {"sample": normal(batch, 4, h, w), "encoder_hidden_states": normal(batch, TEXT, WIDTH)}
+    return {
+        "sample": normal(batch, 4, h, w),
+        "encoder_hidden_states": normal(batch, TEXT_TOKENS, WIDTH),
+    }
 
 
 def _controlnet(batch, h, w, normal) -> dict:
@@ -71,7 +137,7 @@ def _controlnet(batch, h, w, normal) -> dict:
 def _video(batch, h, w, normal) -> dict:
     return {
         "sample": normal(batch, 4, FRAMES, h, w),
-        "encoder_hidden_states": normal(batch, TEXT, WIDTH),
+        "encoder_hidden_states": normal(batch, TEXT_TOKENS, WIDTH),
     }
 
 
@@ -108,31 +174,27 @@ def _svd(batch, h, w, normal) -> dict:
 
 
 _SD = {"attention_head_dim": 2, "norm_num_groups": 8}
+_MOTION = {"motion_num_attention_heads": 2, "norm_num_groups": 8}
+_3D = {"attention_head_dim": 8, "norm_num_groups": 8}
 
 TINY = {
     tiny.name: tiny
     for tiny in (
-        Tiny("UNet2DConditionModel", "2D", _sd, _SD),
-        Tiny("ControlNetModel", "2D", _controlnet, _SD),
-        Tiny(
-            "UNetMotionModel",
-            "Motion",
-            _animatediff,
-            {"num_attention_heads": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8},
+        TinyUNet("UNet2DConditionModel", _SD, _sd),
+        TinyUNet("ControlNetModel", _SD, _controlnet),
+        TinyUNet(
+            "UNetMotionModel", _MOTION | {"num_attention_heads": 2}, _animatediff, kind="Motion"
         ),
-        Tiny(
+        TinyUNet(
             "SparseControlNetModel",
-            "Motion",
+            _MOTION | {"attention_head_dim": 2, "conditioning_embedding_out_channels": (8, 8)},
             _sparse,
-            {"attention_head_dim": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8}
-            | {"conditioning_embedding_out_channels": (8, 8)},
+            kind="Motion",
         ),
-        Tiny("UNet3DConditionModel", "3D", _video, {"attention_head_dim": 8, "norm_num_groups": 8}),
-        Tiny("I2VGenXLUNet", "3D", _i2vgen, {"attention_head_dim": 8, "norm_num_groups": 8}),
-        Tiny(
+        TinyUNet("UNet3DConditionModel", _3D, _video, kind="3D"),
+        TinyUNet("I2VGenXLUNet", _3D, _i2vgen, kind="3D"),
+        TinyUNet(
             "UNetSpatioTemporalConditionModel",
-            "SpatioTemporal",
-            _svd,
             {
                 "in_channels": 8,
                 "block_out_channels": (32, 32),
@@ -140,38 +202,11 @@ TINY = {
                 "projection_class_embeddings_input_dim": 24,
                 "num_attention_heads": 2,
             },
+            _svd,
+            kind="SpatioTemporal",
             # It has to divide latents by two itself; the tokens in the middle are then 3×5.
             sizes=((8, 8), (6, 10)),
         ),
     )
 }
 VIDEOS = [name for name in TINY if name not in ("UNet2DConditionModel", "ControlNetModel")]
-
-
-@contextmanager
-def attention_lengths(model: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
-    """How many queries and keys each attention in a model has, by its name: its last call's."""
-    seen: dict[str, dict[str, int]] = {}
-    lengths: dict[str, tuple[int, int]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Attention":
-            own = seen.setdefault(name, {})
-            for part in ("to_q", "to_k"):
-
-                def note(_, args, name=name, own=own, part=part) -> None:
-                    own[part] = args[0].shape[1]
-                    if len(own) == 2:
-                        lengths[name] = own["to_q"], own["to_k"]
-
-                handles.append(getattr(module, part).register_forward_pre_hook(note))
-    try:
-        yield lengths
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def is_spatial(name: str) -> bool:
-    """Whether it is the self-attention of a picture's or a frame's tokens."""
-    return ".attentions." in name and ".transformer_blocks." in name and name.endswith(".attn1")

@@ -22,8 +22,8 @@ WIDTH, DEPTH, HEADS = 24, 3, 2
 class Vit:
     """A model, an input for it, and what the tests need to know about it.
 
-    blocks, reference: its transformer blocks, and what they compute, for tests.support.vit_reference.
-    prefix: its class, distillation and register tokens.
+    blocks, reference: its transformer blocks, and what they compute, for vit_reference. prefix: its
+    class, distillation and register tokens.
     """
 
     model: Any

@@ -19,24 +19,18 @@ from diffusers.models.attention_processor import (
 )
 
 import tomesd
-from tests.support.tiny_models import (
-    TEXT_WIDTH,
-    build,
-    predict,
-    sd_components,
-    sd_unet,
-    unet_inputs,
-)
-from tests.support.tiny_unets import TINY, attention_lengths, is_spatial
-from tomesd.diffusion.unet.levels import Place
+from tests.support.recorders import attention_lengths, is_spatial
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_pipelines import build_pipeline, sample, sd_components
+from tests.support.tiny_unets import TINY, predict, sd_unet, unet_inputs
+from tomesd.diffusion.block import Place
 
 SIZE = {"height": 80, "width": 112}
 WAYS = [{}, {"prop_attn": False}, {"merge_attn": True}, {"preset": "paper"}]
 
 
 def _sample(pipe, **call) -> torch.Tensor:
-    call = {"num_inference_steps": 2, "output_type": "latent"} | SIZE | call
-    return pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images
+    return sample(pipe, **SIZE | call)
 
 
 def _perturb(unet, processor) -> None:
@@ -66,7 +60,9 @@ def test_samples_whose_attention_is_not_perturbed_are_as_without_perturbing(
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_perturbed_attention_guidance_merges_repeats_and_comes_back(settings, guidance):
     components = sd_components() | {"requires_safety_checker": False}
-    pipe = build(StableDiffusionPAGPipeline, components | {"pag_applied_layers": ["down", "mid"]})
+    pipe = build_pipeline(
+        StableDiffusionPAGPipeline, components | {"pag_applied_layers": ["down", "mid"]}
+    )
     call = {"guidance_scale": guidance, "pag_scale": 3.0}
     before = _sample(pipe, **call)
     tomesd.apply_patch(pipe, **settings)
@@ -106,7 +102,7 @@ def _objects(seed: int = 0) -> dict:
     return {
         "boxes": torch.rand(2, OBJECTS, 4, generator=draw),
         "masks": torch.ones(2, OBJECTS),
-        "positive_embeddings": torch.randn(2, OBJECTS, TEXT_WIDTH, generator=draw),
+        "positive_embeddings": torch.randn(2, OBJECTS, WIDTH, generator=draw),
     }
 
 
@@ -138,19 +134,19 @@ def test_in_gligen_merging_tokens_that_are_equal_changes_nothing_but_rounding():
     draw = torch.Generator().manual_seed(0)
     cells = torch.randn(2, 4, 1, 4, 1, 16, dtype=torch.float64, generator=draw)
     x = cells.expand(2, 4, 2, 4, 2, -1).reshape(2, 64, -1)
-    text, objects = torch.randn(2, 2, OBJECTS, TEXT_WIDTH, dtype=torch.float64, generator=draw)
+    text, objects = torch.randn(2, 2, OBJECTS, WIDTH, dtype=torch.float64, generator=draw)
     own = {"gligen": {"objs": objects}}
     with torch.no_grad():
         expected = block(x, encoder_hidden_states=text, cross_attention_kwargs=own)
         tomesd.apply_patch(unet, ratio=0.75)
-        own = own | {"tomesd_place": Place(8, 8, 500)}
+        own = own | {"tomesd_place": Place(((1, 8, 8),), 500)}
         got = block(x, encoder_hidden_states=text, cross_attention_kwargs=own)
     torch.testing.assert_close(got, expected)
 
 
 def test_the_gligen_pipeline_works():
     components = sd_components(_gligen_unet()) | {"requires_safety_checker": False}
-    pipe = build(StableDiffusionGLIGENPipeline, components)
+    pipe = build_pipeline(StableDiffusionGLIGENPipeline, components)
     call = {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.2, 0.6, 0.9]]}
     before = _sample(pipe, **call)
     merged = _sample(tomesd.apply_patch(pipe), **call)
@@ -206,7 +202,7 @@ def test_attention_may_be_cached_where_only_keys_merge():
 
 def test_attention_that_does_not_merge_may_be_cached():
     tiny = TINY["UNetSpatioTemporalConditionModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     with torch.no_grad():
         expected = tiny.call(model)
         _broadcast(model, temporal_attention_block_skip_range=2)

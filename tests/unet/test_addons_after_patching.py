@@ -13,8 +13,9 @@ from peft import LoraConfig
 from PIL import Image
 
 import tomesd
-from tests.support.tiny_models import build, predict, sd_unet, sdxl_components
+from tests.support.tiny_pipelines import build_pipeline, sdxl_components
 from tests.support.tiny_transformers import TINY
+from tests.support.tiny_unets import predict, sd_unet
 
 SD3 = TINY["SD3Transformer2DModel"]
 PLAIN = {"dual_attention_layers": (), "qk_norm": None}
@@ -28,18 +29,18 @@ def _add_lora(model):
 
 @torch.no_grad()
 def test_lora_that_is_added_after_patching_merges_like_one_from_before():
-    adapted = SD3.model()
+    adapted = SD3.build()
     _add_lora(adapted)
     expected = SD3.call(tomesd.apply_patch(adapted))
-    model = tomesd.apply_patch(SD3.model())
+    model = tomesd.apply_patch(SD3.build())
     _add_lora(model)
     assert torch.equal(SD3.call(model), expected)
 
 
 @torch.no_grad()
 def test_lora_that_is_unloaded_after_patching_leaves_proportional_attention():
-    merged = SD3.call(tomesd.apply_patch(SD3.model()))
-    model = SD3.model()
+    merged = SD3.call(tomesd.apply_patch(SD3.build()))
+    model = SD3.build()
     _add_lora(model)
     tomesd.apply_patch(model)
     model.unload_lora()
@@ -48,7 +49,7 @@ def test_lora_that_is_unloaded_after_patching_leaves_proportional_attention():
 
 @torch.no_grad()
 def test_projections_that_are_fused_after_patching_are_refused():
-    model = tomesd.apply_patch(SD3.model(**PLAIN))
+    model = tomesd.apply_patch(SD3.build(**PLAIN))
     model.fuse_qkv_projections()
     with pytest.raises(ValueError, match="prop_attn must be False with fused projections"):
         SD3.call(model)
@@ -80,7 +81,7 @@ def _broadcast(model):
 @torch.no_grad()
 def test_caches_applied_by_diffusers_functions_are_refused(name, apply, when):
     tiny = TINY[name]
-    model = tiny.model()
+    model = tiny.build()
     if when == "before":
         apply(model)
     tomesd.apply_patch(model)
@@ -94,7 +95,7 @@ def test_caches_applied_by_diffusers_functions_are_refused(name, apply, when):
 @torch.no_grad()
 def test_broadcast_on_models_without_enable_cache_is_refused(name):
     tiny = TINY[name]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     _broadcast(model)
     with pytest.raises(ValueError, match="cache"):
         tiny.call(model)
@@ -112,7 +113,7 @@ def _broadcast_cross(model):
 @torch.no_grad()
 def test_broadcast_of_cross_attention_is_refused():
     tiny = TINY["PixArtTransformer2DModel"]
-    model = tomesd.apply_patch(tiny.model())
+    model = tomesd.apply_patch(tiny.build())
     _broadcast_cross(model)
     with pytest.raises(ValueError, match="cache"):
         tiny.call(model)
@@ -173,7 +174,7 @@ def test_a_union_controlnet_merges_beside_its_unet():
         num_control_type=2,
     )
     parts = sdxl_components() | {"controlnet": net.eval(), "add_watermarker": False}
-    pipe = tomesd.apply_patch(build(StableDiffusionXLControlNetUnionPipeline, parts))
+    pipe = tomesd.apply_patch(build_pipeline(StableDiffusionXLControlNetUnionPipeline, parts))
     picture = Image.linear_gradient("L").convert("RGB").resize((112, 80))
     call = {"control_image": [picture], "control_mode": [0], "output_type": "latent"}
     pipe("a cat", num_inference_steps=1, **call)

@@ -16,8 +16,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 
 import tomesd
-from tests.support.tiny_models import TEXT_WIDTH, hooks, predict, sd_unet, unet_inputs
+from tests.support.recorders import count_hooks
+from tests.support.tiny_model import WIDTH
 from tests.support.tiny_transformers import TINY
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 
 FLUX, CHROMA, WAN = "FluxTransformer2DModel", "ChromaTransformer2DModel", "WanTransformer3DModel"
 LTX, PIXART = "LTXVideoTransformer3DModel", "PixArtTransformer2DModel"
@@ -118,7 +120,7 @@ def test_gligen_on_xformers_gives_the_same_output(kernel):
     objects = {
         "boxes": torch.rand(2, 3, 4),
         "masks": torch.ones(2, 3),
-        "positive_embeddings": torch.randn(2, 3, TEXT_WIDTH),
+        "positive_embeddings": torch.randn(2, 3, WIDTH),
     }
     given = unet_inputs(unet) | {"cross_attention_kwargs": {"gligen": objects}}
     expected = unet(**given).sample
@@ -131,7 +133,7 @@ def test_gligen_on_xformers_gives_the_same_output(kernel):
 @torch.no_grad()
 def _on(backend: str, name: str) -> Tensor:
     """What a model gives on a backend, which is set as its own method would, if it were here."""
-    model = TINY[name].model()
+    model = TINY[name].build()
     for module in model.modules():
         if hasattr(getattr(module, "processor", None), "_attention_backend"):
             module.processor._attention_backend = AttentionBackendName(backend)
@@ -148,7 +150,7 @@ def test_a_transformer_on_xformers_gives_the_same_output(kernel, name):
 
 def test_a_transformer_with_processors_of_xformers_gives_the_same_output(kernel):
     tiny = TINY[PIXART]
-    model: Any = tomesd.apply_patch(tiny.model())
+    model: Any = tomesd.apply_patch(tiny.build())
     with torch.no_grad():
         expected = tiny.call(model)
         model.set_attn_processor(attention_processor.XFormersAttnProcessor())
@@ -190,7 +192,7 @@ def test_exactly_the_backends_that_add_no_bias_are_refused(kernel, backend):
 
 
 def _flux_on(backend: AttentionBackendName) -> Any:
-    model: Any = TINY[FLUX].model()
+    model: Any = TINY[FLUX].build()
     for processor in model.attn_processors.values():
         processor._attention_backend = backend
     return model
@@ -209,10 +211,10 @@ def test_what_npus_make_of_a_bias_is_not_that_bias():
 @pytest.mark.parametrize("how", ["model", "context"])
 def test_a_backend_without_masks_is_refused_whenever_it_is_set(name, how):
     tiny = TINY[name]
-    model: Any = tiny.model()
+    model: Any = tiny.build()
     says = r"prop_attn must be False with attention backend '_native_flash'.*prop_attn=False"
     if how == "context":
-        patched = tomesd.apply_patch(tiny.model())
+        patched = tomesd.apply_patch(tiny.build())
         with attention_dispatch.attention_backend("_native_flash"):
             with pytest.raises(ValueError, match=says):
                 tiny.call(patched)
@@ -223,7 +225,7 @@ def test_a_backend_without_masks_is_refused_whenever_it_is_set(name, how):
         model.set_attention_backend("_native_flash")
         with pytest.raises(ValueError, match=says):
             tomesd.apply_patch(model)
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0
 
 
 @pytest.mark.parametrize("kind", ["AttnProcessorNPU", "XLAFlashAttnProcessor2_0"])

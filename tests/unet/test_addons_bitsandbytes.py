@@ -1,5 +1,6 @@
 """Models whose linear layers are of bitsandbytes' eight or four bits merge like any other."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 
 import tomesd
-from tests.support.tiny_models import hooks, predict, sd_unet
+from tests.support.recorders import count_hooks
 from tests.support.tiny_transformers import TINY
+from tests.support.tiny_unets import predict, sd_unet
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -47,8 +49,15 @@ def _both_orders(model: Any, when: str, kind: str, **settings) -> Any:
 
 
 @ORDERS
-@KINDS
-@pytest.mark.parametrize("settings", [{}, {"merge_queries": False}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *product(["int8", "nf4", "fp4"], [{}]),
+        ("int8", {"merge_queries": False}),
+        ("nf4", {"preset": "paper"}),
+    ],
+    ids=str,
+)
 def test_a_quantized_unet_merges(settings, kind, when):
     plain = sd_unet()
     exact = predict(plain)
@@ -60,7 +69,7 @@ def test_a_quantized_unet_merges(settings, kind, when):
     unet = _both_orders(sd_unet(), when, kind, **settings)
     assert torch.equal(predict(unet), expected)
     assert torch.equal(predict(tomesd.remove_patch(unet)), unpatched)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 @ORDERS
@@ -69,13 +78,13 @@ def test_a_quantized_unet_merges(settings, kind, when):
 @torch.no_grad()
 def test_a_quantized_transformer_merges(name, kind, when):
     tiny = TINY[name]
-    plain = tiny.model()
+    plain = tiny.build()
     exact = tiny.call(plain)
     _quantize(plain, kind)
     unpatched = tiny.call(plain)
     assert not torch.equal(unpatched, exact)
     expected = tiny.call(tomesd.apply_patch(plain))
     assert not torch.equal(expected, unpatched)
-    model = _both_orders(tiny.model(), when, kind)
+    model = _both_orders(tiny.build(), when, kind)
     assert torch.equal(tiny.call(model), expected)
     assert torch.equal(tiny.call(tomesd.remove_patch(model)), unpatched)

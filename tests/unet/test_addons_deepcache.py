@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import sd_pipeline
+from tests.support.tiny_pipelines import sample, sd_pipeline
 
 
 def _sample(pipe) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(0)
-    return pipe("a cat", num_inference_steps=4, output_type="latent", generator=draw).images
+    return sample(pipe, num_inference_steps=4)
 
 
 def _enable(pipe) -> Any:

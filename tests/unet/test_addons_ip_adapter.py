@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import TEXT_WIDTH, sd_pipeline
+from tests.support.recorders import inputs_of
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_pipelines import sample, sd_pipeline
 
 SIZE = {"height": 80, "width": 112}
 # Of the image encoder's output, which becomes 4 tokens.
@@ -22,17 +24,17 @@ def _weights(unet, seed: int) -> dict:
         return torch.randn(shape, generator=draw)
 
     projection = {
-        "proj.weight": normal(4 * TEXT_WIDTH, CLIP_WIDTH),
-        "proj.bias": normal(4 * TEXT_WIDTH),
-        "norm.weight": normal(TEXT_WIDTH),
-        "norm.bias": normal(TEXT_WIDTH),
+        "proj.weight": normal(4 * WIDTH, CLIP_WIDTH),
+        "proj.bias": normal(4 * WIDTH),
+        "norm.weight": normal(WIDTH),
+        "norm.bias": normal(WIDTH),
     }
     layers = {}
     names = [name for name in unet.attn_processors if "attn2" in name]
     for index, name in enumerate(names):
         width = unet.get_submodule(name.removesuffix(".processor")).inner_dim
         for part in ("to_k_ip", "to_v_ip"):
-            layers[f"{2 * index + 1}.{part}.weight"] = normal(width, TEXT_WIDTH)
+            layers[f"{2 * index + 1}.{part}.weight"] = normal(width, WIDTH)
     return {"image_proj": projection, "ip_adapter": layers}
 
 
@@ -50,26 +52,15 @@ def _embeds(seed: int = 0, pictures: int = 1) -> torch.Tensor:
 
 
 def _sample(pipe, *embeds: torch.Tensor, **call) -> torch.Tensor:
-    call = SIZE | {"num_inference_steps": 2, "output_type": "latent"} | call
-    draw = torch.Generator().manual_seed(0)
     given = {"ip_adapter_image_embeds": list(embeds)} if embeds else {}
-    return pipe("a cat", generator=draw, **given, **call).images
+    return sample(pipe, **SIZE | given | call)
 
 
 def _queries(pipe, *embeds: torch.Tensor, **call) -> dict[str, set[int]]:
     """How many tokens look at each other, and at text and pictures."""
-    seen: dict[str, set[int]] = {"attn1": set(), "attn2": set()}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, at=name[-5:]: seen[at].add(args[0].shape[1])
-        )
-        for name, module in pipe.unet.named_modules()
-        if name.endswith(tuple(seen))
-    ]
-    _sample(pipe, *embeds, **call)
-    for handle in handles:
-        handle.remove()
-    return seen
+    with inputs_of(pipe.unet, "attn1") as own, inputs_of(pipe.unet, "attn2") as cross:
+        _sample(pipe, *embeds, **call)
+    return {"attn1": {n for _, n in own}, "attn2": {n for _, n in cross}}
 
 
 def _masks() -> dict:

@@ -6,7 +6,7 @@ from diffusers import FluxAutoBlocks, StableDiffusionXLAutoBlocks
 from torch import Tensor
 
 import tomesd
-from tests.support.tiny_models import sdxl_components
+from tests.support.tiny_pipelines import sdxl_components
 from tests.support.tiny_transformers import TINY
 
 FLUX = TINY["FluxTransformer2DModel"]
@@ -52,7 +52,7 @@ def test_a_schedule_follows_its_scheduler(pipe):
 
 def test_its_transformer_is_found():
     pipe = FluxAutoBlocks().init_pipeline()
-    pipe.update_components(transformer=FLUX.model())
+    pipe.update_components(transformer=FLUX.build())
     tomesd.apply_patch(pipe, ratio=0.5)
     FLUX.call(pipe.transformer)
     assert set(tomesd.report(pipe).rows) == {"transformer"}

@@ -24,18 +24,18 @@ from diffusers import (
 from PIL import Image
 
 import tomesd
-from tests.support.tiny_models import (
-    TEXT_WIDTH,
-    build,
-    controlnet,
+from tests.support.recorders import inputs_of
+from tests.support.tiny_model import WIDTH
+from tests.support.tiny_pipelines import (
+    build_pipeline,
+    sample,
     scheduler,
     sd_components,
     sd_pipeline,
-    sd_unet,
     sdxl_components,
     sdxl_pipeline,
-    sdxl_unet,
 )
+from tests.support.tiny_unets import controlnet, sd_unet, sdxl_unet
 
 SIZE = {"height": 80, "width": 112}
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((112, 80))
@@ -62,7 +62,7 @@ def _sd(pipeline, *left_out: str, components: dict | None = None, **unet):
         parts = {name: part for name, part in parts.items() if name not in left_out}
     else:
         parts["requires_safety_checker"] = False
-    return build(pipeline, parts)
+    return build_pipeline(pipeline, parts)
 
 
 def _image_to_image():
@@ -135,28 +135,30 @@ def _two_t2i_adapters():
 def _t2i_adapter_xl():
     torch.manual_seed(0)
     adapter = T2IAdapter(3, (16, 16, 32, 32), 1, 16, "full_adapter_xl")
-    return build(StableDiffusionXLAdapterPipeline, sdxl_components() | {"adapter": adapter})
+    return build_pipeline(
+        StableDiffusionXLAdapterPipeline, sdxl_components() | {"adapter": adapter}
+    )
 
 
 def _refiner():
     unet = sdxl_unet(
-        cross_attention_dim=TEXT_WIDTH,
-        projection_class_embeddings_input_dim=5 * 8 + TEXT_WIDTH,
+        cross_attention_dim=WIDTH,
+        projection_class_embeddings_input_dim=5 * 8 + WIDTH,
     )
     parts = sdxl_components() | {"unet": unet, "text_encoder": None, "tokenizer": None}
     parts |= {"requires_aesthetics_score": True, "add_watermarker": False}
-    return build(StableDiffusionXLImg2ImgPipeline, parts)
+    return build_pipeline(StableDiffusionXLImg2ImgPipeline, parts)
 
 
 def _two_controlnets():
     parts = sd_components()
     nets = [controlnet(parts["unet"], seed) for seed in (1, 2)]
     parts |= {"controlnet": nets, "requires_safety_checker": False}
-    return build(StableDiffusionControlNetPipeline, parts)
+    return build_pipeline(StableDiffusionControlNetPipeline, parts)
 
 
 def _embeds(seed: int) -> dict:
-    normal = torch.randn(2, 1, 12, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+    normal = torch.randn(2, 1, 12, WIDTH, generator=torch.Generator().manual_seed(seed))
     return {"prompt": None, "prompt_embeds": normal[0], "negative_prompt_embeds": normal[1]}
 
 
@@ -217,23 +219,10 @@ CASES = {
 }
 
 
-def _sample(pipe, call: dict) -> torch.Tensor:
-    """Latents after two steps from one seed."""
-    call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"} | call
-    return pipe(generator=torch.Generator().manual_seed(0), **call).images
-
-
 def _lengths(pipe, call: dict) -> list[tuple[int, int]]:
     """The batch and the queries of every self-attention of the UNet."""
-    seen: list[tuple[int, int]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-        for name, module in pipe.unet.named_modules()
-        if name.endswith("attn1")
-    ]
-    _sample(pipe, call)
-    for handle in handles:
-        handle.remove()
+    with inputs_of(pipe.unet, "attn1") as seen:
+        sample(pipe, **call)
     return seen
 
 
@@ -244,27 +233,26 @@ def case(request) -> Case:
 
 def test_it_merges_and_comes_off_again(case):
     pipe = case.make()
-    before, whole = _sample(pipe, case.call), _lengths(pipe, case.call)
+    before, whole = sample(pipe, **case.call), _lengths(pipe, case.call)
     finest = max(n for _, n in whole)
     tomesd.apply_patch(pipe, ratio=0.5)
-    after = _sample(pipe, case.call)
+    after = sample(pipe, **case.call)
     assert after.shape == before.shape
     assert after.isfinite().all()
     assert not torch.equal(after, before)
-    assert torch.equal(_sample(pipe, case.call), after)
+    assert torch.equal(sample(pipe, **case.call), after)
     # Half of the tokens are left at the finest level, and all at the others.
     left = [(b, finest - finest // 2 if n == finest else n) for b, n in whole]
     assert _lengths(pipe, case.call) == left
     assert {b for b, _ in left} == {case.batch}
     tomesd.remove_patch(pipe)
-    assert torch.equal(_sample(pipe, case.call), before)
+    assert torch.equal(sample(pipe, **case.call), before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=str)
-def test_what_it_adds_still_has_its_effect(case, settings):
-    pipe = tomesd.apply_patch(case.make(), **settings)
-    expected = _sample(pipe, case.call)
-    other = _sample(pipe, case.call | case.change)
+def test_what_it_adds_still_has_its_effect(case):
+    pipe = tomesd.apply_patch(case.make())
+    expected = sample(pipe, **case.call)
+    other = sample(pipe, **case.call | case.change)
     assert other.isfinite().all()
     assert not torch.equal(other, expected)
 

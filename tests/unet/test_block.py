@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import tomesd
-from tests.support.tiny_models import hooks, predict, sd_unet, sdxl_unet, unet_inputs
+from tests.support.recorders import count_hooks
+from tests.support.tiny_unets import predict, sd_unet, sdxl_unet, unet_inputs
 from tomesd import TokenMap
-from tomesd.diffusion.unet.levels import Place
+from tomesd.diffusion.block import Place
 
 WHOLE = {"merge_block": True, "max_downsample": 8}
 
@@ -70,7 +71,7 @@ def test_merging_tokens_that_are_equal_changes_nothing_but_rounding(make):
     with torch.no_grad():
         expected = block(x, encoder_hidden_states=text)
         tomesd.apply_patch(unet, ratio=0.75, **WHOLE)
-        place = {"tomesd_place": Place(8, 8, torch.tensor(500))}
+        place = {"tomesd_place": Place(((1, 8, 8),), torch.tensor(500))}
         got = block(x, encoder_hidden_states=text, cross_attention_kwargs=place)
     torch.testing.assert_close(got, expected)
 
@@ -92,7 +93,7 @@ def test_removing_it_restores_the_output_bit_for_bit():
     tomesd.apply_patch(unet, **WHOLE)
     assert not torch.equal(predict(unet), before)
     assert torch.equal(predict(tomesd.remove_patch(unet)), before)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 def test_dropped_tokens_pass_a_block_unchanged():

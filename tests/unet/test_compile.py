@@ -7,8 +7,10 @@ from diffusers import StableDiffusionPipeline
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
-from tests.support import tiny_models
-from tests.support.tiny_models import build, controlnet, predict, sd_components, unet_inputs
+from tests.support import tiny_unets
+from tests.support.slow import slow, slow_but
+from tests.support.tiny_pipelines import build_pipeline, sd_components
+from tests.support.tiny_unets import controlnet, predict, unet_inputs
 
 # Three blocks at one level, so that it compiles in seconds.
 _ONE_LEVEL = {
@@ -42,7 +44,7 @@ def _nothing_compiled_before():
 
 
 def sd_unet(**config):
-    return tiny_models.sd_unet(**_ONE_LEVEL | config)
+    return tiny_unets.sd_unet(**_ONE_LEVEL | config)
 
 
 def _compile(unet, backend: str = "eager", **options):
@@ -59,25 +61,26 @@ def _close(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", slow_but([{}, EVERYTHING], SETTINGS), ids=str)
 def test_one_graph_serves_all_steps_and_equals_eager(settings):
-    # AOTAutograd's own graph too, which takes as long again, of the least and the most that merges.
-    backend = "aot_eager" if settings in ({}, EVERYTHING) else "eager"
+    # AOTAutograd's own graph too, which takes as long again, of the most that merges.
+    backend = "aot_eager" if settings == EVERYTHING else "eager"
     expected = _steps(tomesd.apply_patch(sd_unet(), **settings))
     unet, counter = _compile(tomesd.apply_patch(sd_unet(), **settings), backend)
     _close(_steps(unet), expected)
     assert counter.frame_count == 1
 
 
+@slow
 def test_a_compiled_unet_of_several_levels_may_be_patched():
-    expected = _steps(tomesd.apply_patch(tiny_models.sd_unet(), **EVERYTHING))
-    unet, counter = _compile(tiny_models.sd_unet())
+    expected = _steps(tomesd.apply_patch(tiny_unets.sd_unet(), **EVERYTHING))
+    unet, counter = _compile(tiny_unets.sd_unet())
     assert tomesd.apply_patch(unet, **EVERYTHING) is unet
     _close(_steps(unet), expected)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", slow_but([False], [False, True]))
 def test_a_compiled_unet_that_has_run_notices_a_patch_other_settings_and_its_removal(in_place):
     eager = sd_unet(**_ONE_BLOCK)
     unpatched = _steps(eager)
@@ -99,6 +102,7 @@ def test_a_compiled_unet_that_has_run_notices_a_patch_other_settings_and_its_rem
     _close(_steps(tomesd.remove_patch(unet)), unpatched)
 
 
+@slow
 def test_a_patch_on_the_model_inside_a_compiled_one_works():
     eager = sd_unet()
     unpatched = _steps(eager)
@@ -110,6 +114,7 @@ def test_a_patch_on_the_model_inside_a_compiled_one_works():
     _close(_steps(unet), patched)
 
 
+@slow
 def test_a_pipeline_with_a_compiled_unet_makes_the_same_picture():
     def sample(pipe):
         generator = torch.Generator().manual_seed(0)
@@ -117,7 +122,7 @@ def test_a_pipeline_with_a_compiled_unet_makes_the_same_picture():
 
     def pipeline():
         components = sd_components(sd_unet()) | {"requires_safety_checker": False}
-        return build(StableDiffusionPipeline, components)
+        return build_pipeline(StableDiffusionPipeline, components)
 
     eager, pipe = tomesd.apply_patch(pipeline()), pipeline()
     unpatched = sample(pipe)
@@ -130,7 +135,7 @@ def test_a_pipeline_with_a_compiled_unet_makes_the_same_picture():
     torch.testing.assert_close(sample(tomesd.remove_patch(pipe)), unpatched, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rand": True}], ids=str)
+@pytest.mark.parametrize("settings", slow_but([{}], [{}, {"use_rand": True}]), ids=str)
 def test_blocks_may_be_compiled_one_by_one(settings):
     expected = _steps(tomesd.apply_patch(sd_unet(), **settings))
     unet = sd_unet()
@@ -138,6 +143,7 @@ def test_blocks_may_be_compiled_one_by_one(settings):
     _close(_steps(tomesd.apply_patch(unet, **settings)), expected)
 
 
+@slow
 def test_a_compiled_controlnet_merges():
     def run(net):
         picture = torch.zeros(2, 3, 80, 112)
@@ -145,13 +151,14 @@ def test_a_compiled_controlnet_merges():
             down, middle = net(**unet_inputs(unet), controlnet_cond=picture, return_dict=False)
         return [*down, middle]
 
-    unet = tiny_models.sd_unet()
+    unet = tiny_unets.sd_unet()
     expected = run(tomesd.apply_patch(controlnet(unet)))
     net, counter = _compile(controlnet(unet))
     _close(run(tomesd.apply_patch(net)), expected)
     assert counter.frame_count == 1
 
 
+@slow
 def test_the_report_of_a_compiled_unet_shows_the_sizes_that_ran():
     unet, _ = _compile(tomesd.apply_patch(sd_unet()))
     predict(unet, h=10, w=14)
@@ -159,6 +166,7 @@ def test_the_report_of_a_compiled_unet_shows_the_sizes_that_ran():
     assert [(row.tokens, row.merged) for row in rows] == [(140, 70), (140, 70)]
 
 
+@slow
 def test_other_sizes_compile_too():
     eager = tomesd.apply_patch(sd_unet(), use_rand=True)
     unet, _ = _compile(tomesd.apply_patch(sd_unet(), use_rand=True), dynamic=False)
@@ -166,6 +174,7 @@ def test_other_sizes_compile_too():
         _close([predict(unet, h=h, w=w)], [predict(eager, h=h, w=w)])
 
 
+@slow
 def test_a_compiled_unet_trains():
     def gradients(model, unet):
         unet.zero_grad()
@@ -179,6 +188,7 @@ def test_a_compiled_unet_trains():
     assert counter.frame_count == 1
 
 
+@slow
 def test_a_compiled_unet_trains_with_checkpointing():
     unet = tomesd.apply_patch(sd_unet().train(), use_rand=True)
     inputs = unet_inputs(unet)
@@ -192,6 +202,7 @@ def test_a_compiled_unet_trains_with_checkpointing():
     _close([parameter.grad for parameter in unet.parameters()], expected)
 
 
+@slow
 def test_the_default_compiler_gives_what_eager_gives():
     settings = {"use_rand": True, "merge_mlp": True}
     expected = _steps(tomesd.apply_patch(sd_unet(**_ONE_BLOCK), **settings))

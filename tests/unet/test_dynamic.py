@@ -4,7 +4,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import tomesd
-from tests.support.tiny_models import sd_unet, unet_inputs
+from tests.support.slow import slow
+from tests.support.tiny_unets import sd_unet, unet_inputs
 
 SMALL = {
     "block_out_channels": (16,),
@@ -15,6 +16,7 @@ SMALL = {
 }
 
 
+@slow
 @torch.no_grad()
 def test_a_unet_compiled_for_any_size_merges_at_each():
     torch.compiler.reset()

@@ -14,29 +14,26 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import tomesd
-from tests.support.tiny_models import (
-    build,
-    hooks,
-    predict,
-    sd_components,
-    sd_pipeline,
-    sd_unet,
-    unet_inputs,
-)
+from tests.support.recorders import count_hooks
+from tests.support.tiny_pipelines import build_pipeline, sample, sd_components, sd_pipeline
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 
 EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 PROCESSORS = [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)]
 SETTINGS = [{}, {"prop_attn": False}, {"merge_queries": False}, EVERYTHING]
 
 
-def _sample(pipe, **call) -> torch.Tensor:
-    call = {"num_inference_steps": 2, "output_type": "latent"} | call
-    return pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+# Pairs: each setting and each processor in both orders, but not each setting with each of them.
+@pytest.mark.parametrize(
+    ("processor", "when", "settings"),
+    [
+        (processor, when, SETTINGS[(index + 2 * (when == "after") + shift) % len(SETTINGS)])
+        for index, processor in enumerate(PROCESSORS)
+        for when in ("before", "after")
+        for shift in (0, 1)
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict | str) else type(value).__name__,
+)
 def test_every_stock_attention_processor_gives_the_same_picture(processor, when, settings):
     expected = predict(tomesd.apply_patch(sd_unet(), **settings))
     unet = sd_unet()
@@ -54,11 +51,11 @@ def test_every_stock_attention_processor_gives_the_same_picture(processor, when,
 @pytest.mark.parametrize("slices", ["auto", "max", 1])
 def test_attention_slicing_gives_the_same_picture(slices):
     pipe = tomesd.apply_patch(sd_pipeline())
-    expected = _sample(pipe)
+    expected = sample(pipe)
     pipe.enable_attention_slicing(slices)
-    torch.testing.assert_close(_sample(pipe), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sample(pipe), expected, rtol=0, atol=1e-4)
     pipe.disable_attention_slicing()
-    assert torch.equal(_sample(pipe), expected)
+    assert torch.equal(sample(pipe), expected)
 
 
 def test_fused_projections_give_the_same_picture():
@@ -68,9 +65,16 @@ def test_fused_projections_give_the_same_picture():
     torch.testing.assert_close(predict(tomesd.apply_patch(unet)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("upcast_attention", [False, True])
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+# Each processor in both precisions, upcast in one of them.
+@pytest.mark.parametrize(
+    ("processor", "dtype", "upcast_attention"),
+    [
+        (processor, dtype, (index % 2 == 0) == (dtype == torch.float16))
+        for index, processor in enumerate(PROCESSORS)
+        for dtype in (torch.float16, torch.bfloat16)
+    ],
+    ids=lambda value: str(value) if isinstance(value, bool | torch.dtype) else type(value).__name__,
+)
 def test_half_precision_changes_less_than_half_of_what_merging_does(
     dtype, upcast_attention, processor
 ):
@@ -109,31 +113,39 @@ def _offload_one_by_one(pipe) -> None:
         accelerate.cpu_offload(model, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("offload", [_offload_whole, _offload_one_by_one])
+# Each way in both orders with two settings each, and each setting with both ways.
+@pytest.mark.parametrize(
+    ("offload", "when", "settings"),
+    [
+        (offload, when, SETTINGS[2 * half + ((when == "after") != (offload is _offload_whole))])
+        for offload in (_offload_whole, _offload_one_by_one)
+        for when in ("before", "after")
+        for half in (0, 1)
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict | str) else value.__name__,
+)
 def test_offloading_gives_the_same_picture_bit_for_bit(offload, when, settings):
     # From the CPU to the CPU, but through the same hooks of accelerate; one by one, they keep the
     # weights on the meta device until they are needed.
     pipe = sd_pipeline()
-    unpatched = _sample(pipe)
+    unpatched = sample(pipe)
     with tomesd.patched(pipe, **settings):
-        expected = _sample(pipe)
+        expected = sample(pipe)
     if when == "before":
         offload(pipe)
     tomesd.apply_patch(pipe, **settings)
     if when == "after":
         offload(pipe)
-    assert torch.equal(_sample(pipe), expected)
+    assert torch.equal(sample(pipe), expected)
     tomesd.remove_patch(pipe)
-    assert hooks(pipe.unet) == 0
-    assert torch.equal(_sample(pipe), unpatched)
+    assert count_hooks(pipe.unet) == 0
+    assert torch.equal(sample(pipe), unpatched)
 
 
 def test_sequential_offloading_still_offloads():
     pipe = sd_pipeline()
     _offload_one_by_one(pipe)
-    _sample(tomesd.apply_patch(pipe, **EVERYTHING))
+    sample(tomesd.apply_patch(pipe, **EVERYTHING))
     assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
 
 
@@ -163,51 +175,51 @@ def _lora(folder) -> None:
 def test_lora_adapters_may_be_loaded_before_or_after_and_taken_off_again(tmp_path, settings):
     _lora(tmp_path)
     before, after = sd_pipeline(), sd_pipeline()
-    bare = _sample(before)
+    bare = sample(before)
 
     before.load_lora_weights(tmp_path)
-    adapted = _sample(before)
+    adapted = sample(before)
     tomesd.apply_patch(before, **settings)
 
     tomesd.apply_patch(after, **settings)
-    merged = _sample(after)
+    merged = sample(after)
     after.load_lora_weights(tmp_path)
 
-    both = _sample(before)
-    assert torch.equal(_sample(after), both)
+    both = sample(before)
+    assert torch.equal(sample(after), both)
     assert not torch.equal(both, merged)
     assert not torch.equal(both, adapted)
 
     after.unload_lora_weights()
-    assert torch.equal(_sample(after), merged)
-    assert torch.equal(_sample(tomesd.remove_patch(after)), bare)
-    assert torch.equal(_sample(tomesd.remove_patch(before)), adapted)
+    assert torch.equal(sample(after), merged)
+    assert torch.equal(sample(tomesd.remove_patch(after)), bare)
+    assert torch.equal(sample(tomesd.remove_patch(before)), adapted)
 
 
 def test_fused_lora_and_its_scale_work(tmp_path):
     _lora(tmp_path)
     pipe = tomesd.apply_patch(sd_pipeline())
     pipe.load_lora_weights(tmp_path)
-    adapted = _sample(pipe)
-    weaker = _sample(pipe, cross_attention_kwargs={"scale": 0.5})
+    adapted = sample(pipe)
+    weaker = sample(pipe, cross_attention_kwargs={"scale": 0.5})
     assert not torch.equal(weaker, adapted)
     pipe.fuse_lora()
-    torch.testing.assert_close(_sample(pipe), adapted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(pipe), adapted, rtol=0, atol=1e-3)
 
 
 def test_free_u_works():
     pipe = tomesd.apply_patch(sd_pipeline())
-    before = _sample(pipe)
+    before = sample(pipe)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-    assert not torch.equal(_sample(pipe), before)
+    assert not torch.equal(sample(pipe), before)
 
 
 @pytest.mark.parametrize("vae", ["enable_vae_slicing", "enable_vae_tiling"])
 def test_slicing_the_autoencoder_is_not_affected(vae):
     pipe = tomesd.apply_patch(sd_pipeline())
-    before = _sample(pipe)
+    before = sample(pipe)
     getattr(pipe.vae, vae.replace("vae_", ""))()
-    assert torch.equal(_sample(pipe), before)
+    assert torch.equal(sample(pipe), before)
 
 
 def test_a_callback_may_change_the_settings_between_steps():
@@ -219,19 +231,19 @@ def test_a_callback_may_change_the_settings_between_steps():
         tomesd.apply_patch(pipe, ratio=0.25)
         return tensors
 
-    _sample(pipe, callback_on_step_end=callback, height=80, width=112)
+    sample(pipe, callback_on_step_end=callback, height=80, width=112)
     assert merged == [70, 105]
 
 
 @pytest.mark.parametrize("config", [{"use_linear_projection": True}, {"layers_per_block": 2}])
 def test_variants_of_the_unet_merge_and_come_back(config):
-    pipe = build(
+    pipe = build_pipeline(
         StableDiffusionPipeline,
         sd_components(sd_unet(**config)) | {"requires_safety_checker": False},
     )
-    before = _sample(pipe)
-    assert not torch.equal(_sample(tomesd.apply_patch(pipe)), before)
-    assert torch.equal(_sample(tomesd.remove_patch(pipe)), before)
+    before = sample(pipe)
+    assert not torch.equal(sample(tomesd.apply_patch(pipe)), before)
+    assert torch.equal(sample(tomesd.remove_patch(pipe)), before)
 
 
 def test_the_unet_may_be_called_in_every_way():

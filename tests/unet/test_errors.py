@@ -9,7 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 
 import tomesd
-from tests.support.tiny_models import hooks, predict, sd_pipeline, sd_unet
+from tests.support.recorders import count_hooks
+from tests.support.tiny_pipelines import sd_pipeline
+from tests.support.tiny_unets import predict, sd_unet
 
 # What is given, the error, and all that its message must say: argument, value, what is allowed.
 BAD = [
@@ -62,7 +64,7 @@ def test_bad_settings_are_refused_and_leave_the_model_as_it_was(given, error, sa
         tomesd.apply_patch(unet, **given)
     for words in says:
         assert words in str(caught.value)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
     assert [sorted(vars(module)) for module in unet.modules()] == attributes
 
 
@@ -98,7 +100,7 @@ def test_a_model_that_is_not_supported_is_named_beside_those_that_are(make, name
     with pytest.raises(TypeError), tomesd.patched(model):
         pass
     if isinstance(model, torch.nn.Module):
-        assert hooks(model) == 0
+        assert count_hooks(model) == 0
 
 
 def _blocks(unet) -> list:
@@ -114,7 +116,7 @@ def test_a_model_of_a_release_that_changed_its_parts_is_refused_with_those_that_
         tomesd.apply_patch(unet)
     for words in ("UNet2DConditionModel", "diffusers 0.36 to 0.42", diffusers.__version__, "attn1"):
         assert words in str(caught.value)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 def test_feed_forward_chunking_together_with_a_merged_mlp_is_refused():
@@ -123,7 +125,7 @@ def test_feed_forward_chunking_together_with_a_merged_mlp_is_refused():
         block.set_chunk_feed_forward(1)
     with pytest.raises(ValueError, match=r"merge_mlp must be False .* got True"):
         tomesd.apply_patch(unet, merge_mlp=True)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
     # Without a merged MLP, the two go together.
     expected = predict(tomesd.apply_patch(sd_unet(), merge_attn=True))
     got = predict(tomesd.apply_patch(unet, merge_attn=True))
@@ -136,7 +138,7 @@ def test_feed_forward_chunking_together_with_a_merged_block_is_refused():
         block.set_chunk_feed_forward(1)
     with pytest.raises(ValueError, match=r"merge_block must be False .* got True"):
         tomesd.apply_patch(unet)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -153,7 +155,7 @@ def test_fused_projections_know_no_separate_keys():
     unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match=r"merge_queries must be True .* got False"):
         tomesd.apply_patch(unet, merge_queries=False)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 @pytest.mark.parametrize("ratio", [np.float64(0.5), np.float32(0.5), np.array([0.5])[0]])

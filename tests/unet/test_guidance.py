@@ -7,8 +7,8 @@ from diffusers.hooks import apply_layer_skip
 from diffusers.hooks import smoothed_energy_guidance_utils as smoothed
 
 import tomesd
-from tests.support.tiny_models import predict, sd_unet
-from tests.support.tiny_unets import attention_lengths
+from tests.support.recorders import attention_lengths
+from tests.support.tiny_unets import predict, sd_unet
 
 # The finest level's only block on the way down.
 WHERE = "down_blocks.0.attentions.0.transformer_blocks"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import controlnet, hooks, predict, sd_unet, sdxl_unet, unet_inputs
+from tests.support.recorders import count_hooks
+from tests.support.tiny_unets import controlnet, predict, sd_unet, sdxl_unet, unet_inputs
 
 
 def _merging(unet, **settings) -> dict[str, bool]:
@@ -92,10 +93,10 @@ def test_a_model_without_any_self_attention_to_merge_is_refused():
     unet = sd_unet(**ATTENDS_TO_TEXT_ONLY)
     with pytest.raises(ValueError, match=r"nothing would be merged .* no self-attention"):
         tomesd.apply_patch(unet, merge_attn=True)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
     tomesd.apply_patch(unet, ratio=0)
     tomesd.apply_patch(unet, merge_crossattn=True)
-    assert hooks(unet) > 0
+    assert count_hooks(unet) > 0
 
 
 def test_a_model_without_attention_is_refused():
@@ -106,7 +107,7 @@ def test_a_model_without_attention_is_refused():
     )
     with pytest.raises(ValueError, match=r"nothing would be merged .* no attention"):
         tomesd.apply_patch(unet)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
     before = predict(unet)
     assert torch.equal(predict(tomesd.apply_patch(unet, ratio=0)), before)
 
@@ -127,8 +128,8 @@ def test_a_pipeline_is_left_alone_if_one_of_its_models_cannot_merge():
     refused = sd_unet(**ATTENDS_TO_TEXT_ONLY)
     both = torch.nn.ModuleList([unet, refused])
     before = predict(tomesd.apply_patch(unet, ratio=0.25))
-    count = hooks(unet)
+    count = count_hooks(unet)
     with pytest.raises(ValueError, match="nothing would be merged"):
         tomesd.apply_patch(both, merge_attn=True)
-    assert (hooks(unet), hooks(refused)) == (count, 0)
+    assert (count_hooks(unet), count_hooks(refused)) == (count, 0)
     assert torch.equal(predict(unet), before)

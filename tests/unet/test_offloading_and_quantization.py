@@ -13,7 +13,9 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tomesd
-from tests.support.tiny_models import hooks, predict, sd_pipeline, sd_unet, unet_inputs
+from tests.support.recorders import count_hooks, inputs_of
+from tests.support.tiny_pipelines import sample, sd_pipeline
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 
 ORDERS = pytest.mark.parametrize("when", ["before", "after"])
 SETTINGS = pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=str)
@@ -32,16 +34,9 @@ def _both_orders(when: str, change, **settings) -> Any:
 
 def _lengths(unet) -> list[int]:
     """Of what each self-attention gets."""
-    seen: list[int] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-        for name, module in unet.named_modules()
-        if name.endswith("attn1")
-    ]
-    predict(unet)
-    for handle in handles:
-        handle.remove()
-    return seen
+    with inputs_of(unet, "attn1") as seen:
+        predict(unet)
+    return [tokens for _, tokens in seen]
 
 
 @pytest.mark.parametrize("rest", ["cpu", "disk"])
@@ -58,33 +53,27 @@ def test_a_unet_loaded_with_a_device_map_merges(rest, tmp_path):
     assert torch.equal(predict(tomesd.remove_patch(unet)), unpatched)
 
 
-def _sample(pipe) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    draw = torch.Generator().manual_seed(0)
-    return pipe("a cat", num_inference_steps=2, output_type="latent", generator=draw).images
-
-
 def test_a_pipeline_saved_while_merging_is_loaded_without_the_patch_and_merges_as_before(tmp_path):
     pipe = sd_pipeline()
-    unpatched = _sample(pipe)
-    merged = _sample(tomesd.apply_patch(pipe))
+    unpatched = sample(pipe)
+    merged = sample(tomesd.apply_patch(pipe))
     pipe.save_pretrained(tmp_path)
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, device_map="cpu")
-    assert hooks(loaded.unet) == 0
-    assert torch.equal(_sample(loaded), unpatched)
-    assert torch.equal(_sample(tomesd.apply_patch(loaded)), merged)
+    assert count_hooks(loaded.unet) == 0
+    assert torch.equal(sample(loaded), unpatched)
+    assert torch.equal(sample(tomesd.apply_patch(loaded)), merged)
 
 
 @ORDERS
 def test_offloading_a_pipeline_by_groups_gives_the_same_picture(when):
-    expected = _sample(tomesd.apply_patch(sd_pipeline()))
+    expected = sample(tomesd.apply_patch(sd_pipeline()))
     pipe = sd_pipeline()
     if when == "after":
         tomesd.apply_patch(pipe)
     pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     if when == "before":
         tomesd.apply_patch(pipe)
-    assert torch.equal(_sample(pipe), expected)
+    assert torch.equal(sample(pipe), expected)
 
 
 @ORDERS
@@ -115,7 +104,7 @@ def test_a_data_parallel_unet_merges(when):
     with torch.no_grad():
         assert torch.equal(wrapped(**unet_inputs(unet)).sample, expected)
     tomesd.remove_patch(wrapped)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 @ORDERS

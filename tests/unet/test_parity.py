@@ -24,7 +24,7 @@ WAYS = [
 
 def _calls(tiny, **settings) -> tuple[nn.Module, list[tuple[nn.Module, Tensor, dict]]]:
     """A patched model; its merging blocks, their tokens and their other arguments."""
-    model = tomesd.apply_patch(tiny.model(), **settings)
+    model = tomesd.apply_patch(tiny.build(), **settings)
     found = []
 
     def note(block, args, kwargs) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import predict, sd_unet, unet_inputs
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 
 
 def rows(unet) -> dict[str, tuple[int, int, str]]:

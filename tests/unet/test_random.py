@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import predict, sd_unet, sdxl_unet, unet_inputs
+from tests.support.tiny_unets import predict, sd_unet, sdxl_unet, unet_inputs
 from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.settings import DiffusionSettings
 

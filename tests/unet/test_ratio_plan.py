@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from tomesd import RatioSchedule
 from tomesd.diffusion import ratio_schedule
-from tomesd.diffusion.ratio_schedule import MOST_PIECES, RatioPlan, Steps
+from tomesd.diffusion.ratio_plan import RatioPlan
+from tomesd.diffusion.ratio_schedule import MOST_PIECES, normal_ratio
+from tomesd.diffusion.scheduler_steps import SchedulerSteps
 
 RATIOS = st.floats(0, 0.75)
 
@@ -48,12 +50,12 @@ def test_stages_of_several_levels_keep_each_level_at_its_own_ratio(schedule, oth
     first = RatioSchedule.first(other, until=0.5)
     plan = RatioPlan({1: schedule, 2: first, 4: other}, pipe)
     for end, of_ramp, of_first, constant in zip(
-        plan.ends, plan.of_level(1), plan.of_level(2), plan.of_level(4), strict=True
+        plan.ends, *(plan.of_level(level).by_stage for level in (1, 2, 4)), strict=True
     ):
         assert of_ramp == next(ratio for until, ratio in schedule.pieces if end <= until)
         assert of_first == (other if end <= 0.5 else 0)
         assert constant == other
-    assert set(plan.of_level(8)) == {0.0}
+    assert set(plan.of_level(8).by_stage) == {0.0}
 
 
 def test_first_and_last_meet_and_leave_no_step_out():
@@ -72,7 +74,7 @@ def test_a_schedule_counts_the_steps_of_every_kind_of_scheduler(scheduler, steps
     x = torch.zeros(1, 4, 2, 2)
     seen = []
     for timestep in pipe.scheduler.timesteps:
-        seen.append(Steps(pipe).progress(timestep))
+        seen.append(SchedulerSteps(pipe).progress(timestep))
         x = pipe.scheduler.step(torch.ones_like(x), timestep, x).prev_sample
     assert seen == pytest.approx([i / steps for i in range(steps)])
 
@@ -80,7 +82,7 @@ def test_a_schedule_counts_the_steps_of_every_kind_of_scheduler(scheduler, steps
 def test_a_schedule_counts_pndms_steps_which_visits_one_timestep_twice():
     pipe = Pipe(scheduler=PNDMScheduler(skip_prk_steps=True))
     pipe.scheduler.set_timesteps(10)
-    seen = [Steps(pipe).progress(timestep) for timestep in pipe.scheduler.timesteps]
+    seen = [SchedulerSteps(pipe).progress(timestep) for timestep in pipe.scheduler.timesteps]
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert seen[-1] == pytest.approx(10 / 11)
@@ -90,7 +92,7 @@ def test_a_picture_that_starts_halfway_starts_halfway_in_the_schedule():
     pipe = Pipe(scheduler=EulerDiscreteScheduler())
     pipe.scheduler.set_timesteps(20)
     pipe.scheduler.set_begin_index(10)
-    assert Steps(pipe).progress(pipe.scheduler.timesteps[10]) == 0.5
+    assert SchedulerSteps(pipe).progress(pipe.scheduler.timesteps[10]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_picture_that_starts_halfway_starts_halfway_in_the_schedule():
 )
 def test_a_ratio_that_cannot_be_is_named(ratio, error, words):
     with pytest.raises(error, match=words):
-        RatioPlan(ratio, None)
+        RatioPlan(normal_ratio(ratio), None)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from diffusers import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
-from tests.support.tiny_models import build, predict, sd_components, sd_unet
+from tests.support.slow import slow
+from tests.support.tiny_pipelines import build_pipeline, sd_components
+from tests.support.tiny_unets import predict, sd_unet
 from tomesd import RatioSchedule
 
 STEPS = 10
@@ -31,7 +33,7 @@ ONE_BLOCK = {
 
 
 def _pipe(scheduler=EulerDiscreteScheduler, unet=None) -> StableDiffusionPipeline:
-    pipe = build(StableDiffusionPipeline, sd_components(unet))
+    pipe = build_pipeline(StableDiffusionPipeline, sd_components(unet))
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -224,7 +226,8 @@ def test_removing_a_schedule_leaves_nothing():
 
 
 @pytest.mark.parametrize(
-    ("in_place", "scheduler"), [(False, EulerDiscreteScheduler), (True, DDIMScheduler)]
+    ("in_place", "scheduler"),
+    [(False, EulerDiscreteScheduler), pytest.param(True, DDIMScheduler, marks=slow)],
 )
 def test_a_compiled_unet_is_compiled_once_for_each_ratio(in_place, scheduler):
     torch.compiler.reset()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import tomesd
-from tests.support.tiny_models import predict, sd_unet, sdxl_unet
+from tests.support.recorders import RecordingProcessor
+from tests.support.tiny_unets import predict, sd_unet, sdxl_unet
 
 # The token grid of each level, for latents of 10×14, which neither level nor stride divides.
 GRIDS = {10 * 14: (10, 14), 5 * 7: (5, 7), 3 * 4: (3, 4)}
@@ -309,18 +310,6 @@ def test_the_merged_branches_compute_on_fewer_tokens_and_no_others_do(
         assert tokens == (reduced if branch in merged else everything), branch
 
 
-class _Recorder:
-    """An attention processor that notes how many queries and keys it is given."""
-
-    def __init__(self, processor):
-        self.processor, self.seen = processor, []
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        self.seen.append((hidden_states.shape[1], keys.shape[1]))
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [({"ratio": 0.5}, (70, 70)), ({"ratio": 0.75, "merge_queries": False}, (140, 35))],
@@ -329,6 +318,6 @@ class _Recorder:
 def test_a_users_own_attention_processor_sees_the_merged_tokens(settings, expected):
     unet = sd_unet()
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    attn.set_processor(_Recorder(attn.processor))
+    attn.set_processor(RecordingProcessor(attn.processor))
     predict(tomesd.apply_patch(unet, **settings))
     assert attn.processor.seen == [expected]

@@ -4,15 +4,8 @@ import pytest
 from diffusers import StableDiffusionControlNetPipeline
 
 import tomesd
-from tests.support.tiny_models import (
-    build,
-    controlnet,
-    predict,
-    sd_components,
-    sd_pipeline,
-    sd_unet,
-    sdxl_unet,
-)
+from tests.support.tiny_pipelines import build_pipeline, sd_components, sd_pipeline
+from tests.support.tiny_unets import controlnet, predict, sd_unet, sdxl_unet
 
 
 def _rows(model) -> list:
@@ -109,7 +102,7 @@ def test_it_covers_every_model_of_a_pipeline():
     unet = sd_unet()
     components = sd_components(unet) | {"controlnet": controlnet(unet)}
     components |= {"requires_safety_checker": False}
-    pipe = tomesd.apply_patch(build(StableDiffusionControlNetPipeline, components))
+    pipe = tomesd.apply_patch(build_pipeline(StableDiffusionControlNetPipeline, components))
     report = tomesd.report(pipe)
     assert report.rows.keys() == {"unet", "controlnet"}
     assert [line.split()[0] for line in str(report).splitlines() if line[0] != " "] == [

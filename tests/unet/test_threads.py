@@ -2,19 +2,21 @@
 
 import copy
 import pickle
-import threading
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 
 import tomesd
+from tests.support.threads import meeting, side_by_side
 from tests.support.tiny_unets import TINY
 
 SIZES = [
     {"h": 6, "w": 10, "timestep": torch.tensor(900)},
     {"h": 8, "w": 4, "batch": 1, "timestep": torch.tensor(20)},
 ]
-SETTINGS = [{}, {"use_rand": True}, {"merge_attn": True}, {"merge_queries": False}]
+OTHER_SETTINGS = [{}, {"merge_attn": True}, {"merge_queries": False}]
 
 
 @pytest.fixture(params=TINY)
@@ -29,31 +31,22 @@ def _predict(tiny, model, **given) -> torch.Tensor:
 
 def _together(tiny, model, watched) -> list[torch.Tensor]:
     """Each size's output, from threads that enter and leave the watched modules together."""
-    outputs: dict[int, torch.Tensor] = {}
-    meeting = threading.Barrier(len(SIZES), timeout=20)
-
-    def meet(*_) -> None:
-        meeting.wait()
-
-    handles = [module.register_forward_pre_hook(meet) for module in watched]
-    handles += [module.register_forward_hook(meet) for module in watched]
-
-    def run(index: int) -> None:
-        outputs[index] = _predict(tiny, model, **SIZES[index])
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(SIZES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for handle in handles:
-        handle.remove()
-    return [outputs[index] for index in sorted(outputs)]
+    calls = [partial(_predict, tiny, model, **size) for size in SIZES]
+    return [output for (output,) in side_by_side(calls, meet_in=watched)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(tiny, settings):
-    model = tomesd.apply_patch(tiny.model(), max_downsample=8, **settings)
+# How blocks merge is the same code in every kind of UNet; what travels to them is not.
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *product(TINY, [{"use_rand": True}]),
+        *product(["UNet2DConditionModel", "UNetSpatioTemporalConditionModel"], OTHER_SETTINGS),
+    ],
+    ids=str,
+)
+def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(name, settings):
+    tiny = TINY[name]
+    model = tomesd.apply_patch(tiny.build(), max_downsample=8, **settings)
     alone = [_predict(tiny, model, **size) for size in SIZES]
     # In every transformer, block and attention, one thread goes on when the other is there too.
     kinds = (*tomesd.supported()["diffusers"], "BasicTransformerBlock", "Attention")
@@ -65,7 +58,7 @@ def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(tiny, s
 
 
 def test_threads_that_share_a_unet_train_with_checkpointing(tiny):
-    model = tomesd.apply_patch(tiny.model().train(), use_rand=True)
+    model = tomesd.apply_patch(tiny.build().train(), use_rand=True)
     if not model._supports_gradient_checkpointing:
         pytest.skip("diffusers' own model knows no gradient checkpointing")
     model.enable_gradient_checkpointing()
@@ -77,25 +70,17 @@ def test_threads_that_share_a_unet_train_with_checkpointing(tiny):
         return torch.autograd.grad(loss, weight)[0]
 
     expected = [gradient(size, lambda: None) for size in SIZES]
-    meeting, got = threading.Barrier(len(SIZES), timeout=20), {}
-
-    def run(index: int) -> None:
-        got[index] = gradient(SIZES[index], meeting.wait)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(SIZES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, want in enumerate(expected):
-        torch.testing.assert_close(got[index], want, rtol=1e-4, atol=1e-7)
+    barrier = meeting(len(SIZES))
+    calls = [partial(gradient, size, barrier.wait) for size in SIZES]
+    for (got,), want in zip(side_by_side(calls), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"]
 )
 def test_a_copy_of_a_patched_unet_merges_for_itself(tiny, copied):
-    model = tomesd.apply_patch(tiny.model(), use_rand=True)
+    model = tomesd.apply_patch(tiny.build(), use_rand=True)
     expected = _predict(tiny, model)
     other = copied(model)
     tomesd.remove_patch(model)
@@ -106,7 +91,7 @@ def test_a_copy_of_a_patched_unet_merges_for_itself(tiny, copied):
 
 
 def test_a_forward_that_was_interrupted_leaves_nothing_that_the_next_one_sees(tiny):
-    model = tiny.model()
+    model = tiny.build()
     small = _predict(tiny, model, **SIZES[1])
     tomesd.apply_patch(model, min_tokens=40)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import controlnet, sd_unet, unet_inputs
+from tests.support.tiny_unets import controlnet, sd_unet, unet_inputs
 
 EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 SETTINGS = [
@@ -39,9 +39,13 @@ ONE_STEP = ({"h": 10, "w": 14, "timestep": 500},)
 TWO_STEPS = ({"h": 10, "w": 14, "timestep": 900}, {"h": 14, "w": 10, "timestep": 100})
 
 
+# Two passes are what a single one is and more; it is for finding out what is wrong.
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("calls", [ONE_STEP, TWO_STEPS], ids=["one pass", "two passes"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [({}, ONE_STEP), *((settings, TWO_STEPS) for settings in SETTINGS)],
+    ids=lambda value: str(value) if isinstance(value, dict) else f"passes: {len(value)}",
+)
 def test_gradients_are_the_same_with_and_without_checkpointing(settings, calls, reentrant):
     unet = tomesd.apply_patch(sd_unet().train(), **settings)
     expected = _gradients(unet, *calls)
@@ -103,7 +107,7 @@ def test_nothing_of_a_checkpointed_pass_is_kept_after_backward():
     gc.collect()
     assert seen
     assert not [each for each in seen if each() is not None]
-    assert not [each for each in runs if each.run.whole is not None]
+    assert not [each for each in runs if each.state.x is not None]
 
 
 def test_nothing_of_a_pass_that_failed_is_kept():
@@ -118,7 +122,7 @@ def test_nothing_of_a_pass_that_failed_is_kept():
     with pytest.raises(RuntimeError, match="out of memory"):
         unet(**unet_inputs(unet))
     assert len(seen) == 1
-    assert unet._tomesd_patch.transformers[0].threads.run.whole is None
+    assert unet._tomesd_patch.transformers[0].threads.state.x is None
     handle.remove()
     assert unet(**unet_inputs(unet)).sample.isfinite().all()
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.tiny_models import controlnet, hooks, predict, sd_pipeline, sd_unet, sdxl_unet
+from tests.support.recorders import count_hooks
+from tests.support.tiny_pipelines import sd_pipeline
+from tests.support.tiny_unets import controlnet, predict, sd_unet, sdxl_unet
 
 EVERYTHING = {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}
 SETTINGS = [
@@ -48,9 +50,9 @@ def test_removing_the_patch_leaves_no_hook_and_no_attribute():
     before, processors = _outside(unet), unet.attn_processors
     tomesd.apply_patch(unet, **EVERYTHING)
     predict(unet)
-    assert hooks(unet) > 0
+    assert count_hooks(unet) > 0
     tomesd.remove_patch(unet)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
     assert _outside(unet) == before
     assert unet.attn_processors == processors
 
@@ -74,7 +76,7 @@ def test_hooks_of_others_survive_applying_and_removing():
     tomesd.remove_patch(unet)
     predict(unet)
     assert calls == ["theirs", "theirs"]
-    assert hooks(unet) == 1
+    assert count_hooks(unet) == 1
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -115,9 +117,9 @@ def test_applying_again_replaces_the_settings():
     tomesd.apply_patch(unet, ratio=0.5)
     fresh = tomesd.apply_patch(sd_unet(), ratio=0.5)
     assert torch.equal(predict(unet), predict(fresh))
-    assert hooks(unet) == hooks(fresh)
+    assert count_hooks(unet) == count_hooks(fresh)
     tomesd.remove_patch(unet)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -153,7 +155,7 @@ def test_patched_merges_inside_the_block_and_undoes_on_leaving():
     expected = predict(tomesd.apply_patch(sd_unet(), ratio=0.5, merge_mlp=True))
     assert torch.equal(inside, expected)
     assert torch.equal(predict(unet), before)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 def test_patched_undoes_after_an_exception_from_inside_the_model():
@@ -163,7 +165,7 @@ def test_patched_undoes_after_an_exception_from_inside_the_model():
     with pytest.raises(ZeroDivisionError), tomesd.patched(unet, ratio=0.5):
         predict(unet)
     failing.remove()
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
     assert _outside(unet) == outside
     assert torch.equal(predict(unet), before)
 
@@ -181,7 +183,7 @@ def test_a_model_still_works_after_a_forward_pass_that_failed_inside_a_block():
 
 def test_patched_restores_an_earlier_patch_also_after_an_exception():
     unet = tomesd.apply_patch(sd_unet(), ratio=0.25)
-    before, count = predict(unet), hooks(unet)
+    before, count = predict(unet), count_hooks(unet)
     with tomesd.patched(unet, ratio=0.5, merge_mlp=True):
         assert not torch.equal(predict(unet), before)
     assert torch.equal(predict(unet), before)
@@ -190,9 +192,9 @@ def test_patched_restores_an_earlier_patch_also_after_an_exception():
         predict(unet)
     failing.remove()
     assert torch.equal(predict(unet), before)
-    assert hooks(unet) == count
+    assert count_hooks(unet) == count
     tomesd.remove_patch(unet)
-    assert hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 def test_patched_with_bad_settings_keeps_an_earlier_patch():
@@ -212,18 +214,18 @@ def test_a_copy_of_a_patched_model_has_a_patch_of_its_own(copied, settings):
     unet = sd_unet()
     unpatched = predict(unet)
     tomesd.apply_patch(unet, ratio=0.5, **settings)
-    patched, count = predict(unet), hooks(unet)
+    patched, count = predict(unet), count_hooks(unet)
 
     other = copied(unet)
     assert torch.equal(predict(other), patched)
     tomesd.remove_patch(other)
     assert torch.equal(predict(other), unpatched)
-    assert (hooks(other), hooks(unet)) == (0, count)
+    assert (count_hooks(other), count_hooks(unet)) == (0, count)
     assert torch.equal(predict(unet), patched)
 
     other = copied(unet)
     tomesd.remove_patch(unet)
-    assert (hooks(other), hooks(unet)) == (count, 0)
+    assert (count_hooks(other), count_hooks(unet)) == (count, 0)
     assert torch.equal(predict(other), patched)
     # The copy reports its own pictures, not those of the original.
     predict(unet, h=6, w=6)
@@ -240,4 +242,4 @@ def test_saving_a_patched_model_saves_a_clean_one(tmp_path):
         assert patched.read_bytes() == clean.read_bytes()
     loaded = type(unet).from_pretrained(tmp_path / "patched")
     assert torch.equal(predict(loaded), before)
-    assert hooks(loaded) == 0
+    assert count_hooks(loaded) == 0

@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tomesd
+from tests.support.recorders import count_hooks
 from tests.support.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
 from tests.support.vit_reference import encode, features, merge_into, unmerge
+from tomesd import registry
+from tomesd.core.matching import bipartite_soft_matching
+from tomesd.core.partition import alternating
+from tomesd.vit import ViTPatch
+from tomesd.vit.matcher import Matcher
+from tomesd.vit.settings import ViTSettings
 
 families = pytest.mark.parametrize("name", FAMILIES)
 
@@ -44,7 +51,7 @@ def patched_encoder(vit: Vit):
 
 
 def groups_of_last_run(vit: Vit) -> list[list[int]]:
-    return patched_encoder(vit)._tomesd_patch.run.maps[-1].group.tolist()
+    return patched_encoder(vit)._tomesd_patch.forward.maps[-1].group.tolist()
 
 
 @families
@@ -90,10 +97,6 @@ def test_removing_the_patch_restores_the_output_bit_for_bit(name):
     assert count_hooks(vit.model) == hooks
 
 
-def count_hooks(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 @families
 @torch.no_grad()
 def test_class_distillation_and_register_tokens_never_merge(name):
@@ -107,78 +110,52 @@ def test_class_distillation_and_register_tokens_never_merge(name):
         assert len(set(group[vit.prefix :])) < len(group) - vit.prefix
 
 
-def first_block_run(vit: Vit, **settings) -> tuple[Tensor, Tensor]:
+class _Comparing(Matcher):
+    """Compares tokens by one feature, of all heads or averaged over them."""
+
+    def __init__(self, feature: str, heads: str):
+        self.needs, self.feature, self.heads = (feature,), feature, heads
+        self.averages_heads = heads == "mean"
+
+    def token_map(self, features, prefix, r, layer, layers):
+        feature = features[self.feature]
+        metric = feature.mean(2) if self.heads == "mean" else feature.flatten(2)
+        sides = alternating(metric.shape[1], prefix=prefix)
+        return bipartite_soft_matching(metric, sides, r)
+
+
+def _first_block(vit: Vit, matcher: Matcher | None) -> tuple[Tensor, Tensor]:
     """What goes into the first block, and in which groups it comes out."""
     seen = {}
     vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
-    tomesd.apply_patch(vit.model, r=[5, 0, 0], **settings)
+    encoder = next(m for m in vit.model.modules() if registry.find(m))
+    patch = ViTPatch(registry.find(encoder), encoder, ViTSettings(r=[5, 0, 0]), matcher=matcher)
+    patch.install()
     vit.output()
-    group = patched_encoder(vit)._tomesd_patch.run.maps[1].group
-    tomesd.remove_patch(vit.model)
+    group = patch.forward.maps[1].group
+    patch.remove()
     return seen["first"], group
 
 
 @families
-@pytest.mark.parametrize("heads", ["mean", "concatenate"])
-@pytest.mark.parametrize("which", ["x_pre", "x", "q", "k", "v"])
+@pytest.mark.parametrize(
+    ("which", "heads"),
+    [("k", ""), ("k", "all"), *((name, "mean") for name in ("x_pre", "x", "q", "v")), ("v", "all")],
+)
 @torch.no_grad()
-def test_tokens_are_compared_by_the_features_that_are_asked_for(name, which, heads):
+def test_tokens_are_compared_by_their_keys_or_by_what_a_matcher_asks_for(name, which, heads):
     vit = build(name)
-    first, group = first_block_run(vit, features=which, heads=heads)
+    first, group = _first_block(vit, _Comparing(which, heads) if heads else None)
     for tokens, got in zip(first, group, strict=True):
         feature = features(tokens, vit.reference[0])[which]
-        metric = feature.mean(0) if heads == "mean" else feature.transpose(0, 1).flatten(1)
+        metric = feature.transpose(0, 1).flatten(1) if heads == "all" else feature.mean(0)
         into = merge_into(metric, 5, vit.prefix)
         stay = [i for i in range(len(tokens)) if i not in into]
         assert got.tolist() == [stay.index(into.get(i, i)) for i in range(len(tokens))]
 
 
-@families
-@torch.no_grad()
-def test_attention_pruning_drops_what_gets_the_least_attention(name):
-    vit = build(name)
-    first, group = first_block_run(vit, method="prune_attention")
-    for tokens, got in zip(first, group, strict=True):
-        known = features(tokens, vit.reference[0])
-        logits = known["q"] @ known["k"].transpose(1, 2) / known["q"].shape[-1] ** 0.5
-        attention = logits.softmax(-1)[:, : 1 if vit.prefix else None].mean((0, 1))
-        dropped = (attention[vit.prefix :].argsort()[:5] + vit.prefix).tolist()
-        assert sorted(dropped) == (got == -1).nonzero().flatten().tolist()
-
-
-CHOICES = [
-    {"combine": "mean"},
-    {"combine": "max"},
-    {"combine": "head"},
-    {"distance": "dot"},
-    {"distance": "euclidean"},
-    {"distance": "softmax"},
-    {"partition": "sequential"},
-    {"partition": "random"},
-    {"method": "greedy"},
-    {"method": "kmeans", "kmeans_iterations": 5},
-    {"method": "energy"},
-    {"method": "prune_random"},
-    {"method": "prune_attention"},
-]
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
-@pytest.mark.parametrize("name", ["timm with registers", "ViT", "VideoMAE", "torchvision"])
-def test_every_choice_of_the_paper_leaves_as_many_tokens_and_trains(name, choice):
-    vit = build(name)
-    default = build(name)
-    tomesd.apply_patch(default.model, r=[5, 5, 2])
-    tomesd.apply_patch(vit.model, r=[5, 5, 2], **choice)
-    out = vit.output()
-    out.square().mean().backward()
-    assert patched_encoder(vit)._tomesd_patch.run.maps[-1].m == first_tokens(vit) - 12
-    assert not torch.equal(out, default.output())
-    assert all(p.grad.isfinite().all() for p in vit.blocks[0].parameters())
-
-
 def first_tokens(vit: Vit) -> int:
-    return patched_encoder(vit)._tomesd_patch.run.maps[0].n
+    return patched_encoder(vit)._tomesd_patch.forward.maps[0].n
 
 
 @families
@@ -321,7 +298,7 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     out = vit.output()
     assert out.dtype == dtype
     assert out.isfinite().all()
-    run = patched_encoder(vit)._tomesd_patch.run
+    run = patched_encoder(vit)._tomesd_patch.forward
     assert run.maps[-1].m == run.maps[0].n - 9
     assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
 

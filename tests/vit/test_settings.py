@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
-from tests.support import tiny_models
+from tests.support import tiny_unets
 from tests.support.tiny_vits import build
 from tomesd.vit import settings as vit_settings
 
@@ -26,28 +26,20 @@ def test_every_example_gives_what_its_docstring_says(doctest_namespace):
         ({"r": -1}, ValueError, "r must be 0 or more, got -1"),
         ({"r": np.float64(3)}, TypeError, "r must be an int .* got np.float64"),
         ({"r": np.True_}, TypeError, "r must be an int .* got np.True_"),
-        ({"speedup": True}, TypeError, "speedup must be a number or None, got True"),
-        ({"r": 3, "seed": True}, TypeError, "seed must be int, got True"),
+        ({"speedup": True}, TypeError, "speedup must be float, got True"),
         ({"r": 2.5}, TypeError, "r must be an int .* got 2.5"),
         ({"r": [1, 2]}, ValueError, "r must have one number for each of 3 layers"),
         ({}, TypeError, "r .*or speedup must be given"),
         ({"r": 3, "speedup": 2.0}, ValueError, "r must not be given beside speedup"),
         ({"speedup": 50}, ValueError, "speedup must be at most"),
-        ({"speedup": "2x"}, TypeError, "speedup must be a number or None, got '2x'"),
+        ({"speedup": "2x"}, TypeError, "speedup must be float, got '2x'"),
         ({"ratio": 0.5}, TypeError, "ViTModel must be given r.*ratio and preset are for diffusion"),
         ({"r": 3, "ratio": 0.5}, TypeError, "ratio and preset are for diffusion"),
         ({"r": 3, "preset": "paper"}, TypeError, "ratio and preset are for diffusion"),
         ({"r": 3, "sx": 2}, TypeError, "setting must be one of r, speedup, .* got 'sx'"),
-        ({"r": 3, "features": "w"}, ValueError, "features must be one of x_pre, x, k, q, v"),
-        ({"r": 3, "heads": "max"}, ValueError, "heads must be one of mean, concatenate"),
-        ({"r": 3, "combine": "sum"}, ValueError, "combine must be one of weighted, mean, max"),
-        ({"r": 3, "partition": "strided"}, ValueError, "partition must be one of alternating"),
-        ({"r": 3, "distance": "l1"}, ValueError, "distance must be one of cosine, dot"),
-        ({"r": 3, "method": "tome"}, ValueError, "method must be one of bipartite, greedy"),
-        ({"r": 3, "kmeans_iterations": 0}, ValueError, "kmeans_iterations must be 1 or more"),
         ({"r": 3, "prop_attn": 1}, TypeError, "prop_attn must be bool, got 1"),
         ({"r": 3, "unmerge": None}, TypeError, "unmerge must be bool, got None"),
-        ({"r": 3, "seed": 0.5}, TypeError, "seed must be int, got 0.5"),
+        ({"r": 3, "method": "kmeans"}, TypeError, "got 'method': .* benchmarks/classifier"),
     ],
 )
 @torch.no_grad()
@@ -71,10 +63,6 @@ def test_a_wrong_setting_is_refused_with_what_is_allowed_and_changes_nothing(
         ({"r": (np.int64(8), np.float32(-1))}, {"r": (8, -1)}),
         ({"speedup": np.float64(1.3)}, {"speedup": 1.3}),
         ({"speedup": np.float32(1.25)}, {"speedup": 1.25}),
-        (
-            {"r": 8, "method": "kmeans", "kmeans_iterations": np.int64(3), "seed": np.uint8(1)},
-            {"r": 8, "method": "kmeans", "kmeans_iterations": 3, "seed": 1},
-        ),
     ],
     ids=str,
 )
@@ -82,23 +70,29 @@ def test_numpy_s_numbers_count_as_python_s(settings, same):
     models = [tomesd.apply_patch(build("ViT").model, **given) for given in (settings, same)]
     ours, plain = (model.vit._tomesd_patch for model in models)
     assert ours.settings == plain.settings
-    assert ours.run.schedule == plain.run.schedule
-    numbers = [*ours.run.schedule, *vars(ours.settings).values()]
+    assert ours.forward.schedule == plain.forward.schedule
+    numbers = [*ours.forward.schedule, *vars(ours.settings).values()]
     assert not any(isinstance(value, np.generic) for value in numbers)
 
 
 def test_denoisers_are_refused_r_with_a_word_on_ratio():
     with pytest.raises(TypeError, match="UNet2DConditionModel must be given ratio"):
-        tomesd.apply_patch(tiny_models.sd_unet(), r=8)
+        tomesd.apply_patch(tiny_unets.sd_unet(), r=8)
 
 
-def test_an_unknown_model_is_refused_with_what_is_supported():
-    with pytest.raises(TypeError, match=r"UNet2DConditionModel \(diffusers\), .*got Linear"):
+def test_an_unknown_model_is_refused_in_few_words_with_the_closest_supported_ones():
+    class ViTModell(nn.Linear):
+        pass
+
+    with pytest.raises(TypeError, match=r"got ViTModell\. The closest .* ViTModel,.*") as refused:
+        tomesd.apply_patch(ViTModell(2, 2), r=8)
+    assert len(str(refused.value)) <= 300
+    with pytest.raises(TypeError, match=r"supported\(\), got Linear\. docs/adding-a-model"):
         tomesd.apply_patch(nn.Linear(2, 2), r=8)
 
 
 def test_a_model_with_both_kinds_is_patched_by_what_is_given():
-    both = nn.ModuleDict({"unet": tiny_models.sd_unet(), "vit": build("ViT").model})
+    both = nn.ModuleDict({"unet": tiny_unets.sd_unet(), "vit": build("ViT").model})
     tomesd.apply_patch(both, ratio=0.5)
     assert list(tomesd.report(both).rows) == ["unet"]
     tomesd.apply_patch(both, r=3)
@@ -143,7 +137,7 @@ def test_a_wanted_speed_up_counts_what_the_layers_multiply(name):
     vit = build(name)
     tomesd.apply_patch(vit.model, speedup=1.3)
     (patch,) = [m._tomesd_patch for m in vit.model.modules() if "_tomesd_patch" in m.__dict__]
-    schedule, tokens, width = patch.run.schedule, patch.own_tokens, 24
+    schedule, tokens, width = patch.forward.schedule, patch.own_tokens, 24
     (hidden,) = {
         p.shape[0]
         for p in vit.blocks[0].parameters()

@@ -10,6 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tomesd
+from tests.support.slow import slow
+from tests.support.threads import meeting, replicate, side_by_side
 from tests.support.tiny_vits import FAMILIES, HEADS, WIDTH, Vit, build, enable_checkpointing
 
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -19,30 +21,7 @@ R = [3, 0, 9]
 
 def together(calls: list[Callable[[], object]], watched: list[nn.Module]) -> list:
     """What each call gives, from threads that enter and leave the watched modules together."""
-    results: dict[int, object] = {}
-    meeting = threading.Barrier(len(calls), timeout=20)
-
-    def meet(*_) -> None:
-        meeting.wait()
-
-    handles = [module.register_forward_pre_hook(meet) for module in watched]
-    handles += [module.register_forward_hook(meet) for module in watched]
-
-    def run(index: int) -> None:
-        try:
-            results[index] = calls[index]()
-        except BaseException:
-            meeting.abort()  # Or the others would wait.
-            raise
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for handle in handles:
-        handle.remove()
-    return [results[index] for index in range(len(calls))]
+    return [output for (output,) in side_by_side(calls, meet_in=watched)]
 
 
 def batches(vit: Vit) -> list[Vit]:
@@ -149,6 +128,7 @@ def test_each_forward_is_traced_with_its_own_tokens():
     assert all(torch.equal(got[key], alone[key]) for key in alone)
 
 
+@slow
 @pytest.mark.parametrize("name", ["ViT", "VideoMAE"])
 @torch.no_grad()
 def test_threads_share_a_compiled_model(name):
@@ -183,8 +163,8 @@ def test_threads_that_share_a_model_train_with_checkpointing(name):
 
     expected = [gradient(each, lambda: None) for each in vits]
     enable_checkpointing(name, vit)
-    meeting = threading.Barrier(len(vits), timeout=20)
-    got = together([lambda each=each: gradient(each, meeting.wait) for each in vits], [])
+    barrier = meeting(len(vits))
+    got = together([lambda each=each: gradient(each, barrier.wait) for each in vits], [])
     for each, want in zip(got, expected, strict=True):
         torch.testing.assert_close(each, want, rtol=1e-4, atol=1e-6)
 
@@ -213,16 +193,6 @@ def test_checkpointed_blocks_run_again_in_a_thread_that_only_goes_backward(reent
         torch.testing.assert_close(each, want, rtol=1e-4, atol=1e-6)
 
 
-def replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate, but on the same device and with weights of its own."""
-    copy = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(copy, name, None if parameter is None else parameter.detach().clone())
-    for name, child in module._modules.items():
-        setattr(copy, name, None if child is None else replica(child))
-    return copy
-
-
 # transformers' backbones collect feature maps with hooks that know the one model they are of.
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "backbone" not in name])
 @torch.no_grad()
@@ -233,7 +203,7 @@ def test_replicas_of_data_parallel_in_their_threads_do_not_mix(name):
     vits = batches(vit)
     alone = [output(each) for each in vits]
     for each in vits:
-        each.model = replica(vit.model)
+        each.model = replicate(vit.model, copy_weights=True)
     for parameter in vit.model.parameters():
         parameter.fill_(torch.nan)  # As if on a device that the replicas cannot reach.
     got = together([lambda each=each: output(each) for each in vits], inside(vit))

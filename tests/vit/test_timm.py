@@ -8,6 +8,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torchvision.models import swin_t
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.tiny_vits import TIMM, build
 from tests.support.vit_reference import encode, unmerge
 
@@ -96,6 +97,7 @@ def test_other_input_sizes_than_the_model_s_own_merge_as_well():
     assert [row.merged for row in tomesd.report(model).rows["VisionTransformer"]] == [36, 31, 26]
 
 
+@slow
 @torch.no_grad()
 def test_vit_compiles_to_one_graph_with_merging():
     vit = build("timm with registers")

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import tomesd
+from tests.support.slow import slow
 from tests.support.tiny_vits import TRANSFORMERS, build
 from tests.support.vit_reference import encode
 from tomesd.vit.schedule import tokens_after
@@ -106,10 +107,10 @@ def test_what_an_attention_mask_hides_cannot_change_the_rest():
     tomesd.apply_patch(vit.model, r=3)
     expected = vit.output()
     vit.inputs["pixel_values"][:, :, 16:] += 10  # Rows of patches that are hidden altogether.
-    group = vit.model.vit._tomesd_patch.run.maps[-1].group
+    group = vit.model.vit._tomesd_patch.forward.maps[-1].group
     assert group.unique().numel() < 37
     changed = vit.output()
-    same = (vit.model.vit._tomesd_patch.run.maps[-1].group[:, :20] == group[:, :20]).all(1)
+    same = (vit.model.vit._tomesd_patch.forward.maps[-1].group[:, :20] == group[:, :20]).all(1)
     torch.testing.assert_close(changed[same], expected[same], atol=1e-4, rtol=1e-4)
 
 
@@ -265,6 +266,7 @@ def test_vit_compiles_to_one_graph_with_merging():
     torch.testing.assert_close(vit.output(), expected)
 
 
+@slow
 @torch.no_grad()
 def test_an_attention_mask_compiles_to_one_graph_with_merging():
     vit = build("ViT", num_hidden_layers=2)

@@ -57,8 +57,8 @@ def load_classifier(folder: Path = ASSETS / "classifier") -> ViTForImageClassifi
 def _require(folder: Path) -> None:
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"folder must hold a model, got {folder}, which does not exist: reinstall tomesd, or, in "
-            "a clone, python scripts/train_shapes.py --output assets"
+            f"folder must hold a model, got {folder}, which does not exist: reinstall tomesd, or, "
+            "in a clone, python scripts/train_shapes.py --output assets"
         )
 
 

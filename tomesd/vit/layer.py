@@ -1,6 +1,5 @@
 """The hooks on one block of a Vision Transformer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,13 +96,15 @@ class Layer:
             return forward.maps[-1].unmerge(merged) if forward.settings.unmerge else merged
         return self.forwards.record(merged)
 
-    def recorder(self, name: str) -> Callable[[nn.Module, Args, Tensor], None]:
-        """The hook on the module that computes a feature."""
+    # Bound methods, since hooks are pickled with their model.
+    def record_q(self, module: nn.Module, args: Args, output: Tensor) -> None:
+        self.record("q", self.by_heads("q", output))
 
-        def hook(module: nn.Module, args: Args, output: Tensor) -> None:
-            self.record(name, self.by_heads(name, output))
+    def record_k(self, module: nn.Module, args: Args, output: Tensor) -> None:
+        self.record("k", self.by_heads("k", output))
 
-        return hook
+    def record_v(self, module: nn.Module, args: Args, output: Tensor) -> None:
+        self.record("v", self.by_heads("v", output))
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
         """The output of a projection, [B, N, heads · head_dim], as [B, N, heads, head_dim]."""

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from tomesd.hooks import Patch, ReportRow, argument_names
+from tomesd.hooks import Patch, argument_names
+from tomesd.reports import ReportRow
 from tomesd.vit import schedule
 from tomesd.vit.forward import Forward, Forwards
 from tomesd.vit.matcher import Matcher
@@ -85,7 +86,7 @@ class ViTPatch(Patch):
             self.before(points.enter, layer.enter)
             for name in self.matcher.needs:
                 if name in points.features:
-                    self.after(points.features[name], layer.recorder(name))
+                    self.after(points.features[name], getattr(layer, f"record_{name}"))
             layer.install(self, points)
         if self.spec.recorder and self.settings.unmerge:
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)

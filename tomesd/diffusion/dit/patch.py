@@ -25,7 +25,8 @@ from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import BlockTrace, DenoiserPatch, Patch, PerThread, ReportRow, argument_names
+from tomesd.hooks import BlockTrace, DenoiserPatch, Patch, PerThread, argument_names
+from tomesd.reports import ReportRow
 
 _NO_BIAS = "without proportional attention: its processors take no bias"
 
@@ -208,7 +209,7 @@ class DiTPatch(DenoiserPatch):
         """Those of the last image, or else of the model's own size, if it has one."""
         if self.hooks.last:
             return self.hooks.last.grids
-        config = self.model.config
+        config = getattr(self.model, "config", {})
         size, patch = config.get("sample_size"), config.get("patch_size")
         if isinstance(size, int) and isinstance(patch, int):
             return ((1, size // patch, size // patch),)

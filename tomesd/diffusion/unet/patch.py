@@ -24,7 +24,8 @@ from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.hooks import BlockHooks, check_caches
 from tomesd.diffusion.unet.levels import Transformer, find_transformers
 from tomesd.diffusion.unet.spec import UNet
-from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, ReportRow, by_name
+from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, by_name
+from tomesd.reports import ReportRow
 
 
 class UNetPatch(DenoiserPatch):

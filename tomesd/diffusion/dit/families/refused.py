@@ -40,9 +40,3 @@ refuse(
     "its experts choose among all tokens, and would choose others among merged ones",
     "diffusers.NucleusMoEImageTransformer2DModel",
 )
-refuse(
-    "it is part of other models; tomesd.supported() lists those that merge",
-    "diffusers.DreamLiteTransformer2DModel",
-    "diffusers.Transformer2DModel",
-    "diffusers.TransformerTemporalModel",
-)

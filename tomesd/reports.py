@@ -1,8 +1,22 @@
 """What merges where in a model, as a table."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from tomesd.hooks import ReportRow
+
+class ReportRow(NamedTuple):
+    """One line of a report: a place in a model and what merging does there.
+
+    tokens, merged: before and after, of the last image or else of the model's own size; 0 if
+        unknown. work: the share of self-attention's work that is left. note: why nothing merges.
+    """
+
+    where: str
+    blocks: int
+    tokens: int
+    merged: int
+    work: float
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.training.shapes import MaskedClassifier, Stage, masks, pictures, train
 from torch import nn
 
-from benchmarks.training.shapes import MaskedClassifier, Stage, masks, pictures, train
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene

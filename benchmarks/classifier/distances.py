@@ -19,7 +19,7 @@ def matching_by_distance(
     >>> metric = torch.tensor([[[1., 0.], [0., 1.], [0., 2.], [3., 0.1]]])
     >>> sides = Partition(src=torch.tensor([0, 2]), dst=torch.tensor([1, 3]))
     >>> matching_by_distance(metric, sides, r=1, distance="dot").group
-    tensor([[0, 1, 2, 0]])
+    tensor([[2, 0, 1, 2]])
 
     metric: [B, N, C], the features to compare. partition: sources and destinations. r: how many
         sources merge.
@@ -33,9 +33,11 @@ def matching_by_distance(
         return bipartite_soft_matching(metric, partition, r)
     left, right = metric[:, partition.src], metric[:, partition.dst]
     best = _similarities(left, right, distance).max(dim=-1)
-    chosen = best.values.topk(r, dim=1, sorted=False).indices
-    targets = partition.dst[best.indices.gather(1, chosen)]
-    return TokenMap.from_moves(metric.shape[1], partition.src[chosen], targets)
+    moved, targets = partition.src.expand(len(metric), -1), partition.dst[best.indices]
+    if r < moved.shape[1]:
+        chosen = best.values.topk(r, dim=1, sorted=False).indices
+        moved, targets = moved.gather(1, chosen), targets.gather(1, chosen)
+    return TokenMap.from_moves(metric.shape[1], moved, targets)
 
 
 def _similarities(left: Tensor, right: Tensor, distance: str) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_resumed_run_measures_nothing_twice_and_loses_nothing(tmp_path):
 
 
 def test_results_of_other_weights_machines_or_versions_get_another_folder(
-    main, photos, tmp_path, monkeypatch
+    photos, tmp_path, monkeypatch
 ):
     def folders() -> int:
         classifier.save_pretrained(tmp_path / "model")

@@ -63,7 +63,10 @@ SHAPES = ("--prompts", "shapes", "--reference", "shapes")
             (*SHAPES, "--features", "shapes", "--inception-weights", "none"),
             r"features must be inception for none, got shapes",
         ),
-        ((*SHAPES, "--features", "shapes", "--classifier", "none"), r"none is missing"),
+        (
+            (*SHAPES, "--features", "shapes", "--classifier", "none"),
+            r"must hold a model, got none",
+        ),
         ((*SHAPES, "--output", "table.png"), r"output must be a folder, .* name, 'table.png'"),
         (("--prompts", "none", "--reference", "shapes"), r"prompts must be .* a file, got 'none'"),
     ],

@@ -40,9 +40,7 @@ def results(folder: Path) -> dict:
     return json.loads(file.read_text())
 
 
-def test_a_resumed_run_ends_with_the_same_files_and_remakes_pictures_of_other_settings(
-    main, finished
-):
+def test_a_resumed_run_ends_with_the_same_files_and_remakes_pictures_of_other_settings(finished):
     before, figures = pictures(finished), results(finished)
     assert len(before) == 3 * (1 + len(NAMES))
     late = [path for path in before if path.parent.name == "in the second half 0.5"]

@@ -1,4 +1,4 @@
-"""The rivals of bipartite matching and the distances: as their papers define them."""
+"""The rivals of bipartite matching and the distances are those that their papers define."""
 
 import doctest
 import math
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.classifier import rivals
+from benchmarks.classifier import distances, rivals
+from benchmarks.classifier.distances import matching_by_distance, sequential
 from benchmarks.classifier.rivals import (
     attention_pruning,
     energy_matching,
@@ -19,13 +20,13 @@ from benchmarks.classifier.rivals import (
 )
 from tomesd import TokenMap
 from tomesd.core import partition
-from tomesd.core.matching import bipartite_soft_matching
 
 
-def test_every_example_gives_what_its_docstring_says():
-    result = doctest.testmod(rivals, extraglobs={"torch": torch})
-    assert result.attempted > 0
-    assert result.failed == 0
+def test_every_docstring_example_is_right():
+    for module in (rivals, distances):
+        result = doctest.testmod(module, extraglobs={"torch": torch})
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 @st.composite
@@ -64,7 +65,7 @@ RIVALS = {
 
 @pytest.mark.parametrize("rival", RIVALS)
 @given(case=cases())
-def test_every_rival_leaves_r_tokens_fewer_and_the_protected_ones_alone(rival, case):
+def test_every_rival_removes_r_tokens_and_no_protected_one(rival, case):
     metric, prefix, r = case
     got = RIVALS[rival](metric, prefix, r)
     assert got.m == metric.shape[1] - r
@@ -76,13 +77,13 @@ def test_every_rival_leaves_r_tokens_fewer_and_the_protected_ones_alone(rival, c
 
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("r", [-1, 20])
-def test_more_than_can_go_is_refused(rival, r):
+def test_an_r_out_of_range_is_refused(rival, r):
     with pytest.raises(ValueError, match=f"r must be from 0 to .*, got {r}"):
         RIVALS[rival](torch.randn(1, 8, 3), 1, r)
 
 
 @given(case=cases())
-def test_greedy_matching_takes_the_most_similar_pair_that_is_left(case):
+def test_greedy_matching_takes_the_most_similar_remaining_pair(case):
     metric, prefix, r = case
     got = greedy_matching(metric, prefix, r)
     for sample, tokens in enumerate(metric):
@@ -96,7 +97,7 @@ def test_greedy_matching_takes_the_most_similar_pair_that_is_left(case):
 
 
 @given(case=cases(), iterations=st.integers(1, 5))
-def test_kmeans_assigns_tokens_to_the_nearest_centre_again_and_again(case, iterations):
+def test_kmeans_assigns_tokens_to_the_nearest_centre_in_each_iteration(case, iterations):
     metric, prefix, r = case
     got = kmeans(metric, prefix, r, iterations)
     for sample, tokens in enumerate(metric):
@@ -124,7 +125,7 @@ def test_kmeans_needs_an_iteration():
 
 
 @given(case=cases(), margin=st.floats(0, 0.9))
-def test_energy_matching_merges_the_crowd_and_protects_the_rare(case, margin):
+def test_energy_matching_merges_tokens_of_high_energy_and_protects_others(case, margin):
     metric, prefix, r = case
     got = energy_matching(metric, prefix, r, margin)
     for sample, tokens in enumerate(metric):
@@ -141,7 +142,7 @@ def test_energy_matching_merges_the_crowd_and_protects_the_rare(case, margin):
         assert groups_of(got, sample) == joined(len(tokens), into)
 
 
-def test_attention_pruning_fills_the_places_of_what_got_least_with_zeros():
+def test_attention_pruning_drops_what_receives_the_least_attention():
     attention = torch.tensor([[0.0, 0.4, 0.1, 0.3, 0.2]])
     pruned = attention_pruning(attention, prefix=1, r=2)
     tokens = torch.arange(1.0, 6.0).view(1, 5, 1)
@@ -176,12 +177,12 @@ SIMILARITY = {
 
 @pytest.mark.parametrize("distance", SIMILARITY)
 @given(case=cases())
-def test_bipartite_matching_measures_similarity_as_it_is_told(distance, case):
+def test_matching_uses_the_given_distance(distance, case):
     metric, prefix, r = case
     n = metric.shape[1]
     sides = partition.alternating(n, prefix=prefix)
     r = min(r, len(sides.src))
-    got = bipartite_soft_matching(metric, sides, r, distance)
+    got = matching_by_distance(metric, sides, r, distance)
     src, dst = sides.src.tolist(), sides.dst.tolist()
     for sample, tokens in enumerate(metric):
         edges = []
@@ -200,11 +201,11 @@ def test_bipartite_matching_measures_similarity_as_it_is_told(distance, case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_distance_finds_equal_tokens_in_half_precision(distance, dtype):
     metric = torch.eye(8, dtype=dtype)[None].repeat(1, 2, 1) * 4
-    sides = partition.sequential(16)
-    got = bipartite_soft_matching(metric, sides, 8, distance)
+    sides = sequential(16)
+    got = matching_by_distance(metric, sides, 8, distance)
     assert got.group[0, :8].tolist() == got.group[0, 8:].tolist()
 
 
 def test_an_unknown_distance_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"distance must be one of cosine, dot, .* got 'l1'"):
-        bipartite_soft_matching(torch.randn(1, 4, 3), partition.alternating(4), 1, "l1")
+        matching_by_distance(torch.randn(1, 4, 3), partition.alternating(4), 1, "l1")

@@ -81,7 +81,7 @@ def test_a_picture_that_overflowed_is_an_error_and_not_a_black_picture(pipe):
 
 
 def test_prompts_without_seeds_and_empty_batches_are_refused_at_once(pipe):
-    with pytest.raises(ValueError, match="as many, got 3 and 1"):
+    with pytest.raises(ValueError, match="as many seeds as prompts, got 3 and 1"):
         sample(pipe, PROMPTS, [0], HOW)
     with pytest.raises(ValueError, match="batch must be 1 or more, got 0"):
         sample(pipe, PROMPTS, [0, 1, 2], HOW, batch=0)
@@ -164,7 +164,7 @@ def test_an_unknown_scheduler_is_refused(folder):
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="device must be one of cuda, mps, cpu, got 'tpu'"):
         choose_device("tpu")
-    with pytest.raises(ValueError, match="device must be one that is there, got 'cuda:99'"):
+    with pytest.raises(ValueError, match="device must be available, got 'cuda:99'"):
         choose_device("cuda:99")
 
 

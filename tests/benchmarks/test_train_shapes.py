@@ -38,7 +38,7 @@ def held(folder: Path) -> dict[Path, int]:
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_before_any_work(
-    main, trained, capsys, stage, changed, said
+    trained, capsys, stage, changed, said
 ):
     before = held(trained)
     where = ["--work", str(trained), "--output", str(trained / "models")]

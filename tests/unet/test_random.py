@@ -6,7 +6,7 @@ import torch
 import tomesd
 from tests.support.tiny_unets import predict, sd_unet, sdxl_unet, unet_inputs
 from tomesd.core.token_map import TokenMap
-from tomesd.diffusion.settings import DiffusionSettings
+from tomesd.diffusion.matcher import Matcher
 
 RANDOM = [
     {"use_rand": True},
@@ -19,13 +19,13 @@ RANDOM = [
 def maps(monkeypatch) -> list[TokenMap]:
     """The token maps that are made while a test runs, in order."""
     made = []
-    make = DiffusionSettings.token_map
+    make = Matcher.token_map
 
     def record(*args):
         made.append(make(*args))
         return made[-1]
 
-    monkeypatch.setattr(DiffusionSettings, "token_map", record)
+    monkeypatch.setattr(Matcher, "token_map", record)
     return made
 
 

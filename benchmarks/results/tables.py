@@ -1,0 +1,239 @@
+"""The tables of README.md and docs/, by name: from files in results/ or from shapes alone.
+
+- frontier, frontier-short: speed and PSNR of the ways to merge
+- schedules: PSNR by the steps that merge
+- patch-cost: match, merge and unmerge at each level
+- forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
+- classifier-sweep, classifier-ablation, classifier-algorithms, vit-b: Vision Transformers
+- fid: distances of merging and of random pruning
+- cost:levels, cost:shares, cost:ideal, cost:budget: the cost model, with options of scripts/cost.py
+"""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import markdown
+from benchmarks.common.markdown import MISSING, figure, spread
+from benchmarks.cost import command as cost
+from benchmarks.fid.distances import Features
+from benchmarks.fid.tables_and_sheets import table as fid_table
+from benchmarks.results import paper
+from benchmarks.results.files import ROOT, Record, load
+
+_FRONTIER = {
+    "blocks 0.5": "**default**: whole blocks, ratio 0.5, finest level",
+    "keys 0.5": '`preset="quality"`: keys and values only',
+    "blocks 0.5, all levels": '`preset="fast"`: whole blocks at every level where it pays',
+    "blocks 0.5, late": "default, but not in the first fifth of the steps",
+    "blocks 0.5, all levels, late": "all levels, but not in the first fifth of the steps",
+    "blocks 0.5, two levels": "two levels",
+    "blocks 0.5, two levels, late": "two levels, but not in the first fifth of the steps",
+    "blocks 0.75": "default, ratio 0.75",
+    "tomesd==0.1.3 0.5": "`tomesd==0.1.3`, ratio 0.5",
+    "grid 2x2": "every other row and column of keys and values (ToDo)",
+}
+_SHORT = ("blocks 0.5, two levels", "blocks 0.5, two levels, late", "blocks 0.75")
+_SCHEDULES = {
+    "whole blocks + log size": "all",
+    "half the ratio in all steps": "all, at half the ratio",
+    "in all but the first fifth": "all but the first fifth",
+    "in the first half of the steps": "the first half",
+    "in the second half": "the second half",
+    "less and less, down to 0": "all, at a ratio that falls to 0",
+    "more and more, up from 0": "all, at a ratio that rises from 0",
+}
+
+
+def frontier(result: Record, leave_out: Sequence[str] = ()) -> str:
+    rows = {row["name"]: row for row in result["rows"]}
+    return markdown.table(
+        ["", "times as fast", "PSNR, dB"],
+        [
+            [title, spread(rows[name].get("speedup"), 2), figure(rows[name].get("psnr"), 1)]
+            for name, title in _FRONTIER.items()
+            if name in rows and name not in leave_out
+        ],
+    )
+
+
+def schedules(result: Record) -> str:
+    ratios = sorted({row["ratio"] for row in result["rows"]})
+    psnr = {(row["case"], row["ratio"]): row["psnr"] for row in result["rows"]}
+    return markdown.table(
+        ["steps that merge", *(f"PSNR at ratio {ratio:g}, dB" for ratio in ratios)],
+        [
+            [title, *(figure(psnr.get((case, ratio)), 1) for ratio in ratios)]
+            for case, title in _SCHEDULES.items()
+            if any((case, ratio) in psnr for ratio in ratios)
+        ],
+    )
+
+
+def patch_cost(result: Record) -> str:
+    steps = ("match", "merge", "unmerge", "all")
+    levels: dict[tuple[int, int], list[Record]] = {}
+    for row in result["rows"]:
+        levels.setdefault((row["h"] * row["w"], row["channels"]), []).append(row)
+    rows = []
+    for (tokens, channels), variants in sorted(levels.items(), key=lambda item: -item[0][0]):
+        # A level of two sizes is measured twice: the first is shown.
+        for row in {row["variant"]: row for row in reversed(variants)}.values():
+            is_peer = row["kind"] == "peer"
+            rows.append(
+                [
+                    MISSING if is_peer else f"{tokens:,} × {channels:,}",
+                    row["variant"].partition(" ")[0] if is_peer else "this project",
+                    *(figure(row[step]["median"], 1, 1000) for step in steps),
+                    spread(row.get("share_of_peer"), 2),
+                ]
+            )
+    headings = ["tokens × channels", "", *(f"{step}, ms" for step in steps)]
+    return markdown.table([*headings, "relative to `tomesd==0.1.3`"], rows)
+
+
+def forwards(result: Record) -> str:
+    return markdown.table(
+        ["", "seconds per forward", "times as fast", "share of the ideal saving"],
+        [
+            [
+                row["variant"],
+                figure(row["median_seconds"]["median"], 1),
+                spread(row["speedup"], 2),
+                spread(row["share_of_ideal"], 0, 100, "%"),
+            ]
+            for row in result["rows"]
+        ],
+    )
+
+
+def _part(result: Record, part: str) -> list[Record]:
+    return [row for row in result["rows"] if row["part"] == part]
+
+
+def classifier_sweep(result: Record) -> str:
+    rows = _part(result, "sweep")
+    return markdown.table(
+        ["r", *(row["name"].removeprefix("r = ") for row in rows)],
+        [
+            ["accuracy, %", *(figure(row["accuracy"], 1, 100) for row in rows)],
+            ["times as fast", *(figure(row["times_as_fast"], 2) for row in rows)],
+            [
+                "times fewer multiply-adds",
+                *(figure(row["times_fewer_multiply_adds"], 2) for row in rows),
+            ],
+        ],
+    )
+
+
+def classifier_ablation(result: Record) -> str:
+    return markdown.table(
+        ["", "accuracy, %", "the paper's"],
+        [
+            [row["name"], figure(row["accuracy"], 1, 100), figure(paper.ABLATION[row["name"]], 2)]
+            for row in _part(result, "ablation")
+        ],
+    )
+
+
+def classifier_algorithms(result: Record) -> str:
+    rows = []
+    for row in _part(result, "algorithms"):
+        accuracy, speedup = paper.ALGORITHMS.get(row["name"], (None, None))
+        own = [figure(row["accuracy"], 1, 100), figure(row["times_as_fast"], 2)]
+        rows.append([row["name"], *own, figure(accuracy, 2), figure(speedup, 2)])
+    headings = ["", "accuracy, %", "times as fast", "the paper's accuracy, %"]
+    return markdown.table([*headings, "the paper's times as fast"], rows)
+
+
+def vit_speed(result: Record) -> str:
+    return markdown.table(
+        ["", "images per second", "times as fast", "times fewer multiply-adds"],
+        [
+            [
+                row["name"],
+                figure(row["images_per_second"], 1),
+                figure(row["times_as_fast"], 2),
+                figure(row["times_fewer_multiply_adds"], 2),
+            ]
+            for row in _part(result, "sweep")
+        ],
+    )
+
+
+def fid(result: Record) -> str:
+    lines = fid_table(result["rows"], Features(result["settings"]["features"])).splitlines()
+    lines[0] += " the paper's FID ↓ | the paper's s/im ↓ |"
+    lines[1] += "---|---|"
+    for index, row in enumerate(result["rows"], 2):
+        distance, seconds = paper.FID.get((row["method"], row["ratio"]), (None, None))
+        lines[index] += f" {figure(distance, 2)} | {figure(seconds, 2)} |"
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a result. result: its name in `files.RESULTS`."""
+
+    result: str
+    render: Callable[..., str]
+    options: tuple[Any, ...] = ()
+
+
+TABLES: dict[str, Table] = {
+    "frontier": Table("frontier", frontier),
+    "frontier-short": Table("frontier", frontier, (_SHORT,)),
+    "schedules": Table("schedules", schedules),
+    "patch-cost": Table("patch-cost", patch_cost),
+    "forward-512": Table("forward-512", forwards),
+    "blocks-flux": Table("blocks-flux", forwards),
+    "blocks-sd3": Table("blocks-sd3", forwards),
+    "classifier-sweep": Table("classifier", classifier_sweep),
+    "classifier-ablation": Table("classifier", classifier_ablation),
+    "classifier-algorithms": Table("classifier", classifier_algorithms),
+    "vit-b": Table("vit-b", vit_speed),
+    "fid": Table("fid", fid),
+}
+NAMES = (*TABLES, *(f"cost:{name}" for name in cost.TABLES))
+
+
+def render(marker: str, root: Path = ROOT) -> str:
+    """The Markdown of a table, with the command that measures it.
+
+    >>> render("cost:shares --model sd15 --size 512").splitlines()[0][:24]
+    '| model | px | batch | T'
+
+    marker: a name of NAMES; for the cost model, followed by options of scripts/cost.py.
+    Raises ValueError for an unknown name or option, FileNotFoundError for a missing result.
+    """
+    name, *options = shlex.split(marker)
+    if name not in NAMES:
+        raise ValueError(f"table must be one of {', '.join(NAMES)}, got {name!r}")
+    if name.startswith("cost:"):
+        return _cost_table(name.removeprefix("cost:"), options)
+    if options:
+        raise ValueError(f"table {name} takes no options, got {shlex.join(options)!r}")
+    chosen = TABLES[name]
+    result = load(chosen.result, root)
+    return f"{chosen.render(result, *chosen.options)}\n\n{caption(result)}"
+
+
+def _cost_table(name: str, options: list[str]) -> str:
+    try:
+        args = cost.main.parser().parse_args(["--table", name, *options])
+    except SystemExit:
+        raise ValueError(
+            f"table cost:{name} must have options of scripts/cost.py, got {shlex.join(options)!r}"
+        ) from None
+    command = " ".join(["python scripts/cost.py --table", name, *options])
+    return "\n\n".join([*cost.render(args), f"`{command}`"])
+
+
+def caption(result: Record) -> str:
+    """The command, the machine and the date of a result."""
+    found = result["environment"]
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    torch = found["torch_version"]
+    return f"`{result['command']}` ({found['device']}, {threads}, torch {torch}, {result['date']})"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.training import architectures
-from benchmarks.training.data import masks
+from benchmarks.training.data import draw_pictures, masks
 from benchmarks.training.loop import Stage, train
 from benchmarks.training.losses import MaskedClassifier
 from tests.support.tiny_shapes import untrained_pipeline

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.training import architectures
-from benchmarks.training.data import draw_pictures, masks
+from benchmarks.training.data import MASK_CELLS, draw_pictures, masks
 from benchmarks.training.loop import Stage, train
 from benchmarks.training.losses import MaskedClassifier
 from tests.support.tiny_shapes import untrained_pipeline
@@ -121,8 +121,8 @@ def test_reading_logits_gives_each_groups_best():
 
 def test_mask_targets_lie_on_the_classifiers_patches():
     covered = masks([4], patches=16)
-    whole = np.asarray(draw_mask(scene(4), 16 * MaskedClassifier.CELLS))
-    assert covered.shape == (1, 256, MaskedClassifier.CELLS**2)
+    whole = np.asarray(draw_mask(scene(4), 16 * MASK_CELLS))
+    assert covered.shape == (1, 256, MASK_CELLS**2)
     assert covered[0, 16 * 5 + 7].tolist() == whole[20:24, 28:32].flatten().tolist()
 
 

@@ -115,7 +115,7 @@ RESULTS: dict[str, Result] = {
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",
         _read_classifier,
     ),
-    "vit-b": Result(
+    "vit-b16": Result(
         "python scripts/classify.py --synthetic --model timm:vit_base_patch16_224 --parts sweep "
         "--r 0 16 --batch 8 --rounds 9",
         _read_classifier,

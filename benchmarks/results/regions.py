@@ -69,7 +69,6 @@ def _regions(document: Path, text: str) -> list[re.Match[str]]:
 
 def _rendered(document: Path, name: str, root: Path) -> str:
     try:
-        # An empty line on both sides: otherwise GitHub takes the table for a part of the comment.
-        return f"\n{render(name, root)}\n\n"
+        return f"{render(name, root)}\n"
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{document.name}, table {name}: {error}") from error

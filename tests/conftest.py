@@ -1,4 +1,4 @@
-"""What the tests share: how properties are tried, and the names that examples take for granted."""
+"""What the tests share: threads, and how properties are tried."""
 
 import os
 from collections.abc import Iterator
@@ -6,9 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
-
-import tomesd
-from tomesd.core import matching, partition
 
 # Workers side by side (pytest -n auto) share the cores, and so do the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -32,15 +29,3 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _names_of_examples(doctest_namespace: dict) -> None:
-    doctest_namespace["torch"] = torch
-    doctest_namespace["tomesd"] = tomesd
-    for module, names in (
-        (tomesd, tomesd.__all__),
-        (matching, ("bipartite_soft_matching", "random_pruning")),
-        (partition, ("Partition", "alternating", "make_key", "random", "strided")),
-    ):
-        doctest_namespace.update({name: getattr(module, name) for name in names})

@@ -93,7 +93,7 @@ def _rows(model: nn.Module) -> list:
 
 def test_a_unet_of_a_third_party_merges_once_it_is_registered(my_package):
     tiny = tiny_unets.TINY["UNet2DConditionModel"]
-    model = tiny.model()
+    model = tiny.build()
     model.__class__ = my_package.MyUNet
     with pytest.raises(TypeError, match="got MyUNet"):
         tomesd.apply_patch(model)
@@ -104,7 +104,7 @@ def test_a_unet_of_a_third_party_merges_once_it_is_registered(my_package):
 
 def test_a_diffusion_transformer_of_a_third_party_merges_once_it_is_registered(my_package):
     tiny = tiny_transformers.TINY["PixArtTransformer2DModel"]
-    model = tiny.model()
+    model = tiny.build()
     model.__class__ = my_package.MyTransformer
     with pytest.raises(TypeError, match="got MyTransformer"):
         tomesd.apply_patch(model)

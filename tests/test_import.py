@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import tests
 import tomesd
 
 # Hosts, what they draw in, and what only the scripts and the embedded pipeline need.
@@ -64,3 +66,8 @@ def test_the_public_names_are_exactly_all():
 def test_the_documentation_of_every_public_name_opens_with_an_example(name):
     opening = getattr(tomesd, name).__doc__.splitlines()[:4]
     assert any(line.strip().startswith(">>>") for line in opening)
+
+
+def test_no_installed_package_shadows_the_tests_helpers():
+    # Some distributions install a package of this name by accident.
+    assert Path(tests.__file__).parent == Path(__file__).parent

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.training.shapes import MaskedClassifier, Stage, masks, pictures, train
 from torch import nn
 
-from benchmarks.training.shapes import MaskedClassifier, Stage, masks, pictures, train
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene
@@ -128,7 +128,7 @@ class _StoppedError(Exception):
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
-    """Stopped after 300 of 400 steps, it goes on from the checkpoint at 200."""
+    """Stopped after 300 of 400 steps, it resumes from the checkpoint at 200."""
 
     def run(folder, stop_at=None):
         torch.manual_seed(0)
@@ -154,7 +154,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
     assert torch.equal(whole, resumed)
 
 
-def test_one_command_trains_all_models_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_one_command_trains_all_models_and_resumes_where_it_stopped(tmp_path, capsys):
     script = str(ROOT / "scripts/train_shapes.py")
     options = ["--no-compile", "--precision", "fp32", "--device", "cpu", "--pictures", "8"]
     options += ["--steps-scale", "0.0001", "--output", str(tmp_path / "assets")]

@@ -1,11 +1,8 @@
 """What merging saves and costs is known from shapes alone, and rightly."""
 
-import doctest
-import importlib.util
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
-from benchmarks.cost import counts, tables
 from tests.support.tiny_model import WIDTH
 from tests.support.tiny_unets import SD_TEXT_TOKENS, sd_unet, unet_inputs
 from tomesd.core import cost, merging_work, workload
 from tomesd.core.workload import Branches
 from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.settings import DiffusionSettings
-
-ROOT = Path(__file__).parents[2]
 
 BATCH = 2
 
@@ -35,13 +29,6 @@ ROOM = {
     "kind": st.sampled_from(["cpu", "cuda", "mps"]),
     "branches": st.builds(Branches, st.just(True), *[st.booleans()] * 4),
 }
-
-
-@pytest.mark.parametrize("module", [cost, workload])
-def test_every_example_gives_what_its_docstring_says(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 @pytest.mark.parametrize(("tokens", "channels", "text"), [(64, 32, 12), (48, 64, 7), (1, 16, 1)])
@@ -106,82 +93,6 @@ def _unet_flops(unet) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(**inputs)
     return counter.get_total_flops()
-
-
-TINY_SD3 = counts.Model(
-    "tiny SD3",
-    "SD3Transformer2DModel",
-    counts.SD3
-    | {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "caption_projection_dim": 16,
-        "joint_attention_dim": 12,
-        "pooled_projection_dim": 12,
-    },
-    batch=2,
-    text_tokens=5,
-)
-TINY_FLUX = counts.Model(
-    "tiny Flux",
-    "FluxTransformer2DModel",
-    {
-        "guidance_embeds": True,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "joint_attention_dim": 12,
-        "pooled_projection_dim": 12,
-        "axes_dims_rope": (4, 6, 6),
-    },
-    batch=1,
-    text_tokens=5,
-)
-
-
-@pytest.mark.parametrize("model", [TINY_SD3, TINY_FLUX], ids=lambda model: model.title)
-def test_a_joint_block_s_flops_are_those_that_torch_counts_without_its_modulation(model):
-    denoiser, args, kwargs = counts._empty(model, 128, model.batch)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        denoiser(*args, **kwargs)
-    [level] = counts._joint_levels(denoiser, 128)
-    expected = workload.flops(
-        workload.joint_block(model.batch, 64, level.channels, text_tokens=model.text_tokens)
-    )
-    counted = counter.get_flop_counts()
-    root = type(denoiser).__name__
-    # SD3's last block gives its text to nobody and leaves out a part of it.
-    names = ["transformer_blocks.0", "single_transformer_blocks.1"]
-    found = [name for name in names if f"{root}.{name}" in counted]
-    assert level.blocks == {"tiny SD3": 2, "tiny Flux": 3}[model.title]
-    assert len(found) == {"tiny SD3": 1, "tiny Flux": 2}[model.title]
-    for name in found:
-        norms = [f"{root}.{name}.{norm}" for norm in ("norm", "norm1", "norm1_context")]
-        modulation = sum(sum(counted[norm].values()) for norm in norms if norm in counted)
-        assert modulation > 0
-        assert sum(counted[f"{root}.{name}"].values()) - modulation == expected
-
-
-def test_a_whole_model_is_counted_as_torch_counts_it_and_its_levels_are_all_there():
-    config = dict(sd_unet().config)
-    tiny = counts.Model("tiny", "UNet2DConditionModel", config, 2, 77)
-    small, large = (counts.count(tiny, size) for size in (128, 256))
-    # Convolutions are linear in pixels and attention to the text in tokens; self-attention is not.
-    assert large.convolutions == 4 * small.convolutions
-    assert 4 * small.attention < large.attention < 16 * small.attention
-    assert [(level.h, level.channels, level.blocks) for level in large.levels] == [
-        (32, 16, 3),
-        (16, 32, 3),
-        (8, 32, 1),
-    ]
-    inside = sum(level.blocks * workload.flops(large.block(level)) for level in large.levels)
-    # Besides there are time embeddings and the projections around blocks.
-    assert 0 < large.attention < inside < large.attention + large.linear
-    assert large.ideal(0.0, Branches()) == 1
-    finest, everywhere = (large.ideal(0.5, Branches(), where) for where in (False, True))
-    assert 1 < finest < everywhere < large.flops / large.convolutions
 
 
 def test_the_operators_that_are_charged_for_are_those_that_are_called():
@@ -338,49 +249,3 @@ def test_what_makes_no_sense_is_refused(changed, error, message):
     given = {"device_kind": "cpu", "batch": 2, "tokens": 64, "r": 32, "channels": 320} | changed
     with pytest.raises(error, match=message):
         cost.balance(**given)
-
-
-@pytest.mark.parametrize("size", [0, 500, -64])
-def test_a_size_that_models_cannot_take_is_refused(size):
-    with pytest.raises(ValueError, match=f"size must be a positive multiple of 64, got {size}"):
-        counts.count(TINY_SD3, size)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    found = importlib.util.spec_from_file_location("cost_script", ROOT / "scripts" / "cost.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    monkeypatch.setitem(module.MODELS, "sd3", TINY_SD3)
-    return module
-
-
-def test_the_command_prints_a_table_of_each_kind(script, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["cost.py", "--model", "sd3", "--size", "128", "256"])
-    script.main()
-    tables = capsys.readouterr().out.strip().split("\n\n")
-    # A line for each size, for what is merged in three ways each; a heading; a line below it.
-    assert [len(table.splitlines()) for table in tables] == [2 + 2, 2 + 2, 2 + 2, 2 + 6]
-    for table in tables:
-        widths = {line.count("|") for line in table.splitlines()}
-        assert len(widths) == 1
-
-
-def test_the_command_refuses_a_size_before_any_work(script, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["cost.py", "--size", "512", "500"])
-    with pytest.raises(SystemExit):
-        script.main()
-    assert "--size must be a multiple of 64, got 500" in capsys.readouterr().err
-
-
-def test_the_documentation_shows_what_the_command_prints():
-    shown = (ROOT / "docs" / "performance.md").read_text().splitlines()
-    counted = [counts.count(counts.MODELS["sd15"], 512)]
-    for table in (
-        tables.levels_table(counted, 0.5, merging_work.WINDOW),
-        tables.shares_table(counted),
-        tables.ideal_table(counted, [0.25, 0.5, 0.75]),
-        tables.budget_table(counted, 0.5, merging_work.WINDOW),
-    ):
-        for line in table.splitlines():
-            assert line in shown

@@ -101,7 +101,7 @@ def test_in_windows_each_source_finds_its_own_and_the_best_of_all_windows_merge(
 
 
 @given(windowed_cases())
-def test_a_second_look_moves_each_source_to_the_group_that_is_most_like_it(case):
+def test_refinement_moves_each_source_to_the_most_similar_group(case):
     metric, sides, _ = case
     found = bipartite_soft_matching(metric, sides, r=sides.src.numel() - sides.padding, refine=1)
     for sample, groups in zip(metric.tolist(), groups_of(found), strict=True):
@@ -115,7 +115,7 @@ def test_a_second_look_moves_each_source_to_the_group_that_is_most_like_it(case)
 
 
 @given(windowed_cases())
-def test_the_more_often_sources_look_again_the_more_alike_the_groups_are(case):
+def test_more_refinement_rounds_make_groups_more_similar(case):
     metric, sides, _ = case
     direction = metric / metric.norm(dim=-1, keepdim=True)
     alike = []
@@ -136,7 +136,7 @@ def test_the_same_tokens_merge_as_by_plain_loops_in_float32_on_a_grid(seed):
 
 
 @given(cases())
-def test_there_are_always_r_groups_less_than_tokens(case):
+def test_a_map_has_r_groups_fewer_than_tokens(case):
     metric, sides, r = case
     token_map = bipartite_soft_matching(metric, sides, r)
     assert token_map.m == metric.shape[1] - r
@@ -293,7 +293,7 @@ def test_matching_merging_and_unmerging_compile_to_one_graph_for_all_timesteps(f
 
 
 @pytest.mark.parametrize("function", [merge_half, prune_half])
-def test_nothing_depends_on_the_values_so_the_host_never_waits_for_the_device(function):
+def test_matching_never_syncs_with_the_device(function):
     # Tensors without values: whatever looked at one would raise.
     with FakeTensorMode():
         assert function(torch.randn(2, 42, 8), torch.tensor(981.0)).shape == (2, 42, 8)

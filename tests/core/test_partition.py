@@ -70,7 +70,7 @@ def assert_even(counts: torch.Tensor) -> None:
     ],
     ids=["seeds", "timesteps", "noise levels", "blocks"],
 )
-def test_over_keys_all_places_in_a_cell_are_taken_equally_often_and_cells_choose_alone(keys):
+def test_over_keys_destinations_are_uniform_in_a_cell_and_independent_between_cells(keys):
     # 5×8 tokens in cells of 2×3: the last row and the last column of cells are smaller.
     dst = torch.stack([partition.strided(5, 8, 2, 3, key=key).dst for key in keys])
     for cell in dst.T:

@@ -67,7 +67,7 @@ def groups_of(token_map: TokenMap, sample: int) -> slow_reference.Groups:
 
 
 @given(cases(fates), dtypes, st.sampled_from(["mean", "direction"]))
-def test_merging_what_was_unmerged_gives_it_back(case, dtype, how):
+def test_merging_what_was_unmerged_restores_it(case, dtype, how):
     of, batch, _, channels, token_map = case
     y = of.values(batch, token_map.m, channels, dtype=dtype)
     again = token_map.merge(token_map.unmerge(y), how=how)
@@ -186,7 +186,7 @@ def test_merging_step_by_step_is_merging_at_once_when_weighted_by_size(case, sec
 
 
 @given(cases(), dtypes)
-def test_a_mean_direction_is_as_long_as_the_head_and_points_where_the_mean_does(case, dtype):
+def test_a_merged_direction_has_the_norm_of_its_head_and_points_where_the_mean_does(case, dtype):
     of, batch, n, channels, token_map = case
     # Not so different that they could cancel out.
     x = 1 + of.values(batch, n, channels).tanh() / 2
@@ -242,7 +242,7 @@ def test_dropped_tokens_count_for_nothing_and_come_back_as_zeros(case, dtype, ho
     assert (token_map.size == 1).all()
 
 
-def test_a_group_that_is_dropped_takes_all_its_tokens_along():
+def test_dropping_a_group_drops_all_its_tokens():
     pairs = TokenMap.from_groups([[0, 0, 1, 1]])
     drop_the_first = TokenMap.from_moves(2, torch.tensor([[0]]), None)
     token_map = pairs.then(drop_the_first)

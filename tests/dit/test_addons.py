@@ -1,4 +1,4 @@
-"""What people add to a transformer goes on working while its tokens merge, or is refused.
+"""What people add to a transformer still works while its tokens merge, or is refused.
 
 "before": it was added before patching.
 """
@@ -99,7 +99,7 @@ LORA = [(name, when) for name in (SD3, FLUX, WAN) for when in ("before", "after"
 
 
 @pytest.mark.parametrize(("name", "when"), LORA)
-def test_lora_adapters_may_be_added_before_or_after_and_taken_off_again(name, when):
+def test_lora_adapters_may_be_added_before_or_after_and_removed_again(name, when):
     tiny = TINY[name]
     bare = tiny.predict(tiny.build())
     merged = tiny.predict(tomesd.apply_patch(tiny.build()))
@@ -155,7 +155,7 @@ def _cast(model) -> None:
 
 @ORDERS
 @pytest.mark.parametrize("change", [_quantized, _cast])
-def test_weights_of_eight_bits_merge(tiny, change, when):
+def test_eight_bit_weights_merge(tiny, change, when):
     """Quantized by torchao, or stored in eight bits and cast layer by layer."""
     plain = tiny.build()
     exact = tiny.predict(plain)

@@ -40,7 +40,7 @@ def _nothing_is_compiled_yet():
 
 @pytest.mark.parametrize("name", slow_but(SAMPLE, ONE_OF_EACH))
 @torch.no_grad()
-def test_one_graph(name):
+def test_a_patched_model_compiles_to_one_graph(name):
     tiny = TINY[name]
     model = tiny.build()
     if name in BROKEN_BY_THE_HOST:
@@ -53,7 +53,7 @@ def test_one_graph(name):
 
 
 @torch.no_grad()
-def test_sizes_that_are_known_from_values_alone():
+def test_image_ids_are_read_while_compiling():
     """Flux's grid is read from its image ids, also while it is compiled."""
     tiny = TINY["FluxTransformer2DModel"]
     model = tomesd.apply_patch(tiny.build())
@@ -62,7 +62,7 @@ def test_sizes_that_are_known_from_values_alone():
         assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
 
 
-def _by_itself(model, **how):
+def _wrapped(model, **how):
     return torch.compile(model, **how)
 
 
@@ -76,13 +76,13 @@ def _in_place(model, **how):
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [
-        ("FluxTransformer2DModel", _by_itself),
+        ("FluxTransformer2DModel", _wrapped),
         ("FluxTransformer2DModel", _in_place),
-        ("Flux2Transformer2DModel", _by_itself),
+        ("Flux2Transformer2DModel", _wrapped),
     ],
 )
 @torch.no_grad()
-def test_another_grid_of_as_many_tokens_is_noticed(name, compiled):
+def test_another_grid_with_the_same_number_of_tokens_is_noticed(name, compiled):
     tiny = TINY[name]
     model = tomesd.apply_patch(tiny.build())
     own = compiled(model, fullgraph=True, backend="eager")

@@ -41,7 +41,7 @@ def tiny(request) -> TinyTransformer:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @torch.no_grad()
-def test_a_controlnet_merges_and_hands_over_every_token(tiny, grid):
+def test_a_controlnet_merges_and_outputs_every_token(tiny, grid):
     controlnet, size = tiny.build(), (2, *grid)
     expected, _ = _samples(tiny, controlnet, *size)
     tomesd.apply_patch(controlnet, ratio=0.5)

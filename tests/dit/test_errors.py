@@ -30,7 +30,7 @@ SD3 = TINY["SD3Transformer2DModel"]
     ids=str,
 )
 @pytest.mark.parametrize("name", TINY)
-def test_branches_of_a_block_do_not_merge_by_themselves(name, settings):
+def test_branches_of_a_transformers_block_do_not_merge_separately(name, settings):
     model = TINY[name].build()
     with pytest.raises(ValueError, match=f"merge_block must be True for {name}.*got False"):
         tomesd.apply_patch(model, **settings)
@@ -105,12 +105,12 @@ def test_supported_lists_what_can_be_patched():
     assert "SanaTransformer2DModel" not in listed["diffusers"]
 
 
-def test_a_model_without_blocks():
+def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="nothing would be merged in SD3Transformer2DModel"):
         tomesd.apply_patch(SD3.build(num_layers=0))
 
 
-def test_fused_projections_know_no_separate_keys():
+def test_fused_projections_need_prop_attn_off():
     # The host's own fused processor knows neither of 3.5's novelties.
     plain = {"dual_attention_layers": (), "qk_norm": None}
     model = SD3.build(**plain)
@@ -151,7 +151,7 @@ def test_pictures_of_several_sizes_or_in_lists_are_refused():
         tiny.call(model, x=[[one], [other]])
 
 
-def test_a_video_that_goes_on_from_replaced_tokens_is_refused():
+def test_a_video_conditioned_on_replaced_tokens_is_refused():
     model = TINY["HunyuanVideoTransformer3DModel"].build(image_condition_type="token_replace")
     with pytest.raises(ValueError, match="nothing would be merged in HunyuanVideoTransformer3D"):
         tomesd.apply_patch(model)
@@ -159,7 +159,7 @@ def test_a_video_that_goes_on_from_replaced_tokens_is_refused():
 
 
 @pytest.mark.parametrize("prop_attn", [False, True])
-def test_frames_that_see_earlier_frames_alone_are_refused(prop_attn):
+def test_causal_attention_between_frames_is_refused(prop_attn):
     tiny = TINY["SkyReelsV2Transformer3DModel"]
     model = tomesd.apply_patch(tiny.build(num_frame_per_block=3), prop_attn=prop_attn)
     with pytest.raises(ValueError, match="attention_mask on self-attention"):
@@ -174,7 +174,7 @@ def test_blocks_that_are_left_alone_are_reported_with_the_reason():
     assert "they hand on what they make of every token" in str(tomesd.report(model))
 
 
-def test_keys_that_are_kept_from_step_to_step_are_refused():
+def test_a_cache_of_keys_is_refused():
     tiny = TINY["Flux2Transformer2DModel"]
     model = tomesd.apply_patch(tiny.build())
     with pytest.raises(ValueError, match=r"kv_cache_mode must be None .*got 'extract'"):

@@ -38,7 +38,7 @@ def test_it_merges_at_every_size(tiny, grid, batch):
     gone = tiny.frames * (grid[0] * grid[1] // 2)
     whole = tiny.frames * grid[0] * grid[1]
     merged = [was - left for (was, _), (left, _) in zip(before, after, strict=True) if was >= whole]
-    assert sorted(merged) == [0] * tiny.alone + [gone] * (len(merged) - tiny.alone)
+    assert sorted(merged) == [0] * tiny.untouched + [gone] * (len(merged) - tiny.untouched)
     assert sum(merged) > 0
     smaller = [(pair, now) for pair, now in zip(before, after, strict=True) if pair[0] < whole]
     assert all(pair == now for pair, now in smaller)
@@ -86,7 +86,7 @@ def test_every_random_way_of_merging_is_a_function_of_the_seed(tiny):
         assert not torch.equal(other, output)
 
 
-def test_copies_and_pickles_of_a_patched_model_merge_by_themselves(tiny):
+def test_copies_and_pickles_of_a_patched_model_have_patches_of_their_own(tiny):
     model = tomesd.apply_patch(tiny.build())
     expected = tiny.predict(model)
     for other in (copy.deepcopy(model), _pickled(model)):

@@ -58,7 +58,7 @@ def test_samples_with_one_table_of_positions_merge_alike():
 
 
 class _Copies(TorchFunctionMode):
-    """Counts what is copied to the CPU: on a GPU, each waits for all that was computed."""
+    """Counts copies to the CPU: on a GPU, each is a sync."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class _Copies(TorchFunctionMode):
 
 
 @torch.no_grad()
-def test_ids_are_looked_at_once_for_a_picture_and_not_in_every_step():
+def test_image_ids_are_read_once_for_a_picture_and_not_in_every_step():
     model = tomesd.apply_patch(FLUX.build(), ratio=0.5)
     own = ids(5, 7)
     counts = []

@@ -119,8 +119,8 @@ def _still(frames: int) -> dict:
 
 @pytest.mark.parametrize("frames", [4, 5, 8, 13])
 @torch.no_grad()
-def test_what_stands_still_merges_across_frames_without_loss(frames):
-    """In float32; within the frames alone it could not."""
+def test_a_still_video_merges_across_frames_without_loss(frames):
+    """In float32; within the frames only it could not."""
     model = COGVIDEOX.build()
     expected = COGVIDEOX.call(model, **_still(frames))
     tomesd.apply_patch(model, ratio=0.5)
@@ -165,7 +165,7 @@ def test_every_family_of_videos_merges_across_frames(name):
         for (was, _), (left, _) in zip(before.seen, attention.seen, strict=True)
         if was >= tiny.frames * 35
     ]
-    assert sorted(merged) == [0] * tiny.alone + [gone] * (len(merged) - tiny.alone)
+    assert sorted(merged) == [0] * tiny.untouched + [gone] * (len(merged) - tiny.untouched)
     (rows,) = tomesd.report(model).rows.values()
     assert {row.tokens - row.merged for row in rows if not row.note.startswith("they")} == {gone}
 

@@ -2,8 +2,8 @@
 
 The reference matches with plain loops, and gives every token the mean of its group and the position
 of its head. The unpatched block, on all of these tokens, then attends to a group as often as it has
-tokens: proportional attention, with nothing added to any logit. What it adds to the means is given
-back to the tokens. Nothing of this is shared with tomesd.
+tokens: proportional attention, with nothing added to any logit. What it adds to the means is
+unmerged to the tokens. Nothing of this is shared with tomesd.
 """
 
 import pytest

@@ -67,7 +67,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(name, reentrant):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
-def test_the_grid_of_another_pass_is_an_error_where_it_cannot_be_told():
+def test_two_grids_before_one_backward_are_an_error_where_the_last_grid_counts():
     tiny = TINY["AuraFlowTransformer2DModel"]
     model = tomesd.apply_patch(tiny.build().train())
     model.enable_gradient_checkpointing()

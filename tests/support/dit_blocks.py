@@ -1,7 +1,7 @@
 """Single blocks of patched transformers, and matching with plain loops: nothing of it is tomesd's.
 
-A model's blocks are taken out with what the model calls them with, so that each can be called by
-itself, patched or not, on these tokens or on others.
+A model's blocks are taken out with what the model calls them with, so that each can be called
+directly, patched or not, on these tokens or on others.
 """
 
 from collections.abc import Callable

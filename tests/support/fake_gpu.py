@@ -1,6 +1,6 @@
 """A GPU for machines without one: tensors that say they are there, and have no values.
 
-Whatever looks at a value, for which a GPU would have to be waited for, raises; so does whatever
+Whatever reads a value, which would be a sync on a GPU, raises; so does whatever
 puts a tensor of the CPU together with one of the GPU.
 """
 

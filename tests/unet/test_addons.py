@@ -58,7 +58,7 @@ def test_samples_whose_attention_is_not_perturbed_are_as_without_perturbing(
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("settings", WAYS, ids=str)
-def test_perturbed_attention_guidance_merges_repeats_and_comes_back(settings, guidance):
+def test_perturbed_attention_guidance_merges_repeats_and_is_restored(settings, guidance):
     components = sd_components() | {"requires_safety_checker": False}
     pipe = build_pipeline(
         StableDiffusionPAGPipeline, components | {"pag_applied_layers": ["down", "mid"]}
@@ -77,7 +77,7 @@ def test_perturbed_attention_guidance_merges_repeats_and_comes_back(settings, gu
 
 
 @pytest.mark.parametrize("prop_attn", [False, True])
-def test_perturbed_attention_knows_no_separate_keys(prop_attn):
+def test_perturbed_attention_is_refused_with_keys_of_their_own(prop_attn):
     unet = tomesd.apply_patch(sd_unet(), merge_queries=False, prop_attn=prop_attn)
     _perturb(unet, PAGIdentitySelfAttnProcessor2_0())
     with pytest.raises(ValueError, match="merge_queries must be True with perturbed-attention"):
@@ -113,7 +113,7 @@ def _grounded(unet, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("settings", "tokens"), [({}, 70), ({"merge_attn": True}, 140)], ids=str)
-def test_gligen_looks_at_objects_beside_merged_tokens(settings, tokens):
+def test_gligen_attends_to_objects_beside_merged_tokens(settings, tokens):
     unet = _gligen_unet()
     before = _grounded(unet)
     tomesd.apply_patch(unet, **settings)
@@ -213,7 +213,7 @@ def test_attention_that_does_not_merge_may_be_cached():
     assert any(is_spatial(name) for name in computed)
 
 
-def test_a_host_that_keeps_the_deep_blocks_outputs_of_an_earlier_step_goes_together_with_merging():
+def test_a_host_that_reuses_deep_blocks_outputs_of_an_earlier_step_works_with_merging():
     # As DeepCache does: it replaces the forwards of a UNet's parts.
     unet = sd_unet()
     before = predict(unet)

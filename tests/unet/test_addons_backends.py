@@ -198,7 +198,7 @@ def _flux_on(backend: AttentionBackendName) -> Any:
     return model
 
 
-def test_what_npus_make_of_a_bias_is_not_that_bias():
+def test_npus_turn_a_bias_into_a_boolean_mask():
     """So that its backend has to be refused, though it does not complain."""
     q = torch.zeros(2, 7, 3, 8)
     bias = torch.arange(1.0, 8).log().expand(2, 1, 1, 7)

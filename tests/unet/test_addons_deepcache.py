@@ -23,7 +23,7 @@ def _enable(pipe) -> Any:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("settings", [{}, {"preset": "quality"}, {"preset": "paper"}], ids=str)
-def test_it_goes_together_with_merging_and_either_may_be_taken_off(settings, when):
+def test_deepcache_works_with_merging_and_either_may_be_removed(settings, when):
     merged = _sample(tomesd.apply_patch(sd_pipeline(), **settings))
     pipe = sd_pipeline()
     _enable(pipe)

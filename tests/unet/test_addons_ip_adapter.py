@@ -1,4 +1,4 @@
-"""IP-Adapters let a UNet look at pictures beside the text, and go on doing so while tokens merge.
+"""IP-Adapters let a UNet attend to pictures beside the text, also while tokens merge.
 
 "before": the adapter was loaded before patching.
 """
@@ -73,7 +73,7 @@ def _masks() -> dict:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=str)
-def test_pictures_are_looked_at_by_merged_tokens(settings, adapters, when):
+def test_merged_tokens_attend_to_pictures(settings, adapters, when):
     embeds = [_embeds(seed) for seed in range(adapters)]
     unpatched = _sample(_load(sd_pipeline(), adapters), *embeds)
     pipe = sd_pipeline()
@@ -96,7 +96,7 @@ def test_pictures_are_looked_at_by_merged_tokens(settings, adapters, when):
     assert torch.equal(_sample(tomesd.remove_patch(pipe), *embeds), unpatched)
 
 
-def test_whole_blocks_merge_before_they_look_at_pictures():
+def test_in_merged_blocks_merged_tokens_attend_to_pictures():
     pipe = tomesd.apply_patch(_load(sd_pipeline()))
     seen = _queries(pipe, _embeds())
     assert seen["attn1"] == seen["attn2"] == {70, 35, 12}
@@ -124,7 +124,7 @@ def test_masks_are_refused_where_tokens_would_merge_in_cross_attention(settings,
 @pytest.mark.parametrize(
     "settings", [{"merge_attn": True}, {"merge_mlp": True}, {"preset": "quality"}], ids=str
 )
-def test_masks_say_who_looks_where_self_attention_merges(settings):
+def test_masks_of_pictures_still_apply_where_self_attention_merges(settings):
     pipe = _load(sd_pipeline())
     unpatched = _sample(pipe, _embeds(), **_masks())
     tomesd.apply_patch(pipe, **settings)

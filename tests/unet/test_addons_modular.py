@@ -31,7 +31,7 @@ def _picture(pipe) -> Tensor:
     )
 
 
-def test_its_unet_merges_and_comes_back(pipe):
+def test_its_unet_merges_and_removing_the_patch_restores_it(pipe):
     unpatched = _picture(pipe)
     merged = _picture(tomesd.apply_patch(pipe, ratio=0.5))
     assert set(tomesd.report(pipe).rows) == {"unet"}
@@ -60,5 +60,5 @@ def test_its_transformer_is_found():
 
 def test_it_is_refused_before_its_models_are_loaded():
     empty = FluxAutoBlocks().init_pipeline()
-    with pytest.raises(TypeError, match=r"got a FluxModularPipeline.*load_components\(\) first"):
+    with pytest.raises(TypeError, match=r"got a FluxModularPipeline.*load_components\(\)"):
         tomesd.apply_patch(empty)

@@ -1,4 +1,4 @@
-"""Pipelines built on a UNet with inputs of its own: merging goes on, and so does what they add."""
+"""Pipelines built on a UNet with inputs of its own: it merges, and what they add still works."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -231,7 +231,7 @@ def case(request) -> Case:
     return CASES[request.param]
 
 
-def test_it_merges_and_comes_off_again(case):
+def test_the_pipeline_merges_and_removing_the_patch_restores_it(case):
     pipe = case.make()
     before, whole = sample(pipe, **case.call), _lengths(pipe, case.call)
     finest = max(n for _, n in whole)
@@ -258,7 +258,7 @@ def test_what_it_adds_still_has_its_effect(case):
 
 
 def test_controlnet_xs_is_refused_by_name():
-    # Its blocks take turns with those of the UNet that it holds.
+    # Its blocks are interleaved with those of the UNet that it holds.
     model = UNetControlNetXSModel(
         block_out_channels=(8, 16),
         ctrl_block_out_channels=(8, 16),

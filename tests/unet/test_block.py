@@ -121,7 +121,7 @@ def test_what_contradicts_it_is_refused(settings):
 
 
 def test_naming_a_branch_merges_branch_by_branch():
-    # As the papers and other plugins do, whose settings go on meaning what they mean there.
+    # As the papers and other plugins do, whose settings keep their meaning.
     named = (
         {"merge_attn": True},
         {"merge_mlp": True},

@@ -172,7 +172,7 @@ def _lora(folder) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_lora_adapters_may_be_loaded_before_or_after_and_taken_off_again(tmp_path, settings):
+def test_lora_adapters_may_be_loaded_before_or_after_and_unloaded_again(tmp_path, settings):
     _lora(tmp_path)
     before, after = sd_pipeline(), sd_pipeline()
     bare = sample(before)
@@ -236,7 +236,7 @@ def test_a_callback_may_change_the_settings_between_steps():
 
 
 @pytest.mark.parametrize("config", [{"use_linear_projection": True}, {"layers_per_block": 2}])
-def test_variants_of_the_unet_merge_and_come_back(config):
+def test_variants_of_the_unet_merge_and_are_restored(config):
     pipe = build_pipeline(
         StableDiffusionPipeline,
         sd_components(sd_unet(**config)) | {"requires_safety_checker": False},
@@ -258,7 +258,7 @@ def test_the_unet_may_be_called_in_every_way():
         assert torch.equal(unet(**inputs).sample, expected)
 
 
-def test_a_mask_on_the_text_goes_together_with_merging():
+def test_a_mask_on_the_text_works_with_merging():
     unet = sd_unet()
     inputs = unet_inputs(unet)
     masked = inputs | {"encoder_attention_mask": torch.arange(12).expand(2, 12) < 5}

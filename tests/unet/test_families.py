@@ -72,7 +72,7 @@ def test_spatial_attention_sees_half_of_the_tokens_and_all_other_attention_what_
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_what_mixes_frames_sees_every_frame_of_every_place(name):
+def test_temporal_attention_sees_every_frame_at_every_position(name):
     tiny = TINY[name]
     model = tomesd.apply_patch(tiny.build(), max_downsample=8)
     temporal = {

@@ -28,7 +28,7 @@ def _smoothed():
     return unet
 
 
-def test_a_skipped_block_hands_on_what_it_was_given():
+def test_a_skipped_block_returns_its_input():
     unet = sd_unet()
     block = unet.get_submodule(WHERE)[0]
     given, output = [], []
@@ -52,7 +52,7 @@ def test_perturbed_attention_perturbs_merged_tokens_where_queries_merge():
     assert torch.equal(predict(tomesd.remove_patch(unet)), unpatched)
 
 
-def test_perturbed_attention_is_refused_where_keys_merge_alone():
+def test_perturbed_attention_is_refused_where_only_keys_merge():
     """Diffusers would leave attention as it is, since each query needs a value of its own."""
     unet = tomesd.apply_patch(_perturbed(), preset="quality")
     with pytest.raises(ValueError, match="merge_queries must be True with perturbed-attention"):

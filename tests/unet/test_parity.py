@@ -1,7 +1,8 @@
 """Every kind of UNet: its spatial blocks compute what the host's own do on merged tokens.
 
-Each block is called by itself with what its model calls it with. The reference matches and merges
-with plain loops, calls the unpatched block, and adds to every token what that adds to its group.
+Each block is called directly, with the arguments that its model gives it. The reference matches and
+merges with plain loops, calls the unpatched block, and adds to every token what that adds to its
+group.
 """
 
 import pytest

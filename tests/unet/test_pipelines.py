@@ -235,7 +235,7 @@ def test_sizes_may_change_from_picture_to_picture():
         assert torch.equal(sample(pipe, **call), expected)
 
 
-def test_unet_and_controlnet_are_both_patched_and_both_freed():
+def test_unet_and_controlnet_are_both_patched_and_both_restored():
     pipe, _, _ = _two_controlnets()
     tomesd.apply_patch(pipe, ratio=0.5)
     nets = [pipe.unet, *pipe.controlnet.nets]

@@ -6,7 +6,7 @@ import torch
 import tomesd
 from tests.support.tiny_unets import predict, sd_unet, sdxl_unet, unet_inputs
 from tomesd.core.token_map import TokenMap
-from tomesd.diffusion.settings import DiffusionSettings
+from tomesd.diffusion.matcher import Matcher
 
 RANDOM = [
     {"use_rand": True},
@@ -19,13 +19,13 @@ RANDOM = [
 def maps(monkeypatch) -> list[TokenMap]:
     """The token maps that are made while a test runs, in order."""
     made = []
-    make = DiffusionSettings.token_map
+    make = Matcher.token_map
 
     def record(*args):
         made.append(make(*args))
         return made[-1]
 
-    monkeypatch.setattr(DiffusionSettings, "token_map", record)
+    monkeypatch.setattr(Matcher, "token_map", record)
     return made
 
 
@@ -38,12 +38,12 @@ def test_it_depends_on_the_seed(settings):
     assert not torch.equal(first, second)
 
 
-def test_without_chance_the_seed_does_not_matter():
+def test_without_randomness_the_seed_does_not_matter():
     first, second = (predict(tomesd.apply_patch(sd_unet(), seed=seed)) for seed in (0, 1))
     assert torch.equal(first, second)
 
 
-def test_chance_differs_from_the_fixed_destinations():
+def test_random_destinations_differ_from_the_fixed_ones():
     fixed = predict(tomesd.apply_patch(sd_unet()))
     assert not torch.equal(predict(tomesd.apply_patch(sd_unet(), use_rand=True)), fixed)
 

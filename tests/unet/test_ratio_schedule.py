@@ -201,7 +201,7 @@ def test_levels_may_have_schedules_of_their_own_and_the_report_names_them():
     assert notes["1/4 mid_block"] == "ratio is 0"
 
 
-def test_the_second_pass_alone_merges_with_min_tokens():
+def test_with_min_tokens_only_the_larger_second_pass_merges():
     # The first pass has 64 tokens at the finest level, the second, twice as large, 256.
     pipe = tomesd.apply_patch(_pipe(), ratio=0.5, min_tokens=256)
     again = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -254,7 +254,7 @@ def test_a_compiled_unet_is_compiled_once_for_each_ratio(in_place, scheduler):
         ("pipe", RatioSchedule.first(-0.1, 0.5), ValueError, "at least 0 and below 1, got -0.1"),
     ],
 )
-def test_a_ratio_that_cannot_be_is_refused_and_nothing_is_patched(target, ratio, error, words):
+def test_an_invalid_ratio_is_refused_and_nothing_is_patched(target, ratio, error, words):
     pipe = _pipe()
     with pytest.raises(error, match=words):
         tomesd.apply_patch(pipe if target == "pipe" else pipe.unet, ratio=ratio)

@@ -182,11 +182,11 @@ CASES = {
         {"merge_attn": True, "keep_norm": False},
         {"prop_attn": True, "keep_norm": False},
     ),
-    "groups that are looked for again": (
+    "refined groups": (
         {"merge_attn": True, "ratio": 0.4, "refine": 2},
         {"prop_attn": True, "ratio": 0.4, "refine": 2},
     ),
-    "whole blocks whose groups are looked for again": (
+    "merged blocks with refined groups": (
         {"refine": 1},
         {"block": True, "prop_attn": True, "refine": 1},
     ),
@@ -250,7 +250,7 @@ def test_several_blocks_in_a_transformer_match_anew_in_each():
     torch.testing.assert_close(predict(unet), expected, rtol=0, atol=1e-7)
 
 
-def test_in_single_precision_too():
+def test_the_written_out_blocks_agree_in_single_precision_too():
     expected = predict(_written_out(sd_unet(), prop_attn=True))
     patched = predict(tomesd.apply_patch(sd_unet(), ratio=0.5, merge_attn=True))
     torch.testing.assert_close(patched, expected, rtol=0, atol=1e-5)

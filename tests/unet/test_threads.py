@@ -1,4 +1,4 @@
-"""Threads that share a patched UNet do not mix their sizes; copies of it merge for themselves."""
+"""Threads that share a patched UNet do not mix their sizes; copies have patches of their own."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def test_threads_with_other_sizes_and_timesteps_get_what_each_gets_alone(name, s
     tiny = TINY[name]
     model = tomesd.apply_patch(tiny.build(), max_downsample=8, **settings)
     alone = [_predict(tiny, model, **size) for size in SIZES]
-    # In every transformer, block and attention, one thread goes on when the other is there too.
+    # The threads enter and leave every transformer, block and attention together.
     kinds = (*tomesd.supported()["diffusers"], "BasicTransformerBlock", "Attention")
     watched = [module for module in model.modules() if type(module).__name__ in kinds]
     watched += [found.module for found in model._tomesd_patch.transformers]
@@ -79,7 +79,7 @@ def test_threads_that_share_a_unet_train_with_checkpointing(tiny):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"]
 )
-def test_a_copy_of_a_patched_unet_merges_for_itself(tiny, copied):
+def test_a_copy_of_a_patched_unet_has_a_patch_of_its_own(tiny, copied):
     model = tomesd.apply_patch(tiny.build(), use_rand=True)
     expected = _predict(tiny, model)
     other = copied(model)

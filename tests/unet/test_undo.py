@@ -1,4 +1,4 @@
-"""A patch on a UNet comes off without a trace, and repeats bit for bit while it is on."""
+"""Removing a patch from a UNet leaves no trace; while it is there, outputs repeat bit for bit."""
 
 import copy
 import pickle

@@ -77,7 +77,7 @@ def test_merged_blocks_compute_what_the_paper_says(name):
 # What decodes or maps patches needs them all.
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("ViTMAE", "DINOv2 backbone")])
 @torch.no_grad()
-def test_without_unmerge_the_merged_tokens_are_handed_on(name):
+def test_without_unmerge_the_output_has_the_merged_tokens(name):
     vit = build(name)
     first, last = run_patched(vit, r=R, unmerge=False, prop_attn=False)
     for tokens, got in zip(first, last, strict=True):
@@ -169,7 +169,7 @@ def test_gradients_are_those_of_the_reference(name):
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-3)
 
 
-def assert_merges_by_itself(twin: Vit, expected: Tensor, plain: Tensor) -> None:
+def assert_has_its_own_patch(twin: Vit, expected: Tensor, plain: Tensor) -> None:
     assert torch.equal(twin.output(), expected)
     tomesd.remove_patch(twin.model)
     assert torch.equal(twin.output(), plain)
@@ -177,25 +177,25 @@ def assert_merges_by_itself(twin: Vit, expected: Tensor, plain: Tensor) -> None:
 
 @families
 @torch.no_grad()
-def test_deep_copies_merge_by_themselves(name):
+def test_deep_copies_have_patches_of_their_own(name):
     vit = build(name)
     plain = vit.output()
     tomesd.apply_patch(vit.model, r=3)
     expected = vit.output()
-    assert_merges_by_itself(copy.deepcopy(vit), expected, plain)
+    assert_has_its_own_patch(copy.deepcopy(vit), expected, plain)
     assert torch.equal(vit.output(), expected)
 
 
 # The hooks with which transformers' backbones collect feature maps do not pickle.
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "backbone" not in name])
 @torch.no_grad()
-def test_pickles_merge_by_themselves(name):
+def test_pickles_have_patches_of_their_own(name):
     vit = build(name)
     plain = vit.output()
     tomesd.apply_patch(vit.model, r=3)
     expected = vit.output()
     loaded = pickle.loads(pickle.dumps(vit.model))
-    assert_merges_by_itself(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
+    assert_has_its_own_patch(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
 
 
 @families

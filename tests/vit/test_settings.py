@@ -1,6 +1,4 @@
-"""What Vision Transformers are told when a setting is wrong, and what the report says."""
-
-import doctest
+"""A wrong setting of a Vision Transformer is refused with what is allowed; the report."""
 
 import numpy as np
 import pytest
@@ -11,13 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import tomesd
 from tests.support import tiny_unets
 from tests.support.tiny_vits import build
-from tomesd.vit import settings as vit_settings
-
-
-def test_every_example_gives_what_its_docstring_says(doctest_namespace):
-    result = doctest.testmod(vit_settings, extraglobs=doctest_namespace)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 @pytest.mark.parametrize(
@@ -75,7 +66,7 @@ def test_numpy_s_numbers_count_as_python_s(settings, same):
     assert not any(isinstance(value, np.generic) for value in numbers)
 
 
-def test_denoisers_are_refused_r_with_a_word_on_ratio():
+def test_denoisers_refuse_r_and_name_ratio():
     with pytest.raises(TypeError, match="UNet2DConditionModel must be given ratio"):
         tomesd.apply_patch(tiny_unets.sd_unet(), r=8)
 
@@ -91,7 +82,7 @@ def test_an_unknown_model_is_refused_in_few_words_with_the_closest_supported_one
         tomesd.apply_patch(nn.Linear(2, 2), r=8)
 
 
-def test_a_model_with_both_kinds_is_patched_by_what_is_given():
+def test_the_settings_choose_which_kind_of_model_is_patched():
     both = nn.ModuleDict({"unet": tiny_unets.sd_unet(), "vit": build("ViT").model})
     tomesd.apply_patch(both, ratio=0.5)
     assert list(tomesd.report(both).rows) == ["unet"]
@@ -133,7 +124,7 @@ def test_every_family_knows_its_own_number_of_tokens(name):
 
 
 @pytest.mark.parametrize("name", ["ViT", "timm", "torchvision", "VideoMAE"])
-def test_a_wanted_speed_up_counts_what_the_layers_multiply(name):
+def test_a_speedup_counts_the_multiplications_of_the_layers(name):
     vit = build(name)
     tomesd.apply_patch(vit.model, speedup=1.3)
     (patch,) = [m._tomesd_patch for m in vit.model.modules() if "_tomesd_patch" in m.__dict__]
@@ -158,7 +149,7 @@ def test_a_wanted_speed_up_counts_what_the_layers_multiply(name):
 
 
 @torch.no_grad()
-def test_a_wanted_speed_up_saves_that_share_of_the_multiply_adds():
+def test_a_speedup_saves_that_share_of_the_multiply_adds():
     def flops(vit) -> int:
         with FlopCounterMode(display=False) as counter:
             vit.output()
@@ -173,7 +164,7 @@ def test_a_wanted_speed_up_saves_that_share_of_the_multiply_adds():
 
 
 @torch.no_grad()
-def test_leaving_a_with_block_brings_the_patch_before_it_back():
+def test_leaving_a_with_block_restores_the_patch_before_it():
     vit = build("ViT")
     plain = vit.output()
     with tomesd.patched(vit.model, r=3):

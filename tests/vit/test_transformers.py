@@ -59,7 +59,7 @@ def test_hidden_states_are_the_same_whether_they_were_asked_for_before_patching(
 
 
 @torch.no_grad()
-def test_hidden_states_come_whole_in_plain_tuples_too():
+def test_hidden_states_have_all_tokens_in_plain_tuples_too():
     vit = build("ViT")
     tomesd.apply_patch(vit.model, r=R)
     named = vit.model.vit(**vit.inputs, output_hidden_states=True)
@@ -168,7 +168,7 @@ def test_a_video_model_s_attention_is_chosen_while_it_is_patched_as_before():
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @torch.no_grad()
-def test_an_interrupted_video_model_merges_on_and_keeps_its_own_attention(error):
+def test_an_interrupted_video_model_still_merges_and_keeps_its_own_attention(error):
     vit = build("VideoMAE")
     plain = vit.output()
     tomesd.apply_patch(vit.model, r=3)

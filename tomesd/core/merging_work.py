@@ -25,6 +25,7 @@ def matching(
 ) -> list[Work]:
     """Bipartite soft matching: each source against its candidates, then the r best edges.
 
+    >>> from tomesd.core.workload import flops
     >>> flops(matching(2, 4096, 3072, 256, 2048, 320))
     1006632960
 
@@ -55,6 +56,7 @@ def matching(
 def merge(batch: int, tokens: int, r: int, channels: int, *, keep_norm: bool = False) -> list[Work]:
     """The mean of each group: heads and moved tokens are gathered, added and divided.
 
+    >>> from tomesd.core.workload import elements
     >>> elements(merge(1, 4, 2, 8))
     144
 
@@ -74,6 +76,7 @@ def merge(batch: int, tokens: int, r: int, channels: int, *, keep_norm: bool = F
 def unmerge(batch: int, tokens: int, channels: int) -> list[Work]:
     """Each token gets the value of its group: one gather.
 
+    >>> from tomesd.core.workload import elements
     >>> elements(unmerge(1, 4, 8))
     64
     """
@@ -108,6 +111,7 @@ def patch(
 ) -> list[Work]:
     """The work of merging r tokens in one block: one match, then merges and unmerges.
 
+    >>> from tomesd.core.workload import flops
     >>> flops(patch(2, 4096, 320, r=2048))
     1006632960
 

@@ -239,7 +239,7 @@ IMAGES = {
             draw_hunyuan,
             one_map=True,
             # Self- and cross-attention of the one block with a skip connection.
-            alone=2,
+            untouched=2,
         ),
         TinyTransformer("CogView3PlusTransformer2DModel", _COGVIEW, _cogview),
         TinyTransformer(
@@ -287,8 +287,8 @@ IMAGES = {
             },
             _zimage,
             image_first=True,
-            # Of the text by itself, which has more tokens than the image here.
-            alone=1,
+            # Of the block for the text only, which has more tokens than the image here.
+            untouched=1,
         ),
     )
 }

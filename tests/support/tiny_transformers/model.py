@@ -15,13 +15,13 @@ from tests.support.tiny_model import TEXT_TOKENS, WIDTH, TinyModel
 class TinyTransformer(TinyModel):
     """One class of diffusion transformers.
 
-    frames: of its videos, as far as they are tokens of one sample. alone: how many calls of
-    attention are in blocks that are left alone. image_first: whether image tokens come before the
+    frames: of its videos, as far as they are tokens of one sample. untouched: how many calls
+    of attention are in blocks that do not merge. image_first: whether image tokens come before the
     text's. one_map: whether all samples merge alike.
     """
 
     frames: int = 1
-    alone: int = 0
+    untouched: int = 0
     image_first: bool = False
     one_map: bool = False
 

@@ -142,7 +142,7 @@ VIDEOS = {
             _vace,
             frames=3,
             # Self- and cross-attention of the blocks that make hints.
-            alone=4,
+            untouched=4,
         ),
         TinyTransformer("SkyReelsV2Transformer3DModel", _WAN, _skyreels, frames=3),
         TinyTransformer(

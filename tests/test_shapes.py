@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.training.shapes import MaskedClassifier, Stage, masks, pictures, train
 from torch import nn
 
+from benchmarks.training import architectures
+from benchmarks.training.data import masks
+from benchmarks.training.loop import Stage, train
+from benchmarks.training.losses import MaskedClassifier
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene
@@ -78,7 +81,7 @@ def test_bad_scene_arguments_are_named():
 
 
 def test_every_word_of_the_world_is_one_token_and_every_prompt_fits():
-    tokenizer = shapes.build_tokenizer()
+    tokenizer = architectures.build_tokenizer()
     for shape, kind, (color, ground) in product(SHAPES, KINDS, zip(COLORS, COLORS, strict=True)):
         words = Scene(shape, color, kind, ground).prompt.split()
         assert tokenizer.tokenize(" ".join(words)) == [f"{word}</w>" for word in words]
@@ -86,7 +89,7 @@ def test_every_word_of_the_world_is_one_token_and_every_prompt_fits():
 
 
 def test_words_from_outside_the_world_are_spelled_out():
-    tokenizer = shapes.build_tokenizer()
+    tokenizer = architectures.build_tokenizer()
     assert tokenizer.unk_token_id not in tokenizer("zebra 42!", add_special_tokens=False).input_ids
 
 

@@ -11,10 +11,11 @@ import transformers as hf
 from PIL import Image
 
 import tomesd
+from benchmarks.pictures import token_pages
+from benchmarks.pictures.token_pages import layers_picture, steps_picture
+from tests.support.tiny_shapes import untrained_pipeline
 from tests.support.tiny_vits import build
-from tomesd import visualize
-from tomesd.shapes import pipeline as shapes
-from tomesd.visualize import draw_frames, draw_groups, layers_picture, steps_picture
+from tomesd.visualize import draw_frames, draw_groups
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "visualize.py"
 
@@ -97,7 +98,7 @@ def test_a_page_shows_the_input_and_each_layer_with_its_number_of_tokens(monkeyp
     with tomesd.trace(vit.model) as traced:
         vit.output()
     pages = []
-    monkeypatch.setattr(visualize, "grid", lambda *args: pages.append(args))
+    monkeypatch.setattr(token_pages, "grid", lambda *args: pages.append(args))
     layers_picture(picture, traced, [0, 2], sample=1)
     cells, _, columns, labels, *_ = pages[0]
     assert columns == ["input", "after layer 0", "after layer 2"]
@@ -123,11 +124,8 @@ def classifier(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    parts = shapes.build_autoencoder(), shapes.build_text_encoder(tokenizer), shapes.build_unet()
     folder = tmp_path_factory.mktemp("pipeline")
-    shapes.build_pipeline(*parts, tokenizer).save_pretrained(folder)
+    untrained_pipeline().save_pretrained(folder)
     return str(folder)
 
 

@@ -21,6 +21,18 @@ def require_type(name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
+def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise TypeError unless the value is an int, ValueError unless it is in range.
+
+    >>> require_int("sx", 2, 1)
+    """
+    allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, {allowed}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
 def require_one_of(
     name: str, value: Any, allowed: Iterable[Any], error: type[Exception] = ValueError
 ) -> None:

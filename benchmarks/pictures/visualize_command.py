@@ -11,8 +11,7 @@ import tomesd
 from benchmarks.classifier import classifiers
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_output, destination, save_image, versions
-from benchmarks.pictures import sampling
-from tomesd import visualize
+from benchmarks.pictures import sampling, token_pages
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.shapes.world import HELD_OUT, draw, scene
 from tomesd.vit.settings import ViTSettings
@@ -56,7 +55,7 @@ def draw_classifier(args: Namespace) -> tuple[Image.Image, dict[str, Any]]:
     if max(layers) >= len(traced):
         raise ValueError(f"layers must be from 0 to {len(traced) - 1}, got {max(layers)}")
     title = f"{classifier.name} on {name}: r = {args.r}"
-    page = visualize.layers_picture(_enlarged(image, traced[0].grid), traced, layers, title)
+    page = token_pages.layers_picture(_enlarged(image, traced[0].grid), traced, layers, title)
     return page, {"model": classifier.name, "image": name, "r": args.r}
 
 
@@ -77,7 +76,7 @@ def draw_denoiser(args: Namespace) -> tuple[Image.Image, dict[str, Any]]:
     }
     finest = max((record.grid for record in traced), key=lambda grid: grid[0])
     caption = f"ratio {args.ratio:g}, {chosen.steps} steps, seed {args.seed}"
-    page = visualize.steps_picture(_enlarged(image, finest), traced, steps, args.prompt, caption)
+    page = token_pages.steps_picture(_enlarged(image, finest), traced, steps, args.prompt, caption)
     return page, metadata
 
 

@@ -12,6 +12,7 @@ from benchmarks.classifier.data import shapes_data
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.device import choose_device, device_name
 from benchmarks.common.files import check_folder, digest, settings_folder, versions
+from benchmarks.training import architectures
 from benchmarks.training.data import labelled_pictures
 from benchmarks.training.loop import CheckpointError, Stage
 from benchmarks.training.merged_classifier import TrainingSetup, table, train_and_measure
@@ -44,7 +45,7 @@ def prepare(args: Namespace) -> Job:
 def run(job: Job) -> None:
     """Train, measure and print the table."""
     args, stage = job.args, job.stage
-    config = shapes.build_classifier().config
+    config = architectures.build_classifier().config
     drawn = labelled_pictures(args.pictures, config, args.output / "pictures", job.device)
     setup = TrainingSetup(stage, drawn, args.from_scratch)
     data = shapes_data(args.num_images)

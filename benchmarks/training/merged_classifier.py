@@ -17,6 +17,7 @@ from benchmarks.classifier.data import LabelledData, accuracy
 from benchmarks.common import markdown
 from benchmarks.common.files import read_json, write_json
 from benchmarks.common.timing import interleave, round_ratio, seconds
+from benchmarks.training import architectures
 from benchmarks.training.data import LabelledPictures
 from benchmarks.training.loop import Stage, make_optimizer, train, update
 from benchmarks.training.losses import MaskedClassifier, classifier_loss
@@ -47,7 +48,9 @@ class TrainingSetup:
         """The model before training, with the same weights every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = shapes.build_classifier() if self.from_scratch else shapes.load_classifier()
+            model = (
+                architectures.build_classifier() if self.from_scratch else shapes.load_classifier()
+            )
             return MaskedClassifier(model).to(self.device)
 
     def loss(self, model: MaskedClassifier, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from benchmarks.common.files import atomic_folder
+from benchmarks.training import architectures
 from benchmarks.training.data import cached, draw_pictures, labelled_pictures, to_unit
 from benchmarks.training.loop import Stage, train
 from benchmarks.training.losses import (
@@ -92,7 +93,7 @@ def train_autoencoder(settings: Settings) -> None:
     >>> train_autoencoder(settings)
     """
     images = settings.images(128)
-    model = shapes.build_autoencoder().to(settings.device)
+    model = architectures.build_autoencoder().to(settings.device)
     stage = settings.stages["autoencoder"]
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -153,11 +154,11 @@ def train_denoiser(settings: Settings) -> None:
     # The published pipeline must not name a folder of this machine.
     autoencoder.register_to_config(_name_or_path="")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    tokenizer = shapes.build_tokenizer()
+    tokenizer = architectures.build_tokenizer()
     prompts = [scene(index).prompt for index in range(settings.pictures)]
     ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     ids = ids.to(settings.device)
-    model = Denoiser(shapes.build_text_encoder(tokenizer), shapes.build_unet())
+    model = Denoiser(architectures.build_text_encoder(tokenizer), architectures.build_unet())
     model = model.to(settings.device)
     compiled = torch.compile(model, dynamic=False, disable=not settings.compile)
     for size in (64, 128):
@@ -165,7 +166,7 @@ def train_denoiser(settings: Settings) -> None:
         loss = partial(
             denoiser_loss,
             compiled,
-            shapes.build_scheduler(),
+            architectures.build_scheduler(),
             scaled_latents(settings, autoencoder, digest, size),
             ids[:-1],
             ids[-1],
@@ -178,7 +179,7 @@ def train_denoiser(settings: Settings) -> None:
 
         metadata = settings.metadata | {"autoencoder": digest}
         train(stage, model, in_precision, settings.work / f"denoiser-{size}.pt", metadata)
-    pipeline = shapes.build_pipeline(autoencoder, model.text_encoder, model.unet, tokenizer)
+    pipeline = architectures.build_pipeline(autoencoder, model.text_encoder, model.unet, tokenizer)
     with atomic_folder(settings.output / "pipeline") as folder:
         pipeline.to(torch.float16).save_pretrained(folder)
 
@@ -188,7 +189,7 @@ def train_classifier(settings: Settings) -> None:
 
     >>> train_classifier(settings)
     """
-    model = shapes.build_classifier().to(settings.device)
+    model = architectures.build_classifier().to(settings.device)
     data = labelled_pictures(settings.pictures, model.config, settings.work, settings.device)
     both = MaskedClassifier(model).to(settings.device)
     compiled = torch.compile(both, dynamic=False, disable=not settings.compile)
@@ -211,4 +212,4 @@ def train_classifier(settings: Settings) -> None:
     print(f"classifier: all four correct on {correct} of {len(answers)} held-out pictures")
     with atomic_folder(settings.output / "classifier") as folder:
         model.to(torch.float16).save_pretrained(folder)
-        shapes.build_image_processor().save_pretrained(folder)
+        architectures.build_image_processor().save_pretrained(folder)

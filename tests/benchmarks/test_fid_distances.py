@@ -19,7 +19,7 @@ from benchmarks.pictures.reference import (
     from_folder,
     pick,
 )
-from tomesd.shapes import pipeline as shapes
+from benchmarks.training import architectures
 from tomesd.shapes.world import draw, scene
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def features(tmp_path_factory) -> Features:
     """The embedded classifier's architecture with random weights."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("classifier")
-    shapes.build_classifier().half().save_pretrained(folder)
+    architectures.build_classifier().half().save_pretrained(folder)
     return Features("shapes", folder)
 
 

@@ -15,6 +15,7 @@ from benchmarks.pictures.sampling import (
     native_side,
     sample,
 )
+from benchmarks.training import architectures
 from tests.support.tiny_shapes import untrained_pipeline
 from tests.support.tiny_transformers import TINY
 from tomesd.shapes import pipeline as shapes
@@ -91,7 +92,7 @@ def test_prompts_without_seeds_and_empty_batches_are_refused_at_once(pipe):
 def test_every_scheduler_samples_on_the_noise_schedule_that_the_model_was_trained_on(folder, name):
     pipe = load_pipeline(folder, scheduler=name)
     pipe.set_progress_bar_config(disable=True)
-    trained_on = shapes.build_scheduler().config
+    trained_on = architectures.build_scheduler().config
     for setting in ("beta_schedule", "prediction_type", "num_train_timesteps"):
         assert pipe.scheduler.config[setting] == trained_on[setting]
     assert type(pipe.scheduler).__name__ == SCHEDULERS[name][0]

@@ -1,6 +1,5 @@
 """Times are compared within a round, and peak memory is that of the work."""
 
-import gc
 import math
 import os
 import time

@@ -12,7 +12,7 @@ import tomesd
 from benchmarks.classifier.classifiers import load_classifier
 from benchmarks.classifier.data import shapes_data
 from benchmarks.common.files import settings_folder
-from benchmarks.training import classifier_command, merged_classifier
+from benchmarks.training import architectures, classifier_command, merged_classifier
 from benchmarks.training.classifier_command import main
 from benchmarks.training.data import LabelledPictures, labelled_pictures
 from benchmarks.training.loop import Stage
@@ -27,7 +27,7 @@ FEW = ["--steps", "2", "--batch", "2", "--pictures", "6", "--num-images", "4", "
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> LabelledPictures:
-    config = shapes.build_classifier().config
+    config = architectures.build_classifier().config
     return labelled_pictures(6, config, tmp_path_factory.mktemp("pictures"), "cpu")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.common.files import atomic_folder
+from benchmarks.training import architectures
 from benchmarks.training.shapes_command import main
 from benchmarks.training.shapes_models import scaled_latents
 from tests.benchmarks.support import refused
@@ -68,7 +69,7 @@ def test_latents_of_another_autoencoder_are_not_reused(tmp_path):
     made = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = shapes.build_autoencoder().eval()
+        model = architectures.build_autoencoder().eval()
         made.append(scaled_latents(settings, model, f"made-by-{seed}", 64).clone())
     assert made[0].shape == made[1].shape
     assert not torch.allclose(made[0], made[1])

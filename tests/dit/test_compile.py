@@ -8,7 +8,7 @@ import torch
 import tomesd
 from tests.support.slow import slow, slow_but
 from tests.support.tiny_transformers import KINDS, TINY
-from tomesd.api import _TRANSFORMERS
+from tomesd import registry
 
 # Where diffusers' own forward looks at values, unpatched too.
 BROKEN_BY_THE_HOST = {
@@ -18,13 +18,8 @@ BROKEN_BY_THE_HOST = {
 }
 
 
-# Models of one record are hooked alike.
-ONE_OF_EACH = [
-    next(name for name in family.models if name in TINY)
-    for kind in _TRANSFORMERS
-    for family in kind.FAMILIES
-    if TINY.keys() & set(family.models)
-]
+# Models of one spec are hooked alike.
+ONE_OF_EACH = list({registry.find(tiny.build()): name for name, tiny in TINY.items()}.values())
 
 
 # Joint attention, joint and single-stream blocks, cross-attention, and a video's.

@@ -5,16 +5,16 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tomesd.shapes import pipeline as shapes
+from benchmarks.training import architectures
 
 
 def untrained_pipeline() -> StableDiffusionPipeline:
     torch.manual_seed(0)
-    tokenizer = shapes.build_tokenizer()
-    return shapes.build_pipeline(
-        shapes.build_autoencoder(),
-        shapes.build_text_encoder(tokenizer),
-        shapes.build_unet(),
+    tokenizer = architectures.build_tokenizer()
+    return architectures.build_pipeline(
+        architectures.build_autoencoder(),
+        architectures.build_text_encoder(tokenizer),
+        architectures.build_unet(),
         tokenizer,
     )
 
@@ -22,5 +22,5 @@ def untrained_pipeline() -> StableDiffusionPipeline:
 def save_untrained(folder: Path) -> Path:
     """Pipeline and classifier in folders of these names; returns the folder that holds both."""
     untrained_pipeline().save_pretrained(folder / "pipeline")
-    shapes.build_classifier().save_pretrained(folder / "classifier")
+    architectures.build_classifier().save_pretrained(folder / "classifier")
     return folder

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tomesd.checks import require_int
 from tomesd.core.merging_work import WINDOW, patch
 from tomesd.core.workload import TEXT_TOKENS, Branches, Work, block, joint_block
 
@@ -153,7 +154,15 @@ def balance(
     costs is mostly calls.
     Raises TypeError for a value that is not an int, ValueError for one out of range.
     """
-    _check(batch, tokens, r, channels, destinations, window, text_tokens)
+    require_int("batch", batch, 1)
+    require_int("tokens", tokens, 1)
+    require_int("r", r, 0, tokens - 1)
+    require_int("channels", channels, 1)
+    if destinations is not None:
+        require_int("destinations", destinations, 1, tokens - r)
+    if window is not None:
+        require_int("window", window, 1)
+    require_int("text_tokens", text_tokens, 1)
     kind = joint_block if joint else block
     full = kind(batch, tokens, channels, text_tokens=text_tokens)
     less = kind(batch, tokens, channels, r=r, branches=branches, text_tokens=text_tokens)
@@ -170,31 +179,3 @@ def balance(
     )
     saved = seconds(full, device_kind) - seconds(less, device_kind)
     return Balance(saved, seconds(own, device_kind))
-
-
-def _check(
-    batch: int,
-    tokens: int,
-    r: int,
-    channels: int,
-    destinations: int | None,
-    window: int | None,
-    text_tokens: int,
-) -> None:
-    _require("batch", batch, 1)
-    _require("tokens", tokens, 1)
-    _require("r", r, 0, tokens - 1)
-    _require("channels", channels, 1)
-    if destinations is not None:
-        _require("destinations", destinations, 1, tokens - r)
-    if window is not None:
-        _require("window", window, 1)
-    _require("text_tokens", text_tokens, 1)
-
-
-def _require(name: str, value: object, low: int, high: int | None = None) -> None:
-    allowed = f"{low} or more" if high is None else f"from {low} to {high}"
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, {allowed}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {allowed}, got {value}")

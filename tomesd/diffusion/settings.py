@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tomesd.checks import require_one_of, require_type
+from tomesd.checks import require_int, require_one_of, require_type
 from tomesd.diffusion.ratio_schedule import Ratio, all_ratios, normal_ratio
 
 METHODS = ("tome", "prune")
@@ -93,11 +93,9 @@ class DiffusionSettings:
         for name, allowed in (("method", METHODS), ("partition", PARTITIONS)):
             require_one_of(name, getattr(self, name), allowed)
         for name in ("sx", "sy", "max_downsample"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            require_int(name, getattr(self, name), 1)
         for name in ("window", "min_tokens", "refine"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            require_int(name, getattr(self, name), 0)
         self._check_ratio()
         for name in ("merge_attn", "merge_queries", "keep_norm"):
             if self.merge_block and not getattr(self, name):

@@ -1,5 +1,7 @@
-"""The lines of models in diffusers, one file each; importing them registers their classes."""
+"""The lines of models in diffusers, one file each; importing this package registers all of them."""
 
-from tomesd.diffusion.dit.families import image, refused, video
+from importlib import import_module
+from pkgutil import walk_packages
 
-__all__ = ["image", "refused", "video"]
+for _file in walk_packages(__path__, f"{__name__}."):
+    import_module(_file.name)

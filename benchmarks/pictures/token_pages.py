@@ -1,0 +1,81 @@
+"""Pages of images with their merged tokens, by layer or by step (ToMe, Figures 4 and 6)."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.pictures.grid import grid
+from tomesd.tracing import TokenGroups
+from tomesd.visualize import draw_groups
+
+
+def layers_picture(
+    image: Image.Image,
+    traced: Sequence[TokenGroups],
+    layers: Sequence[int],
+    title: str = "",
+    caption: str = "",
+    sample: int = 0,
+) -> Image.Image:
+    """What a Vision Transformer saw, and what has become of its patches after some layers.
+
+    >>> layers_picture(picture, traced, layers=[0, 5, 11])
+
+    traced: one forward, from `tomesd.trace`. layers: counted from 0. sample: of the batch.
+    Raises IndexError for a layer that there is not, and as `draw_groups` does.
+    """
+    cells, names, tokens = [image.convert("RGB")], ["input"], [f"{traced[0].patches[0].numel()}"]
+    for layer in layers:
+        patches = traced[layer].patches[sample]
+        cells.append(draw_groups(image, patches))
+        names.append(f"after {traced[layer].where}")
+        tokens.append(f"{_count(patches)}")
+    labels = [f"{count} tokens" for count in tokens]
+    return grid([cells], [""], names, [labels], title, caption)
+
+
+def steps_picture(
+    image: Image.Image,
+    traced: Sequence[TokenGroups],
+    steps: Sequence[int],
+    title: str = "",
+    caption: str = "",
+    sample: int = -1,
+) -> Image.Image:
+    """What merges in a denoiser: a row for each step, a column for each block.
+
+    >>> steps_picture(picture, traced, steps=[0, 12, 24])
+
+    image: the picture that was made; every cell shows the groups of its latents over it.
+    traced: from `tomesd.trace`, of one denoiser. steps: counted from 0. sample: of the batch; the
+        last is computed with the prompt where classifier-free guidance computes two.
+    Raises ValueError for a step that was not traced, and as `draw_groups` does.
+    """
+    there = {record.step for record in traced}
+    for step in steps:
+        if step not in there:
+            raise ValueError(f"steps must be from 0 to {max(there, default=-1)}, got {step}")
+    rows = [[record for record in traced if record.step == step] for step in steps]
+    return grid(
+        [[draw_groups(image, record.patches[sample]) for record in row] for row in rows],
+        [f"step {step}" for step in steps],
+        [_short(record.where) for record in rows[0]],
+        [[f"{_count(record.patches[sample])} tokens" for record in row] for row in rows],
+        title,
+        caption,
+    )
+
+
+def _count(patches: Tensor) -> int:
+    return int(patches[patches >= 0].unique().numel())
+
+
+def _short(where: str) -> str:
+    """A diffusers block's name, as far as it fits above a picture.
+
+    >>> _short("up_blocks.2.attentions.1.transformer_blocks.0")
+    'up 2.1.0'
+    """
+    side, *rest = where.replace("_blocks", "").replace("_block", "").split(".")
+    return f"{side} {'.'.join(part for part in rest if part.isdecimal())}"

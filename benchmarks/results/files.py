@@ -146,7 +146,7 @@ RESULTS: dict[str, Result] = {
 def collect(name: str, output: Path, root: Path = ROOT) -> Path:
     """Copy a run's output into results/; returns the new file.
 
-    >>> collect("frontier", Path("runs/frontier/results.json"))
+    >>> collect("frontier", output)
     PosixPath('results/frontier.json')
 
     output: results.json or results.csv of the run. Its date is that of the file.
@@ -174,7 +174,7 @@ def _without_output(command: str) -> str:
 def load(name: str, root: Path = ROOT) -> Record:
     """The content of results/NAME.json.
 
-    >>> load("frontier")["rows"][0]["name"]
+    >>> load("frontier", folder)["rows"][0]["name"]
     'unpatched'
 
     Raises FileNotFoundError, which names the command that measures it.

@@ -23,7 +23,8 @@ def documents(root: Path = ROOT) -> list[Path]:
 def drifted(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
     """The document and name of each region that differs from its table.
 
-    >>> list(drifted())
+    >>> write_text(Path("README.md"), "A document without tables.")
+    >>> list(drifted(Path(".")))
     []
 
     Raises ValueError for an unknown table or unpaired markers, FileNotFoundError for a missing
@@ -39,7 +40,8 @@ def drifted(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
 def rewrite(root: Path = ROOT) -> list[tuple[Path, str]]:
     """Write all tables into their regions; returns those that differed.
 
-    >>> rewrite()
+    >>> write_text(Path("README.md"), "A document without tables.")
+    >>> rewrite(Path("."))
     []
 
     Raises as `drifted` does; no document is changed then.

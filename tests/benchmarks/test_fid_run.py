@@ -186,9 +186,7 @@ def test_a_broken_picture_is_reported_and_made_again(fid, finished, copied, tmp_
     assert pictures(copied) == pictures(finished)
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_averaged(
-    fid, finished, copied, tmp_path, capsys
-):
+def test_a_full_disk_is_one_line_and_nothing_is_averaged(fid, finished, copied, tmp_path, capsys):
     # capsys: what is printed must not go to a file, which could not grow.
     (copied / "results.json").unlink()
     for index in range(3, 10):

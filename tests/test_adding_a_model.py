@@ -150,7 +150,7 @@ def test_a_refused_class_says_why_and_a_class_that_inherits_from_it_too(my_packa
     ],
 )
 def test_registering_something_else_is_refused_before_anything_changes(spec, model, error, words):
-    spec = spec or registry.find(tiny_unets.TINY["UNet2DConditionModel"].model())
+    spec = spec or registry.find(tiny_unets.TINY["UNet2DConditionModel"].build())
     before = tomesd.supported()
     with pytest.raises(error, match=re.escape(words)):
         tomesd.register(spec, "my_package.Other", model)

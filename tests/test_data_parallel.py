@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 import tomesd
 from tests.support.data_parallel import KINDS, SETTINGS, WAYS, build, gradients
+from tests.support.slow import slow
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,7 @@ def shares(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{index}.pt") for index in range(2)]
 
 
+@slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(shares, way, kind):

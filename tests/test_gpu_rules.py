@@ -45,6 +45,20 @@ TRANSFORMERS = {
     if name not in SYNCING
 }
 
+UNETS = ["UNet2DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel"]
+OTHER_UNETS = [name for name in tiny_unets.TINY if name not in UNETS]
+# These are hooked as another transformer is.
+VARIANTS = [
+    "BriaTransformer2DModel",
+    "LongCatImageTransformer2DModel",
+    "OvisImageTransformer2DModel",
+    "ChronoEditTransformer3DModel",
+    "ConsisIDTransformer3DModel",
+    "SkyReelsV2Transformer3DModel",
+    "FluxControlNetModel with modes",
+    "SD3ControlNetModel of tokens",
+]
+
 
 def _on_gpu(tiny, model, dtype: torch.dtype) -> Outputs:
     return run_on_gpu(model, tiny.inputs() | {"return_dict": False}, dtype)
@@ -75,13 +89,18 @@ def _patched_transformer(name: str, **settings) -> Any:
 @pytest.mark.parametrize(
     ("name", "settings", "dtype"),
     [
-        # Every kind of UNet, and every setting with one of them.
-        *product(tiny_unets.TINY, ["default"], [torch.bfloat16]),
-        *product(["UNet2DConditionModel"], CHOSEN, [torch.bfloat16]),
+        # A picture's and two videos' UNets, and every setting with one of them.
+        *product(UNETS, ["default"], [torch.bfloat16]),
+        *product(UNETS[:1], CHOSEN, [torch.bfloat16]),
         *(
             pytest.param(*case, marks=slow)
             for case in (
                 *product(tiny_unets.TINY, ["default"], [torch.float32]),
+                *product(
+                    [name for name in tiny_unets.TINY if name not in UNETS],
+                    ["default"],
+                    [torch.bfloat16],
+                ),
                 *product(list(tiny_unets.TINY)[1:], CHOSEN, [torch.bfloat16]),
             )
         ),
@@ -98,9 +117,10 @@ def test_a_unet_never_syncs_and_leaves_nothing_on_the_cpu(name, settings, dtype)
     ("name", "settings"),
     [
         # How tokens are chosen is the same code in every family, where they are is its own.
-        *product(TRANSFORMERS, ["default"]),
+        *product([name for name in TRANSFORMERS if name not in VARIANTS], ["default"]),
         *product(tiny_transformers.KINDS, ["drawn", "pruned"]),
         (tiny_transformers.WAN, "across frames"),
+        *(pytest.param(name, "default", marks=slow) for name in VARIANTS),
         *(
             pytest.param(name, "across frames", marks=slow)
             for name, tiny in TRANSFORMERS.items()

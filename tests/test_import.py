@@ -1,14 +1,17 @@
 """Importing tomesd costs an import of torch and nothing else."""
 
+import importlib
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import tests
 import tomesd
+from tomesd import _moved
 
 # Hosts, what they draw in, and what only the scripts and the embedded pipeline need.
 OPTIONAL = {
@@ -71,3 +74,20 @@ def test_the_documentation_of_every_public_name_opens_with_an_example(name):
 def test_no_installed_package_shadows_the_tests_helpers():
     # Some distributions install a package of this name by accident.
     assert Path(tests.__file__).parent == Path(__file__).parent
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(_moved._MOVED.items()))
+def test_a_module_s_old_name_still_imports_with_a_warning(old, new, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+        module = importlib.import_module(old)
+    names = vars(importlib.import_module(new))
+    assert {name: vars(module)[name] for name in names if name[:2] != "__"} == {
+        name: value for name, value in names.items() if name[:2] != "__"
+    }
+    monkeypatch.delitem(sys.modules, old)
+    monkeypatch.delattr(tomesd, old.removeprefix("tomesd."), raising=False)
+
+
+def test_the_version_is_written_in_one_place():
+    assert tomesd.__version__ == version("tomesd")

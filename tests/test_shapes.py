@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.training import architectures
-from benchmarks.training.data import masks
+from benchmarks.training.data import draw_pictures, masks
 from benchmarks.training.loop import Stage, train
 from benchmarks.training.losses import MaskedClassifier
 from tests.support.tiny_shapes import untrained_pipeline
@@ -198,7 +198,7 @@ def test_the_embedded_classifier_reads_pictures_that_it_was_not_trained_on():
     classifier = shapes.load_classifier()
     indices = HELD_OUT[:64]
     with torch.no_grad():
-        answers = shapes.read(classifier(pictures(indices, 128).float() / 127.5 - 1).logits)
+        answers = shapes.read(classifier(draw_pictures(indices, 128).float() / 127.5 - 1).logits)
     right = sum(answer == scene(i).labels for answer, i in zip(answers, indices, strict=True))
     assert right >= 0.9 * len(indices)
 

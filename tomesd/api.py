@@ -25,6 +25,8 @@ Model = TypeVar("Model")
 # How models of each kind of spec are patched.
 _PATCHES: dict[type, Callable[..., Patch]] = {UNet: UNetPatch, DiT: DiTPatch, ViT: ViTPatch}
 
+_DENOISER_PARTS = ("transformer", "unet", "prior", "decoder")
+
 # The releases of each host that the tests pass with.
 _TESTED = {
     "diffusers": "0.36 to 0.42",
@@ -161,9 +163,10 @@ def _choose(
     specs = {module: registry.find(module) for module in _modules(model).values()}
     vits = [module for module, spec in specs.items() if isinstance(spec, ViT)]
     denoisers = [module for module, spec in specs.items() if isinstance(spec, UNet | DiT)]
-    if not denoisers and not vits:
-        raise TypeError(_why_unsupported(model))
     by_r = "r" in settings or "speedup" in settings
+    # A pipeline may also have an image encoder, a Vision Transformer: its user means the denoiser.
+    if not denoisers and (not vits or (_denoiser_part(model) is not None and not by_r)):
+        raise TypeError(_why_unsupported(model))
     if not by_r and denoisers:
         return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
     found = type((vits or denoisers)[0]).__name__
@@ -180,12 +183,20 @@ def _choose(
     return vits, vit_settings(settings)
 
 
+def _denoiser_part(model: Any) -> nn.Module | None:
+    """The denoiser of a pipeline, by the names that diffusers gives it."""
+    parts = getattr(model, "components", {})
+    found = (parts.get(name) for name in _DENOISER_PARTS)
+    return next((part for part in found if isinstance(part, nn.Module)), None)
+
+
 def _why_unsupported(model: Any) -> str:
     modules = _modules(model)
-    for module in modules.values():
-        refused = registry.why_refused(module)
-        if refused:
-            return refused
+    refused = (registry.why_refused(module) for module in modules.values())
+    for reason in filter(None, refused):
+        return reason
+    denoiser = _denoiser_part(model)
+    model = model if denoiser is None else denoiser
     name = type(model).__name__
     if hasattr(model, "load_components") and not modules:
         return f"model must have its parts, got a {name} without any: call its load_components()"

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from typing import ClassVar
 
 import diffusers
 import pytest
@@ -13,6 +14,7 @@ from tests.support import tiny_unets
 from tests.support.dit_blocks import FAMILIES
 from tests.support.recorders import count_hooks
 from tests.support.tiny_transformers import CONTROLNETS, TINY
+from tests.support.tiny_vits import build as build_vit
 
 SD3 = TINY["SD3Transformer2DModel"]
 
@@ -80,7 +82,7 @@ def test_every_denoiser_of_diffusers_merges_or_is_refused_by_name_with_a_reason(
         tomesd.apply_patch(empty)
         assert set(tomesd.report(empty).rows) == {"nets.0"}
         return
-    with pytest.raises(TypeError, match=rf"must not be a {name}: \w+ "):
+    with pytest.raises(TypeError, match=rf"must not be a {name}: \w+ |got {name}\."):
         tomesd.apply_patch(empty)
     assert not any("_tomesd" in key for key in vars(empty))
 
@@ -95,6 +97,23 @@ def test_a_unet_with_transformers_of_its_own_is_refused_by_their_name():
     ):
         tomesd.apply_patch(model)
     assert count_hooks(model) == 0
+
+
+def test_a_pipeline_is_told_of_its_denoiser_and_not_of_its_image_encoder():
+    """Its user would be told to give r, and the images would stay what they are."""
+
+    class CosmosTransformer3DModel(torch.nn.Module):
+        pass
+
+    class Pipeline:
+        components: ClassVar = {
+            "image_encoder": build_vit("CLIP").model,
+            "transformer": CosmosTransformer3DModel(),
+        }
+
+    with pytest.raises(TypeError, match=r"got CosmosTransformer3DModel\. The closest") as refused:
+        tomesd.apply_patch(Pipeline(), ratio=0.5)
+    assert len(str(refused.value)) <= 300
 
 
 def test_supported_lists_what_can_be_patched():
@@ -147,7 +166,9 @@ def test_pictures_of_several_sizes_or_in_lists_are_refused():
     (one, other), smaller = tiny.inputs()["x"], tiny.inputs(h=4, w=6)["x"][0]
     with pytest.raises(ValueError, match="x must list latents of one size while tokens merge"):
         tiny.call(model, x=[one, smaller])
-    with pytest.raises(ValueError, match="x must list latents while tokens merge, got lists"):
+    with pytest.raises(
+        ValueError, match="x must be a list of latents while tokens merge"
+    ):
         tiny.call(model, x=[[one], [other]])
 
 
@@ -196,7 +217,7 @@ def test_image_ids_that_are_no_grid_are_refused(change):
     tiny = TINY["FluxTransformer2DModel"]
     model = tomesd.apply_patch(tiny.build())
     ids = change(tiny.inputs()["img_ids"])
-    with pytest.raises(ValueError, match="img_ids must list the tokens of each picture row by row"):
+    with pytest.raises(ValueError, match="img_ids must list the tokens of each image row by row"):
         tiny.call(model, img_ids=ids)
 
 

@@ -1,5 +1,7 @@
 """Flux's grids come from its image ids, reference pictures included."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +37,18 @@ def test_reference_pictures_merge_too_each_within_itself():
     assert token_map.m == 12 + 8
     assert (token_map.group[:, :24] < 12).all()
     assert (token_map.group[:, 24:] >= 12).all()
+
+
+@torch.no_grad()
+def test_a_reference_too_small_to_merge_does_not_hide_that_the_image_merges():
+    """The last grid is not the only one: no warning, and no word of it in the report."""
+    both = torch.cat([ids(8, 8), ids(2, 2, picture=1)])
+    model = tomesd.apply_patch(FLUX.build(), ratio=0.5, min_tokens=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FLUX.call(model, hidden_states=torch.randn(2, 64 + 4, 4), img_ids=both)
+    (rows,) = tomesd.report(model).rows.values()
+    assert [(row.merged, row.note) for row in rows] == [(32 + 4, "")] * 2
 
 
 @torch.no_grad()

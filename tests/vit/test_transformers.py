@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tomesd
 from tests.support.slow import slow
@@ -288,3 +289,18 @@ def test_a_compiled_model_notices_that_it_is_patched_and_restored():
     assert not torch.allclose(vit.output(), plain)
     tomesd.remove_patch(vit.model)
     torch.testing.assert_close(vit.output(), plain)
+
+
+@torch.no_grad()
+def test_a_patch_is_a_set_of_hooks_no_attribute_and_nothing_global_is_replaced():
+    """VideoMAE's attention takes no mask, and gets its bias all the same."""
+    vit = build("VideoMAE")
+    known = set(ALL_ATTENTION_FUNCTIONS.keys())
+    before = [dict(vars(module)) for module in vit.model.modules()]
+    tomesd.apply_patch(vit.model, r=4)
+    vit.output()
+    for module, attributes in zip(vit.model.modules(), before, strict=True):
+        now = {name: value for name, value in vars(module).items() if name != "_tomesd_patch"}
+        assert now.keys() == attributes.keys()
+        assert all(now[name] is attributes[name] for name in now)
+    assert set(ALL_ATTENTION_FUNCTIONS.keys()) == known

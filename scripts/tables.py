@@ -1,9 +1,8 @@
 """Write the tables of README.md and docs/ from the files in results/: python scripts/tables.py
 
-A region between the lines <!-- table: NAME --> and <!-- /table --> is replaced by the table NAME
-and the command that measured it. --check changes nothing and ends with status 1 if a region is not
-up to date; --list prints all names. --collect copies a run's output into results/. The names of the
-cost model's tables may be followed by options of scripts/cost.py: cost:shares --model sd15.
+A region between the lines <!-- table: NAME --> and <!-- /table --> is replaced by the table NAME.
+--check changes nothing and ends with status 1 if a region is not up to date; --list prints all
+names with the command that measures each. --collect copies a run's output into results/.
 """
 
 from benchmarks.results.command import main

@@ -59,8 +59,8 @@ def device_name(device: torch.device) -> str:
 def cpu_name() -> str:
     """The processor as /proc/cpuinfo names it, or Python where there is no such file.
 
-    >>> cpu_name()
-    'AMD EPYC 9B14'
+    >>> isinstance(cpu_name(), str)
+    True
     """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -82,6 +82,7 @@ def write_json(path: Path, record: Any) -> None:
 def read_json(path: Path) -> Any | None:
     """What a JSON file holds; None if there is no file.
 
+    >>> write_json(Path("results.json"), {"rows": []})
     >>> read_json(Path("results.json"))
     {'rows': []}
     """

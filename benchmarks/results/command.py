@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.common.arguments import Command
 from benchmarks.results.files import RESULTS, ROOT, collect
 from benchmarks.results.regions import drifted, rewrite
-from benchmarks.results.tables import NAMES, TABLES
+from benchmarks.results.tables import NAMES, source
 
 
 def prepare(args: Namespace) -> Namespace:
@@ -17,8 +17,7 @@ def prepare(args: Namespace) -> Namespace:
 def run(args: Namespace) -> None:
     if args.list:
         for name in NAMES:
-            source = f"results/{TABLES[name].result}.json" if name in TABLES else "shapes alone"
-            print(f"{name}: from {source}")
+            print(f"{name}: {source(name)}")
     elif args.collect:
         name, output = args.collect
         print(collect(name, Path(output)).relative_to(ROOT))

@@ -115,7 +115,7 @@ RESULTS: dict[str, Result] = {
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",
         _read_classifier,
     ),
-    "vit-b": Result(
+    "vit-b16": Result(
         "python scripts/classify.py --synthetic --model timm:vit_base_patch16_224 --parts sweep "
         "--r 0 16 --batch 8 --rounds 9",
         _read_classifier,
@@ -146,7 +146,7 @@ RESULTS: dict[str, Result] = {
 def collect(name: str, output: Path, root: Path = ROOT) -> Path:
     """Copy a run's output into results/; returns the new file.
 
-    >>> collect("frontier", Path("runs/frontier/results.json"))
+    >>> collect("frontier", output)
     PosixPath('results/frontier.json')
 
     output: results.json or results.csv of the run. Its date is that of the file.
@@ -174,7 +174,7 @@ def _without_output(command: str) -> str:
 def load(name: str, root: Path = ROOT) -> Record:
     """The content of results/NAME.json.
 
-    >>> load("frontier")["rows"][0]["name"]
+    >>> load("frontier", folder)["rows"][0]["name"]
     'unpatched'
 
     Raises FileNotFoundError, which names the command that measures it.

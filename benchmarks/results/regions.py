@@ -23,7 +23,8 @@ def documents(root: Path = ROOT) -> list[Path]:
 def drifted(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
     """The document and name of each region that differs from its table.
 
-    >>> list(drifted())
+    >>> write_text(Path("README.md"), "A document without tables.")
+    >>> list(drifted(Path(".")))
     []
 
     Raises ValueError for an unknown table or unpaired markers, FileNotFoundError for a missing
@@ -39,7 +40,8 @@ def drifted(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
 def rewrite(root: Path = ROOT) -> list[tuple[Path, str]]:
     """Write all tables into their regions; returns those that differed.
 
-    >>> rewrite()
+    >>> write_text(Path("README.md"), "A document without tables.")
+    >>> rewrite(Path("."))
     []
 
     Raises as `drifted` does; no document is changed then.
@@ -69,7 +71,6 @@ def _regions(document: Path, text: str) -> list[re.Match[str]]:
 
 def _rendered(document: Path, name: str, root: Path) -> str:
     try:
-        # An empty line on both sides: otherwise GitHub takes the table for a part of the comment.
-        return f"\n{render(name, root)}\n\n"
+        return f"{render(name, root)}\n"
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{document.name}, table {name}: {error}") from error

@@ -4,12 +4,11 @@
 - schedules: PSNR by the steps that merge
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
-- classifier-sweep, classifier-ablation, classifier-algorithms, vit-b: Vision Transformers
+- classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
 - fid: distances of merging and of random pruning
-- cost:levels, cost:shares, cost:ideal, cost:budget: the cost model, with options of scripts/cost.py
+- cost:levels, cost:shares, cost:ideal, cost:budget: the cost model
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from benchmarks.cost import command as cost
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.results import paper
-from benchmarks.results.files import ROOT, Record, load
+from benchmarks.results.files import RESULTS, ROOT, Record, load
 
 _FRONTIER = {
     "blocks 0.5": "**default**: whole blocks, ratio 0.5, finest level",
@@ -193,47 +192,52 @@ TABLES: dict[str, Table] = {
     "classifier-sweep": Table("classifier", classifier_sweep),
     "classifier-ablation": Table("classifier", classifier_ablation),
     "classifier-algorithms": Table("classifier", classifier_algorithms),
-    "vit-b": Table("vit-b", vit_speed),
+    "vit-b16": Table("vit-b16", vit_speed),
     "fid": Table("fid", fid),
 }
-NAMES = (*TABLES, *(f"cost:{name}" for name in cost.TABLES))
+# The options of scripts/cost.py with which docs/performance.md shows its tables.
+COST_TABLES: dict[str, str] = {
+    "cost:shares": "--table shares",
+    "cost:levels": "--table levels --size 512 1024 2048",
+    "cost:ideal": "--table ideal --ratio 0.25 0.5 0.75 --size 512 1024 2048",
+    "cost:budget": "--table budget --size 512 1024",
+}
+NAMES = (*TABLES, *COST_TABLES)
 
 
-def render(marker: str, root: Path = ROOT) -> str:
-    """The Markdown of a table, with the command that measures it.
+def render(name: str, root: Path = ROOT) -> str:
+    """The Markdown of a table; of a result, followed by when and on which machine it was measured.
 
-    >>> render("cost:shares --model sd15 --size 512").splitlines()[0][:24]
-    '| model | px | batch | T'
+    >>> render("cost:shares").splitlines()[2]
+    '| SD1.5 | 512 | 2 | 1.6 | 55% | 16% | 29% | 23% | 45% |'
 
-    marker: a name of NAMES; for the cost model, followed by options of scripts/cost.py.
-    Raises ValueError for an unknown name or option, FileNotFoundError for a missing result.
+    Raises ValueError for an unknown name, FileNotFoundError for a missing result.
     """
-    name, *options = shlex.split(marker)
-    if name not in NAMES:
+    if name in COST_TABLES:
+        (table,) = cost.render(cost.main.parser().parse_args(COST_TABLES[name].split()))
+        return table
+    if name not in TABLES:
         raise ValueError(f"table must be one of {', '.join(NAMES)}, got {name!r}")
-    if name.startswith("cost:"):
-        return _cost_table(name.removeprefix("cost:"), options)
-    if options:
-        raise ValueError(f"table {name} takes no options, got {shlex.join(options)!r}")
     chosen = TABLES[name]
     result = load(chosen.result, root)
     return f"{chosen.render(result, *chosen.options)}\n\n{caption(result)}"
 
 
-def _cost_table(name: str, options: list[str]) -> str:
-    try:
-        args = cost.main.parser().parse_args(["--table", name, *options])
-    except SystemExit:
-        raise ValueError(
-            f"table cost:{name} must have options of scripts/cost.py, got {shlex.join(options)!r}"
-        ) from None
-    command = " ".join(["python scripts/cost.py --table", name, *options])
-    return "\n\n".join([*cost.render(args), f"`{command}`"])
-
-
 def caption(result: Record) -> str:
-    """The command, the machine and the date of a result."""
+    """When and on which machine a result was measured."""
     found = result["environment"]
     threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
     torch = found["torch_version"]
-    return f"`{result['command']}` ({found['device']}, {threads}, torch {torch}, {result['date']})"
+    return f"Measured {result['date']}: {found['device']}, {threads}, torch {torch}."
+
+
+def source(name: str) -> str:
+    """Where a table comes from.
+
+    >>> source("cost:shares")
+    'python scripts/cost.py --table shares'
+    """
+    if name in COST_TABLES:
+        return f"python scripts/cost.py {COST_TABLES[name]}"
+    result = TABLES[name].result
+    return f"results/{result}.json, {RESULTS[result].command}"

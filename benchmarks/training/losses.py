@@ -65,7 +65,7 @@ def denoiser_loss(
 class MaskedClassifier(nn.Module):
     """The classifier with a second, dense task: which parts of each patch the shape covers.
 
-    >>> model = MaskedClassifier(architectures.build_classifier())
+    >>> masked = MaskedClassifier(classifier)
 
     From labels alone a ViT of this size had learnt colors and backgrounds after 800 steps, but
     shapes to 21% only (chance: 13%). The dense task is learnt quickly, and the class token can use

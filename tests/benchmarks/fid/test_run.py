@@ -1,4 +1,4 @@
-"""scripts/fid.py goes on where it stopped, mixes nothing, and gives one table however it is run."""
+"""scripts/fid.py resumes interrupted runs, mixes no settings, and always makes the same table."""
 
 import json
 import os
@@ -126,17 +126,17 @@ def test_each_row_has_its_picture_of_the_same_prompt_and_seed(finished):
     names = [f"{index:05}.png" for index in range(10)]
     for row in ("unpatched", "prune 0.1", "tome 0.5"):
         assert sorted(path.name for path in (finished / row).iterdir()) == names
-    told = [Image.open(finished / row / names[7]).text for row in ("unpatched", "tome 0.5")]
+    metadata = [Image.open(finished / row / names[7]).text for row in ("unpatched", "tome 0.5")]
     for name in ("prompt", "seed", "steps", "guidance", "width", "batch"):
-        assert told[0][name] == told[1][name]
-    assert told[0]["seed"] == "7"
-    assert told[0]["ratio"] == "0.0"
-    assert json.loads(told[1]["merging"])["ratio"] == 0.5
+        assert metadata[0][name] == metadata[1][name]
+    assert metadata[0]["seed"] == "7"
+    assert metadata[0]["ratio"] == "0.0"
+    assert json.loads(metadata[1]["merging"])["ratio"] == 0.5
     made = pictures(finished)
     assert len({made[f"{row}/00007.png"] for row in ("unpatched", "prune 0.1", "tome 0.5")}) == 3
 
 
-def test_one_folder_holds_settings_versions_device_and_every_figure(finished):
+def test_the_results_have_settings_versions_the_device_and_every_figure(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["settings"]["sampling"]["steps"] == 2
     assert results["settings"]["reference"] == "shapes-12"
@@ -154,7 +154,7 @@ def test_one_folder_holds_settings_versions_device_and_every_figure(finished):
         assert Image.open(finished / name).width > 3 * 32
 
 
-def test_what_is_there_is_kept_and_more_rows_join_it(fid, tmp_path):
+def test_existing_pictures_are_kept_and_new_rows_are_added(fid, tmp_path):
     folder = fid(tmp_path, "--methods", "tome:0.5")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
     assert fid(tmp_path, "--methods", "tome:0.5,0.25") == folder
@@ -186,9 +186,7 @@ def test_a_broken_picture_is_reported_and_made_again(fid, finished, copied, tmp_
     assert pictures(copied) == pictures(finished)
 
 
-def test_a_disk_that_takes_no_more_is_one_line_and_nothing_is_averaged(
-    fid, finished, copied, tmp_path, capsys
-):
+def test_a_full_disk_is_one_line_and_nothing_is_averaged(fid, finished, copied, tmp_path, capsys):
     # capsys: what is printed must not go to a file, which could not grow.
     (copied / "results.json").unlink()
     for index in range(3, 10):
@@ -236,7 +234,7 @@ def test_times_and_memory_are_measured_once(options, tmp_path, monkeypatch):
     assert Image.open(folder / "plot.png").width > 500
 
 
-def test_times_of_another_number_of_threads_are_not_taken_for_this_ones(tmp_path, monkeypatch):
+def test_times_of_another_number_of_threads_are_not_reused(tmp_path, monkeypatch):
     pictures = Mock(methods=parse_methods([], None), folder=tmp_path)
     plan = Mock(pictures=pictures, rounds=1, device=torch.device("cpu"))
     threads = Mock()
@@ -251,7 +249,7 @@ def test_times_of_another_number_of_threads_are_not_taken_for_this_ones(tmp_path
 
 
 @pytest.mark.parametrize("true", [0, 1, 2, 27, 64, 99, 100])
-def test_bisection_finds_the_largest_that_fits_in_few_tries(true):
+def test_bisection_finds_the_largest_that_fits_in_few_trials(true):
     tries = []
 
     def fits(number: int) -> str:
@@ -278,14 +276,14 @@ class _Forgetful(Prober):
         return "too large" if asked[1] > 8 or self._trials > 2 else ""
 
 
-def test_what_earlier_tries_left_behind_is_not_taken_for_the_limit():
+def test_memory_kept_from_earlier_trials_does_not_lower_the_limit():
     prober = _Forgetful(PipelineSpec(None, "cpu", torch.float32, None))
     batch = largest(lambda n: prober.fits(None, n, 128, 4.0), 64)
     assert batch == Largest(8, "too large")
     assert prober.processes > 1
 
 
-def test_a_picture_that_memory_does_not_allow_does_not_fit_and_the_next_is_tried(models):
+def test_a_picture_that_exceeds_the_memory_does_not_fit_and_the_next_one_may(models):
     model = PipelineSpec(str(models / "pipeline"), "cpu", torch.float32, None)
     # Python with torch alone takes half a gigabyte or more. The side is one of which not even the
     # first layer can be computed: smaller ones take minutes before memory is all used.

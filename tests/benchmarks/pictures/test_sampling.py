@@ -60,7 +60,7 @@ def test_a_picture_depends_on_its_own_seed_alone(pipe):
     assert (later[1] != first[2]).any()
 
 
-def test_steps_guidance_and_size_are_the_ones_asked_for(pipe):
+def test_steps_guidance_and_size_are_the_given_ones(pipe):
     base = pictures(pipe, PROMPTS[:1], [0])[0]
     for other in (Sampling(3, 3.0, 64, 64), Sampling(2, 5.0, 64, 64)):
         assert (pictures(pipe, PROMPTS[:1], [0], other)[0] != base).any()
@@ -68,7 +68,7 @@ def test_steps_guidance_and_size_are_the_ones_asked_for(pipe):
     assert wide.shape == (72, 104, 3)
 
 
-def test_pictures_come_as_they_get_done(pipe):
+def test_pictures_are_yielded_when_they_are_finished(pipe):
     waiting = sample(pipe, PROMPTS, [0, 1, 2], HOW)
     assert next(waiting).size == (64, 64)
     assert len(list(waiting)) == 2
@@ -105,16 +105,16 @@ def test_plms_is_the_papers_sampler(folder):
     assert scheduler.config.skip_prk_steps
 
 
-def test_without_a_name_the_pipelines_own_scheduler_stays(pipe):
+def test_without_a_name_the_pipelines_own_scheduler_is_kept(pipe):
     assert isinstance(pipe.scheduler, DDIMScheduler)
 
 
-def test_the_pipeline_has_the_precision_asked_for(folder):
+def test_the_pipeline_has_the_given_precision(folder):
     pipe = load_pipeline(folder, "cpu", torch.bfloat16)
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
 
 
-def test_what_is_not_given_is_what_the_pipeline_is_made_for(pipe, folder):
+def test_missing_options_are_the_pipelines_defaults(pipe, folder):
     # Those of StableDiffusionPipeline.
     assert choose(pipe, folder) == Sampling(steps=50, guidance=7.5)
     chosen = choose(pipe, folder, steps=3, guidance=0, size=(64, 32))
@@ -130,7 +130,7 @@ def without_weights(kind, transformer):
     return kind(**parts | {"transformer": transformer})
 
 
-def test_the_size_that_a_pipeline_is_made_for_is_its_unets_its_transformers_or_its_own(pipe):
+def test_the_native_size_is_the_denoisers_or_the_pipelines(pipe):
     assert native_side(pipe) == 128
     transformer = TINY["SD3Transformer2DModel"].model()
     sd3 = without_weights(StableDiffusion3Pipeline, transformer)
@@ -142,7 +142,7 @@ def test_the_size_that_a_pipeline_is_made_for_is_its_unets_its_transformers_or_i
         native_side(flux)
 
 
-def test_a_model_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path):
+def test_an_impossible_model_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"model must be a pipeline's folder.*no model_index.json"):
         check_model(str(tmp_path))
     for wrong in ("./not/there", "two words", "a/b/c"):
@@ -151,7 +151,7 @@ def test_a_model_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path):
     check_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
 
-def test_a_missing_embedded_pipeline_says_what_makes_it(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_embedded_pipeline_names_what_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "ASSETS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"python scripts/train_shapes.py"):
         load_pipeline()
@@ -162,14 +162,14 @@ def test_an_unknown_scheduler_is_refused(folder):
         load_pipeline(folder, scheduler="fast")
 
 
-def test_devices_that_are_not_there_are_refused():
+def test_unavailable_devices_are_refused():
     with pytest.raises(ValueError, match="device must be one of cuda, mps, cpu, got 'tpu'"):
         choose_device("tpu")
     with pytest.raises(ValueError, match="device must be available, got 'cuda:99'"):
         choose_device("cuda:99")
 
 
-def test_the_device_and_precision_chosen_can_compute():
+def test_the_chosen_device_and_precision_can_compute():
     device = choose_device()
     assert choose_device(str(device)) == device
     assert choose_precision(torch.device("cpu")) == "fp32"

@@ -108,7 +108,7 @@ def test_a_model_is_replaced_atomically(tmp_path, error):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_model_that_was_put_aside_by_a_killed_run_comes_back(tmp_path):
+def test_a_model_that_a_killed_run_had_moved_is_restored(tmp_path):
     (tmp_path / ".classifier.old").mkdir()
     with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "classifier"):
         raise OSError("the disk is full")

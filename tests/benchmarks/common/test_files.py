@@ -18,7 +18,7 @@ from benchmarks.common.files import (
 PICTURE = Image.new("RGB", (8, 8), "red")
 
 
-def test_the_metadata_is_read_back_as_it_was_given(tmp_path):
+def test_metadata_is_read_back_unchanged(tmp_path):
     path = tmp_path / "new" / "folder" / "a.png"
     save_image(PICTURE, path, {"prompt": "ein rotes Herz ♥ 心", "seed": 7})
     with Image.open(path) as image:
@@ -52,7 +52,7 @@ def test_a_file_is_not_seen_before_it_is_complete(tmp_path):
     assert path.read_bytes() == b"half"
 
 
-def test_a_file_is_replaced_at_once_and_not_overwritten_bit_by_bit(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
@@ -62,7 +62,7 @@ def test_a_file_is_replaced_at_once_and_not_overwritten_bit_by_bit(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_in_a_folder_every_picture_takes_a_name_of_its_own(tmp_path):
+def test_a_folder_gives_every_picture_the_next_free_name(tmp_path):
     names = []
     for _ in range(3):
         names.append(destination(tmp_path))
@@ -73,7 +73,7 @@ def test_in_a_folder_every_picture_takes_a_name_of_its_own(tmp_path):
     assert destination(tmp_path).name == "00004.png"
 
 
-def test_a_file_is_itself_and_numbered_only_among_several():
+def test_a_file_is_numbered_only_for_several_pictures():
     assert destination(Path("a/heart.png")) == Path("a/heart.png")
     several = [destination(Path("a/heart.png"), index, 2).name for index in range(2)]
     assert several == ["heart-0.png", "heart-1.png"]
@@ -87,7 +87,7 @@ def test_a_folder_may_have_a_name_like_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "file.png/a.png", "file.png/folder"])
-def test_an_output_that_cannot_be_is_refused_before_anything_is_made(tmp_path, name):
+def test_an_impossible_output_is_refused_and_creates_nothing(tmp_path, name):
     (tmp_path / "file.png").touch()
     with pytest.raises(ValueError, match=r"^output must be .*, got '.*'"):
         check_output(tmp_path / name)
@@ -104,7 +104,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_made(tmp_path, n
         (check_file, "file.png/a.json", "output must be in a writable folder"),
     ],
 )
-def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path, check, name, message):
+def test_a_file_in_place_of_a_folder_is_refused_and_vice_versa(tmp_path, check, name, message):
     (tmp_path / "file.png").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=rf"^{message}.*'.*{name}'"):
@@ -113,17 +113,17 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path, check, name, message
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system that takes no files")
 @pytest.mark.parametrize("check", [check_output, check_folder, check_file])
-def test_a_place_that_takes_no_files_is_refused_whatever_its_permissions_say(check):
+def test_a_folder_that_takes_no_files_is_refused_whatever_its_permissions(check):
     with pytest.raises(ValueError, match=r"writable folder, got '/proc/nowhere/x.y': "):
         check(Path("/proc/nowhere/x.y"))
 
 
 @pytest.mark.parametrize("check", [check_output, check_folder])
-def test_the_dot_of_a_version_makes_no_file_of_a_folder(tmp_path, check):
+def test_a_folder_may_have_a_version_in_its_name(tmp_path, check):
     check(tmp_path / "runs" / "sd1.5")
 
 
-def test_checking_an_output_makes_no_folders(tmp_path):
+def test_checking_an_output_creates_no_folders(tmp_path):
     check_output(tmp_path / "new" / "folder" / "a.png")
     check_folder(tmp_path / "new" / "folder")
     check_file(tmp_path / "new" / "folder" / "a.json")

@@ -54,7 +54,7 @@ class Darker(Drawn):
         return (super().__getitem__(index).int() - self.amount).clamp(min=0).to(torch.uint8)
 
 
-def test_a_set_has_no_distance_to_itself(measure):
+def test_the_distance_of_a_set_to_itself_is_zero(measure):
     found = measure(Drawn(range(80), SIZE))
     assert found["frechet"] == pytest.approx(0, abs=1e-6)
     assert found["precision"] == found["recall"] == 1
@@ -78,7 +78,7 @@ def test_the_distance_is_the_formula_of_its_authors(measure, features):
     assert found == pytest.approx(direct, rel=1e-6)
 
 
-def test_the_features_are_what_the_classifier_judges_by(features):
+def test_the_features_are_the_input_of_the_classifiers_head(features):
     classifier = load_classifier(str(features.weights))
     extractor = ShapesFeatures("test", [ShapesFeatures.LAYER], str(features.weights)).eval()
     pixels = torch.from_numpy(np.array(draw(scene(0)))).permute(2, 0, 1)[None]
@@ -89,7 +89,7 @@ def test_the_features_are_what_the_classifier_judges_by(features):
     assert torch.allclose(logits, judged, atol=1e-6)
 
 
-def test_only_the_embedded_features_name_is_not_fid():
+def test_only_the_distance_on_inception_features_is_called_fid():
     assert Features("inception").distance == "FID"
     assert Features("shapes").distance == "Fréchet distance on Shapes features"
 
@@ -113,7 +113,7 @@ def picked(folder: Path, count: int) -> list[Path]:
     return from_folder(folder, count).of_size(SIZE).paths
 
 
-def test_a_pick_holds_as_many_of_each_class_and_is_always_the_same(tmp_path):
+def test_a_pick_has_equally_many_of_each_class_and_is_deterministic(tmp_path):
     folder = folder_of_classes(tmp_path / "all", {"cat": 5, "dog": 9, "owl": 7})
     chosen = picked(folder, 12)
     names = [path.parent.name for path in chosen]
@@ -158,7 +158,7 @@ def test_a_broken_picture_is_an_error_and_never_a_number(tmp_path):
         differences([path], [path], None, CPU)
 
 
-def test_changes_are_none_for_equal_pictures_and_grow_with_the_difference(features, tmp_path):
+def test_differences_are_zero_for_equal_pictures_and_grow(features, tmp_path):
     distance = ShapesDistance(load_classifier(str(features.weights)))
     plain = draw(scene(3), 64)
     paths = {}
@@ -185,7 +185,7 @@ def test_a_picture_that_did_not_change_does_not_make_the_mean_infinite(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"weights"])
-def test_a_wrong_weights_file_is_an_error_that_says_which_is_right(tmp_path, content):
+def test_a_wrong_weights_file_is_an_error_that_names_the_right_one(tmp_path, content):
     (path := tmp_path / "inception.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"torch-fidelity's InceptionV3, got .*inception\.pth"):
         Features("inception", path).check()

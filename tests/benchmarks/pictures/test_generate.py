@@ -91,7 +91,7 @@ def test_every_option_reaches_the_picture(generate, usual, options):
     assert image.shape != usual.shape or (image != usual).any()
 
 
-def test_the_file_tells_how_it_was_made(generate, model):
+def test_a_pictures_metadata_are_its_settings(generate, model):
     image = generate("--seed", "4", "--ratio", "0.25", "--size", "40x32", "--guidance", "2")
     about = image.text
     assert image.size == (40, 32)
@@ -155,7 +155,7 @@ def test_comparing_shows_both_methods_at_every_ratio_with_their_times(generate):
     assert image.height > 2 * 32
 
 
-def test_comparing_the_papers_preset_stops_where_its_partition_does(generate):
+def test_comparing_the_papers_preset_stops_at_its_largest_ratio(generate):
     about = generate("--compare", "--steps", "1", "--preset", "paper").text
     assert json.loads(about["ratios"])[-1] == 0.5
 
@@ -212,7 +212,7 @@ def test_a_picture_that_overflows_is_not_written(generate, model, tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
-def test_the_script_explains_itself(capsys):
+def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert not stop.value.code
@@ -231,7 +231,7 @@ print(*sorted(slow & sys.modules.keys()))
 """
 
 
-def test_help_and_typos_wait_for_no_model_library():
+def test_help_and_typos_import_no_model_library():
     scripts = [str(ROOT / "scripts" / f"{name}.py") for name in ("generate", "benchmark")]
     done = subprocess.run(
         [sys.executable, "-c", WHAT_THE_SCRIPTS_IMPORT, *scripts],

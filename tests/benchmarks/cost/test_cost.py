@@ -65,7 +65,7 @@ def test_a_joint_block_s_flops_are_those_that_torch_counts_without_its_modulatio
         assert sum(counted[f"{root}.{name}"].values()) - modulation == expected
 
 
-def test_a_whole_model_is_counted_as_torch_counts_it_and_its_levels_are_all_there():
+def test_a_models_flops_and_levels_are_those_that_torch_counts():
     config = dict(sd_unet().config)
     tiny = counts.Model("tiny", "UNet2DConditionModel", config, 2, 77)
     small, large = (counts.count(tiny, size) for size in (128, 256))

@@ -65,6 +65,6 @@ def test_the_picture_holds_all_cells(cells):
             assert (shown[:, :, 0] == np.asarray(cell.image)).all((-1, -2, -3)).any()
 
 
-def test_ratios_that_do_not_begin_with_the_unpatched_picture_are_refused(pipe):
+def test_ratios_that_do_not_start_with_0_are_refused(pipe):
     with pytest.raises(ValueError, match=r"ratios must start with 0, got \[0.1, 0.2\]"):
         compare(pipe, "a red heart", 5, HOW, (0.1, 0.2))

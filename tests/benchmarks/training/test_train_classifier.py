@@ -1,4 +1,4 @@
-"""scripts/train_classifier.py trains with merging, reads with every r, and goes on when stopped."""
+"""scripts/train_classifier.py trains with merging, measures every r, resumes an interrupted run."""
 
 import json
 import re

@@ -55,7 +55,7 @@ def test_a_spread_is_the_median_and_the_quartiles():
         Spread.of([])
 
 
-def test_the_share_of_the_ideal_is_the_part_of_its_saving_that_is_reached():
+def test_the_share_of_the_ideal_is_relative_to_its_saving():
     share = share_of_ideal([4.0, 8.0], [3.0, 6.0], [2.0, 4.0])
     assert share == Spread(0.5, 0.5, 0.5)
 
@@ -68,7 +68,7 @@ def test_seconds_cover_the_whole_call():
     assert seconds(lambda: time.sleep(0.02), CPU) >= 0.02
 
 
-def test_the_three_steps_of_merging_are_timed_apart_after_a_run_that_does_not_count():
+def test_the_three_steps_of_merging_are_timed_separately_after_a_warm_up():
     calls = []
 
     def match():
@@ -81,7 +81,7 @@ def test_the_three_steps_of_merging_are_timed_apart_after_a_run_that_does_not_co
     times = merging_seconds(match, torch.ones(1, 4, 3))
     assert times.keys() == {"match", "merge", "unmerge"}
     assert min(times.values()) > 0
-    # The merged tokens, not the whole ones, are what is unmerged.
+    # The merged tokens are unmerged.
     warm_up = ["match", "merge", "unmerge 2", "merge"]
     assert calls == [*warm_up, "match", "merge", "unmerge 2"]
 

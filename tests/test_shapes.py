@@ -15,7 +15,6 @@ from torch import nn
 from benchmarks.training import architectures
 from benchmarks.training.data import MASK_CELLS, draw_pictures, masks
 from benchmarks.training.loop import Stage, train
-from benchmarks.training.losses import MaskedClassifier
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene

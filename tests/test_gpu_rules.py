@@ -53,8 +53,6 @@ VARIANTS = [
     "LongCatImageTransformer2DModel",
     "OvisImageTransformer2DModel",
     "ChronoEditTransformer3DModel",
-    "ConsisIDTransformer3DModel",
-    "SkyReelsV2Transformer3DModel",
     "FluxControlNetModel with modes",
     "SD3ControlNetModel of tokens",
 ]

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+import tomesd.diffusion.dit.families  # noqa: F401 - registers them
 from tomesd import registry
-from tomesd.diffusion.dit import DiT, DiTPatch, families
+from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
 from tomesd.diffusion.unet import UNet, UNetPatch
@@ -17,8 +18,6 @@ from tomesd.hooks import PATCH, Patch
 from tomesd.reports import Report
 from tomesd.vit import ViT, ViTPatch
 from tomesd.vit.settings import ViTSettings, vit_settings
-
-__all__ = ["apply_patch", "families", "patched", "remove_patch", "report"]
 
 Model = TypeVar("Model")
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.classifier import measurements, tables_and_plots
-from benchmarks.classifier.classifiers import Classifier, check_model, load_classifier
 from benchmarks.classifier.data import LabelledData, folder_data, shapes_data
 from benchmarks.classifier.experiments import PARTS, Experiment, experiments
 from benchmarks.classifier.matchers import merging
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.device import PRECISIONS, choose_device, device_name
 from benchmarks.common.files import check_folder, digest, settings_folder, versions
+from benchmarks.models.classifiers import Classifier, check_model, load_classifier
 from tomesd.shapes.pipeline import ASSETS
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.classifier.classifiers import Classifier
+from benchmarks.models.classifiers import Classifier
 from benchmarks.pictures.prompts import held_out
 from tomesd.shapes.pipeline import LABELS
 from tomesd.shapes.world import draw

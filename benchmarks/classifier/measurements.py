@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.classifier.classifiers import Classifier
 from benchmarks.classifier.data import LabelledData, accuracy
 from benchmarks.classifier.experiments import Experiment
 from benchmarks.classifier.matchers import merging
 from benchmarks.common.files import atomic_write
 from benchmarks.common.timing import interleave, round_ratio, seconds
+from benchmarks.models.classifiers import Classifier
 
 COLUMNS = (
     *("part", "name", "settings", "accuracy", "images", "images_per_second"),

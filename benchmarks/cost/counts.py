@@ -11,27 +11,10 @@ import torch
 from torch import nn
 
 from benchmarks.models import unets
+from benchmarks.models.transformers import FLUX, SD3, TEXT_TOKENS
 from benchmarks.models.unets import Level
 from tomesd.core import merging_work, workload
 from tomesd.core.workload import Branches, Work
-
-# Stable Diffusion 3 medium: 2,028,328,000 parameters.
-SD3: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
-
-# Flux.1 dev: 11,901,408,320 parameters.
-FLUX: dict[str, Any] = {"guidance_embeds": True}
 
 # All sides here are multiples of this, in pixels; every model allows it.
 STEP = 64
@@ -59,12 +42,11 @@ class Model:
         return self.class_name != "UNet2DConditionModel"
 
 
-# text_tokens: the pipelines' defaults: CLIP's, for SD3 with 256 of T5's, for Flux T5's alone.
 MODELS = {
     "sd15": Model("SD1.5", "UNet2DConditionModel", unets.SD15, 2, unets.PROMPT_TOKENS),
     "sdxl": Model("SDXL", "UNet2DConditionModel", unets.SDXL, 2, unets.PROMPT_TOKENS),
-    "sd3": Model("SD3 medium", "SD3Transformer2DModel", SD3, 2, 77 + 256),
-    "flux": Model("Flux.1", "FluxTransformer2DModel", FLUX, 1, 512),
+    "sd3": Model("SD3 medium", "SD3Transformer2DModel", SD3, 2, TEXT_TOKENS["sd3"]),
+    "flux": Model("Flux.1", "FluxTransformer2DModel", FLUX, 1, TEXT_TOKENS["flux"]),
 }
 
 

@@ -13,9 +13,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cost.counts import FLUX, MODELS, SD3
 from benchmarks.models import unets
 from benchmarks.models.unets import Denoiser, Level, noise
+
+# Stable Diffusion 3 medium: 2,028,328,000 parameters.
+SD3: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+
+# Flux.1 dev: 11,901,408,320 parameters.
+FLUX: dict[str, Any] = {"guidance_embeds": True}
 
 # Stable Diffusion 3.5 medium: 2,243,171,520 parameters. Its first blocks have a second attention,
 # of image tokens alone.
@@ -24,6 +41,9 @@ SD35: dict[str, Any] = SD3 | {
     "qk_norm": "rms_norm",
     "pos_embed_max_size": 384,
 }
+
+# The pipelines' defaults: of SD3 CLIP's with 256 of T5's, of Flux T5's alone.
+TEXT_TOKENS = {"sd3": 77 + 256, "flux": 512}
 
 # Side of a token in pixels: patches of 2×2 latents of 8×8 pixels.
 PIXELS = 16
@@ -43,13 +63,11 @@ class _Kind(NamedTuple):
 
 
 _KINDS = {
-    "SD3Transformer2DModel": _Kind(
-        ("num_layers",), MODELS["sd3"].text_tokens, MODELS["sd3"].batch, blocks=2
-    ),
+    "SD3Transformer2DModel": _Kind(("num_layers",), TEXT_TOKENS["sd3"], batch=2, blocks=2),
     "FluxTransformer2DModel": _Kind(
         ("num_layers", "num_single_layers"),
-        MODELS["flux"].text_tokens,
-        MODELS["flux"].batch,
+        TEXT_TOKENS["flux"],
+        batch=1,
         blocks=1,
     ),
 }

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 import tomesd
-from benchmarks.classifier import classifiers
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_output, destination, save_image, versions
+from benchmarks.models import classifiers
 from benchmarks.pictures import sampling, token_pages
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.shapes.world import HELD_OUT, draw, scene

@@ -9,11 +9,11 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from benchmarks.classifier import classifiers
 from benchmarks.common import markdown
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.device import device_name
 from benchmarks.common.files import check_folder, digest, read_json, settings_folder, write_json
+from benchmarks.models import classifiers
 from benchmarks.pictures.picture_set import (
     UNPATCHED,
     Method,

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.classifier.classifiers import check_model
 from benchmarks.classifier.data import shapes_data
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.device import choose_device, device_name
 from benchmarks.common.files import check_folder, digest, settings_folder, versions
+from benchmarks.models.classifiers import check_model
 from benchmarks.training import architectures
 from benchmarks.training.data import labelled_pictures
 from benchmarks.training.loop import CheckpointError, Stage

@@ -1,15 +1,13 @@
 """VideoMAE of transformers.
 
-Two things differ from its other models. Its attention takes no mask, so the keys carry log(size) as
-a tensor subclass, which adds it where the logits are computed. And its MLP ends in a module that
-adds
-the residual stream itself: the residual is merged, and nothing has to be unmerged.
+Two things differ from its other models. Its attention takes no mask, so the keys carry log(size) to
+where the logits are computed. And its MLP ends in a module that adds the residual stream itself:
+the residual is merged, and nothing has to be unmerged.
 """
 
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,29 +17,41 @@ from tomesd.vit.spec import Places
 from tomesd.vit.transformers import TRANSFORMERS
 
 
-class _WeighedKeys(Tensor):
-    """Keys that carry a bias, [B, 1, 1, N], which attention adds to the logits, eager or fused.
+class _WeighedKeys:
+    """Keys that carry a bias, [B, 1, 1, N], to the logits of the attention, eager or fused.
 
-    What is computed from them carries it on, up to the fused kernel or the softmax of the logits.
+    Not a tensor but what torch functions take for one, so that it can hold any kind of tensor. It
+    has what the host calls and nothing else: a method that lost the bias must not go unnoticed.
     """
 
-    bias: Tensor
+    def __init__(self, keys: Tensor, bias: Tensor):
+        self.keys, self.bias = keys, bias
+
+    @property
+    def shape(self) -> Any:
+        return self.keys.shape
+
+    def view(self, *shape: Any) -> "_WeighedKeys":
+        return _WeighedKeys(self.keys.view(*shape), self.bias)
+
+    def transpose(self, first: int, second: int) -> "_WeighedKeys":
+        return _WeighedKeys(self.keys.transpose(first, second), self.bias)
+
+    def __mul__(self, factor: float) -> "_WeighedKeys":
+        return _WeighedKeys(self.keys * factor, self.bias)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        bias = next(arg.bias for arg in args if isinstance(arg, cls))
+        args = [arg.keys if isinstance(arg, cls) else arg for arg in args]
         if func is F.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args[:3], **kwargs | {"attn_mask": args[1].bias})
+            return func(*args[:3], **kwargs | {"attn_mask": bias})
         if func is F.softmax:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(args[0] + args[0].bias, *args[1:], **kwargs)
-        output: Any = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        if isinstance(output, cls):
-            output.bias = next(arg.bias for arg in args if isinstance(arg, cls))
-        return output
+            return func(args[0] + bias, *args[1:], **kwargs)
+        return cls(func(*args, **kwargs), bias)
 
 
 class _Layer(Layer):
@@ -59,13 +69,9 @@ class _Layer(Layer):
         by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
         return by_heads
 
-    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor:
+    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | _WeighedKeys:
         bias = self.forward.key_bias(self.index, args[0], None)
-        if bias is None:
-            return output
-        keys = output.as_subclass(_WeighedKeys)
-        keys.bias = bias[:, None, None]
-        return keys
+        return output if bias is None else _WeighedKeys(output, bias[:, None, None])
 
     def merge_residual(self, output: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden, residual = args

@@ -11,9 +11,9 @@ from PIL import Image
 
 import tomesd
 from benchmarks.classifier import command, measurements
-from benchmarks.classifier.classifiers import load_classifier
 from benchmarks.classifier.command import main
 from benchmarks.classifier.experiments import ABLATION, ALGORITHMS, PARTS, Experiment, experiments
+from benchmarks.models.classifiers import load_classifier
 from tests.benchmarks.support import refused
 from tests.support.tiny_vits import build
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost import command, counts
+from benchmarks.models.transformers import SD3
 from tests.support.tiny_unets import sd_unet
 from tomesd.core import workload
 from tomesd.core.workload import Branches
@@ -12,7 +13,7 @@ from tomesd.core.workload import Branches
 TINY_SD3 = counts.Model(
     "tiny SD3",
     "SD3Transformer2DModel",
-    counts.SD3
+    SD3
     | {
         "num_layers": 2,
         "num_attention_heads": 2,

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import tomesd
-from benchmarks.classifier.classifiers import load_classifier
 from benchmarks.classifier.data import shapes_data
 from benchmarks.common.files import settings_folder
+from benchmarks.models.classifiers import load_classifier
 from benchmarks.training import architectures, classifier_command, merged_classifier
 from benchmarks.training.classifier_command import main
 from benchmarks.training.data import LabelledPictures, labelled_pictures

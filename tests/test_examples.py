@@ -21,18 +21,6 @@ SLOW = {
     *("benchmarks.cost.counts", "benchmarks.cost.tables", "benchmarks.cost.command"),
 }
 # Examples that do not run as they are written, and why.
-BROKEN = {
-    **{
-        f"tomesd.core.merging_work.{name}": "does not import flops or elements"
-        for name in ("matching", "merge", "patch", "unmerge")
-    },
-    "tomesd.visualize": "does not import visualize",
-    "tomesd.core.rows.select": "lacks a <BLANKLINE> in its output",
-    "benchmarks.classifier.distances.matching_by_distance": "gives other groups",
-    "benchmarks.common.device.cpu_name": "names the CPU of one machine",
-    "benchmarks.common.memory.peak_resident": "the system counts the two in batches",
-    "benchmarks.common.files.read_json": "reads a file that nothing wrote",
-}
 # What an example of benchmarks/ may need that is not here. Names of what a run made or was set to:
 OF_A_RUN = {
     *("add_options", "x"),
@@ -113,7 +101,7 @@ def test_every_example_of_the_benchmarks_gives_what_its_docstring_says(name):
 
 
 def _failed(tests: list[DocTest]) -> list[str]:
-    return [said for test in tests if test.name not in BROKEN and (said := run(test))]
+    return [said for test in tests if (said := run(test))]
 
 
 def _is_runnable(test: DocTest) -> bool:

@@ -1,7 +1,8 @@
 """Pictures of merged tokens (ToMe, Figures 4 and 6). Needs Pillow and NumPy.
 
+>>> from tomesd import visualize
 >>> with tomesd.trace(vit) as traced:
-...     vit(images)
+...     output = vit(images)
 >>> visualize.draw_groups(picture, traced[-1].patches[0]).save("groups.png")
 """
 

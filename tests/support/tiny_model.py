@@ -34,10 +34,6 @@ class TinyModel:
         randomize_zeros(model, std=0.2)
         return model
 
-    def model(self, **config) -> Any:
-        """The name by which tests/benchmarks calls `build`."""
-        return self.build(**config)
-
     def inputs(
         self,
         batch: int = 2,

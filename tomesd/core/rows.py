@@ -16,6 +16,7 @@ def select(x: Tensor, rows: Tensor) -> Tensor:
 
     >>> select(torch.tensor([[[1.], [2.]], [[3.], [4.]]]), torch.tensor([[1], [2]]))
     tensor([[[2.]],
+    <BLANKLINE>
             [[3.]]])
 
     x: [B, N, C]. rows: int64 of any shape. Returns [*rows.shape, C].

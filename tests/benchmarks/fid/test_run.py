@@ -23,6 +23,7 @@ from benchmarks.fid.measurements import measure_speed
 from benchmarks.fid.memory_limits import Largest, Prober, largest
 from benchmarks.pictures.picture_set import PipelineSpec, parse_methods
 from tests.benchmarks.support import ROOT
+from tests.support.slow import slow
 from tests.support.tiny_shapes import save_untrained
 
 # As in the child processes: the number of threads touches the rounding.
@@ -92,6 +93,7 @@ def start(command: list[str], output: Path) -> subprocess.Popen:
     )
 
 
+@slow
 def test_killed_twice_it_still_gives_the_identical_table(fid, finished, options, tmp_path):
     chance = random.Random(0)
     # In the first row of ten pictures, and in a later one.
@@ -110,6 +112,7 @@ def test_killed_twice_it_still_gives_the_identical_table(fid, finished, options,
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@slow
 def test_two_processes_make_the_identical_pictures_and_table(finished, options, tmp_path):
     # On the CPU alone, accelerate's own launcher starts one process only.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -283,6 +286,7 @@ def test_memory_kept_from_earlier_trials_does_not_lower_the_limit():
     assert prober.processes > 1
 
 
+@slow
 def test_a_picture_that_exceeds_the_memory_does_not_fit_and_the_next_one_may(models):
     model = PipelineSpec(str(models / "pipeline"), "cpu", torch.float32, None)
     # Python with torch alone takes half a gigabyte or more. The side is one of which not even the

@@ -14,7 +14,7 @@ from benchmarks.frontier.command import main
 from benchmarks.frontier.results import mark_frontiers, pareto_front
 from benchmarks.models import unets
 from tests.benchmarks.support import UNET, refused, save_peer, save_unet
-from tests.support.tiny_models import hooks
+from tests.support.recorders import count_hooks
 from tests.support.tiny_shapes import save_untrained, untrained_pipeline
 from tomesd.diffusion.settings import PRESETS
 
@@ -92,7 +92,7 @@ def test_every_candidate_merges_and_is_removed_bit_for_bit(pipe, candidate):
         merged = predict(pipe.unet)
     assert merged.isfinite().all()
     assert not torch.allclose(merged, before, atol=1e-5)
-    assert hooks(pipe.unet) == 0
+    assert count_hooks(pipe.unet) == 0
     assert torch.equal(predict(pipe.unet), before)
 
 

@@ -6,7 +6,7 @@ import torch
 from benchmarks.frontier.candidates import LATE, Candidate
 from benchmarks.frontier.matchers import GridMatcher, PoolingGridMatcher
 from benchmarks.pictures.sampling import Sampling, sample
-from tests.support.tiny_models import scheduler, sd_pipeline
+from tests.support.tiny_pipelines import scheduler, sd_pipeline
 from tomesd import RatioSchedule, patched
 from tomesd.diffusion.settings import DiffusionSettings
 

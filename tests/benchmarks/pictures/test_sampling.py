@@ -132,10 +132,10 @@ def without_weights(kind, transformer):
 
 def test_the_native_size_is_the_denoisers_or_the_pipelines(pipe):
     assert native_side(pipe) == 128
-    transformer = TINY["SD3Transformer2DModel"].model()
+    transformer = TINY["SD3Transformer2DModel"].build()
     sd3 = without_weights(StableDiffusion3Pipeline, transformer)
     assert native_side(sd3) == 8 * transformer.config.sample_size
-    flux = without_weights(FluxPipeline, TINY["FluxTransformer2DModel"].model())
+    flux = without_weights(FluxPipeline, TINY["FluxTransformer2DModel"].build())
     assert native_side(flux) == 1024
     del flux.default_sample_size
     with pytest.raises(ValueError, match="size must be given for FluxPipeline, pixels, one side"):

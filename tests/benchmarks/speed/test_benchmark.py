@@ -14,6 +14,7 @@ from benchmarks.speed.command import main
 from benchmarks.speed.forwards import child_peak
 from benchmarks.speed.variants import forward
 from tests.benchmarks.support import refused, run_benchmark, save_peer, save_unet
+from tests.support.slow import slow
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def test_every_variant_is_timed_in_every_round_and_all_settings_are_kept(
     assert record["environment"]["torch_version"] == version("torch")
 
 
+@slow
 def test_memory_on_the_cpu_is_that_of_one_forward_in_a_process_of_its_own(model_folder):
     line = ["--model", str(model_folder), "--size", "512", "--device", "cpu"]
     setup = main.prepare(main.parser().parse_args(line)).setup

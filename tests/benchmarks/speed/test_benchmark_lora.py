@@ -12,7 +12,8 @@ from benchmarks.speed.command import main
 from benchmarks.speed.lora_training import training_step
 from benchmarks.speed.variants import Variant
 from tests.benchmarks.support import UNET, refused, run_benchmark
-from tests.support.tiny_transformers import TINY, Attention
+from tests.support.recorders import AttentionRecorder
+from tests.support.tiny_transformers import TINY
 from tomesd.diffusion.settings import DiffusionSettings
 
 UNPATCHED = Variant("unpatched", "unpatched")
@@ -93,7 +94,7 @@ def test_checkpointing_computes_blocks_again_and_learns_the_same(setup, variant)
 def test_a_patched_step_trains_on_fewer_tokens(setup):
     seen = []
     for variant in (UNPATCHED, PATCHED):
-        with Attention() as attention:
+        with AttentionRecorder() as attention:
             trained(setup, variant, checkpointing=True)
         seen.append(attention.seen)
     assert len(seen[0]) == len(seen[1])

@@ -8,6 +8,7 @@ from benchmarks.models import unets
 from benchmarks.speed.ideal import install_ideal
 from benchmarks.speed.variants import Variant, forward, prepare
 from tests.benchmarks.support import UNET
+from tests.support.slow import slow
 from tomesd.diffusion.settings import DiffusionSettings
 
 CPU = torch.device("cpu")
@@ -141,6 +142,7 @@ def test_the_compile_mode_is_passed_to_torch_compile(unet, inputs, monkeypatch):
     assert asked == ["reduce-overhead"]
 
 
+@slow
 def test_each_compiled_variant_runs_its_own_graph(unet, inputs, monkeypatch):
     # The eager backend: what is tested is which graph runs, not how fast.
     compile_ = torch.compile

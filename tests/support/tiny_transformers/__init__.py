@@ -3,7 +3,6 @@
 Sizes are token grids (h, w), also where a model takes latents or packed tokens.
 """
 
-from tests.support.recorders import AttentionRecorder
 from tests.support.tiny_model import TEXT_TOKENS
 from tests.support.tiny_transformers.controlnets import CONTROLNETS
 from tests.support.tiny_transformers.images import DIT, IMAGES, ids
@@ -18,9 +17,6 @@ SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
 PIXART, WAN = "PixArtTransformer2DModel", "WanTransformer3DModel"
 KINDS = (SD3, FLUX, PIXART, WAN)
 
-# tests/benchmarks imports it by this name.
-Attention = AttentionRecorder
-
 __all__ = [
     "CONTROLNETS",
     "DIT",
@@ -33,7 +29,6 @@ __all__ = [
     "TINY",
     "VIDEOS",
     "WAN",
-    "Attention",
     "TinyTransformer",
     "ids",
 ]

@@ -164,6 +164,19 @@ def test_with_r_zero_nothing_merges(case):
     assert torch.equal(token_map.unmerge(metric), metric)
 
 
+@pytest.mark.parametrize(
+    "sides", [partition.strided(6, 6), partition.windowed(6, 6, window=4)], ids=["all", "windows"]
+)
+@pytest.mark.parametrize("refine", [0, 1])
+def test_an_empty_batch_gives_empty_tokens_of_the_right_shape(sides, refine):
+    x = torch.empty(0, 36, 8)
+    found = bipartite_soft_matching(x, sides, 12, refine=refine)
+    merged = found.merge(x, how="direction")
+    assert merged.shape == (0, 24, 8)
+    assert found.unmerge(merged).shape == (0, 36, 8)
+    assert found.then(bipartite_soft_matching(merged, partition.alternating(24), 6)).m == 18
+
+
 def test_only_the_direction_of_a_token_counts_not_its_length():
     metric = random_metric(0, 2, 36, 8)
     sides = partition.strided(6, 6)

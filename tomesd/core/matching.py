@@ -74,7 +74,7 @@ def _nearest(metric: Tensor, windows: Windows, refine: int) -> tuple[Tensor, Ten
     batch, _, channels = metric.shape
     n_src, n_dst = windows.src.shape[1], windows.dst.shape[1]
     room = CPU_CHUNK_BYTES if metric.device.type == "cpu" else CHUNK_BYTES
-    room //= batch * metric.itemsize
+    room //= max(1, batch) * metric.itemsize
     # `count` windows per chunk and, if a single window is too large, `sources` of its sources.
     count = max(1, room // ((n_src + n_dst) * channels + n_src * n_dst))
     sources = max(1, room // (count * n_dst))
@@ -98,7 +98,7 @@ def _nearest_in_chunk(
     rows = in_batch(places.expand(len(metric), -1, -1), metric.shape[1])
     tokens = select(metric, rows).flatten(0, 1)
     if padding:  # Zeros add nothing to a group; their similarities are masked below.
-        tokens.unflatten(0, (len(metric), -1)).mul_((order >= 0)[..., None])
+        tokens.unflatten(0, (len(metric), len(order))).mul_((order >= 0)[..., None])
     tokens.div_(norms(tokens))  # In place: `select` made a copy.
     left, right = tokens.split(sides, dim=1)
     padded = windows.dst < 0 if padding else None
@@ -107,7 +107,7 @@ def _nearest_in_chunk(
         into = in_batch(place, right.shape[1]).flatten()
         groups = right.flatten(0, 1).index_add(0, into, left.flatten(0, 1)).view_as(right)
         similarity, place = _best(left, directions(groups), padded, sources)
-    similarity, place = (of.unflatten(0, (len(metric), -1)) for of in (similarity, place))
+    similarity, place = (of.unflatten(0, (len(metric), len(order))) for of in (similarity, place))
     if padding:
         similarity = similarity.masked_fill(windows.src < 0, -torch.inf)
     own, others = rows.split(sides, dim=2)

@@ -106,7 +106,8 @@ class TokenMap:
             joined = rank.index_select(0, target.flatten())
             group = rank.scatter_(0, moved.flatten(), joined)
             size = one.expand(left).scatter_add(0, joined, one.expand(batch * count))
-        return TokenMap(group.view(batch, n), head.view(batch, -1), moved, size.view(batch, -1, 1))
+        head, size = head.view(batch, n - count), size.view(batch, n - count, 1)
+        return TokenMap(group.view(batch, n), head, moved, size)
 
     @staticmethod
     def identity(x: Tensor) -> TokenMap:

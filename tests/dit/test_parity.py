@@ -34,7 +34,7 @@ def _merged(tiny: TinyTransformer, value: Tensor, groups: Groups, is_state: bool
     """One row for each group, where there was one for each image token."""
     # A mask of keys has them in its last dimension; Wan's timesteps by token and branch, which may
     # be in either order.
-    where = tokens_of(tiny, value, (1, 0, 2, -1) if value.dim() == 4 else (1, 0))
+    where = tokens_of(tiny, value, (1, 0, 2, -1) if value.dim() >= 4 else (1, 0))
     if where is None:
         return value
     dim, own = where
@@ -149,7 +149,7 @@ def test_without_proportional_attention_merging_pairs_of_equal_tokens_is_reading
 
     def paired(value: Tensor) -> Tensor:
         """Every second token is the one before it."""
-        where = tokens_of(tiny, value, (1, 0))
+        where = tokens_of(tiny, value, (1, 0, 2) if value.dim() >= 4 else (1, 0))
         if where is None:
             return value
         dim, own = where

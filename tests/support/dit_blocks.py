@@ -25,6 +25,11 @@ WITHOUT_PROPORTIONAL = {
     "MochiTransformer3DModel",
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
+    "GlmImageTransformer2DModel",
+    "JoyImageEditTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
+    "LuminaNextDiT2DModel",
+    "PRXTransformer2DModel",
 }
 BATCH = 2
 # What is beside the image tokens: nothing, the text, or with a mode in front; AuraFlow's registers

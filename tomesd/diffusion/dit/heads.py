@@ -26,7 +26,7 @@ def head_entries(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
 
 
 def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) -> Tensor:
-    """A mask [B, ..., keys] of the merged keys.
+    """A mask [B, ..., keys], or [B, ..., tokens, tokens] of all pairs, of the merged tokens.
 
     beside: how many other keys come before and after those of the map.
     """
@@ -34,5 +34,10 @@ def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) ->
     keys = torch.arange(mask.shape[-1], device=mask.device).expand(batch, -1)
     end = mask.shape[-1] - after
     keys = torch.cat([keys[:, :before], token_map.head + before, keys[:, end:]], dim=1)
-    keys = keys.view(batch, *(1,) * (mask.dim() - 2), -1).expand(-1, *mask.shape[1:-1], -1)
-    return mask.expand(batch, *mask.shape[1:]).gather(-1, keys)
+    mask = mask.expand(batch, *mask.shape[1:])
+    dims = (-1, -2) if mask.dim() > 2 and mask.shape[-2] == mask.shape[-1] > 1 else (-1,)
+    for dim in dims:
+        mask = mask.transpose(dim, -1)
+        own = keys.view(batch, *(1,) * (mask.dim() - 2), -1).expand(-1, *mask.shape[1:-1], -1)
+        mask = mask.gather(-1, own).transpose(dim, -1)
+    return mask

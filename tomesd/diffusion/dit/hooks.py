@@ -150,7 +150,8 @@ class BlockHooks:
         grids = kind.own(place.grids)
         n = sum(f * h * w for f, h, w in grids)
         text = x.shape[1] - n
-        if text < 0 or (text and (kind.text is None or kind.text.argument)):
+        alone = kind.text is None or (kind.text.argument and not kind.padded)
+        if text < 0 or (text and alone):
             raise ValueError(
                 f"{kind.tokens} of block {self.index} must have the tokens of the grids "
                 f"{grids} (frames, height, width), got {x.shape[1]} tokens"
@@ -188,11 +189,11 @@ class BlockHooks:
         kind = self.kind
         if kind.rotary and given.get(kind.rotary.argument) is not None:
             name, dim, at = kind.rotary
-            tables = given[name]
+            tables, first = given[name], kind.text is None or kind.text.first
             if at is None:
-                given[name] = _entries(tables, token_map, dim)
+                given[name] = _entries(tables, token_map, dim, first)
             else:
-                own = _entries(tables[at], token_map, dim)
+                own = _entries(tables[at], token_map, dim, first)
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
             value = given.get(name)
@@ -247,9 +248,9 @@ def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, 
     return tuple(given.pop(name) for name in names[: len(args)]), given
 
 
-def _entries(tables: Any, token_map: TokenMap, dim: int) -> Any:
+def _entries(tables: Any, token_map: TokenMap, dim: int, first: bool) -> Any:
     if isinstance(tables, Tensor):
-        return head_entries(tables, token_map, dim)
+        return head_entries(tables, token_map, dim, first)
     if isinstance(tables, dict):
-        return {key: head_entries(table, token_map, dim) for key, table in tables.items()}
-    return tuple(head_entries(table, token_map, dim) for table in tables)
+        return {key: head_entries(table, token_map, dim, first) for key, table in tables.items()}
+    return tuple(head_entries(table, token_map, dim, first) for table in tables)

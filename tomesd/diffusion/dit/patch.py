@@ -12,6 +12,7 @@ What differs between models is in the records of `tomesd.diffusion.dit.spec`.
 """
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -188,7 +189,7 @@ class DiTPatch(DenoiserPatch):
                 note = f"with {kind.unless}: no residual of their input"
                 rows.append(ReportRow(kind.name, len(others), n, n, 1.0, note))
         for where, why in self.spec.unmerged:
-            rows.append(ReportRow(where, len(getattr(self.model, where)), n, n, 1.0, why))
+            rows.append(ReportRow(where, len(attrgetter(where)(self.model)), n, n, 1.0, why))
         return rows
 
     def _row(self, kind: Blocks, blocks: list[Any]) -> ReportRow:

@@ -76,6 +76,7 @@ class Blocks:
     adds_first, adds_last: arguments with an entry for each token, which the block adds to its
         tokens before and after everything else: to all of them, merged or not.
     mask: the argument that may hold a mask of all keys, in its last dimension, or of all pairs.
+    padded: whether padding may follow the image tokens, which never merges.
     only: the class of the blocks that merge, if the list has others that should not.
     unless: a child module; blocks that have it do not merge, since they are no residual.
     carrier: the dict or tuple among the block's arguments in which the token grid travels; ""
@@ -94,6 +95,7 @@ class Blocks:
     adds_first: str = ""
     adds_last: str = ""
     mask: str = ""
+    padded: bool = False
     only: str = ""
     unless: str = ""
     carrier: str = ""

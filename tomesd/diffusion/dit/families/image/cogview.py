@@ -1,4 +1,4 @@
-"""CogView3-Plus, CogView4 and GLM-Image: joint attention of image and text, after one norm for both."""
+"""CogView3-Plus, CogView4, GLM-Image: joint attention of image and text, with one norm for both."""
 
 from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text, latent_grid
 from tomesd.registry import register

@@ -1,4 +1,4 @@
-"""Wan, AnyFlow and their variants: self-attention with rotary positions; text only in cross-attention."""
+"""Wan and its variants: self-attention with rotary positions; text only in cross-attention."""
 
 from dataclasses import replace
 

@@ -33,8 +33,10 @@ OF_UNETS = OF_BLOCKS | {
 }
 CHOSEN = list(OF_UNETS)[1:]
 
-# These look at the masks of their texts, patched or not.
+# These look at the masks or places of their texts, or select by a mask, patched or not.
 SYNCING = {
+    "GlmImageTransformer2DModel",
+    "OmniGenTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
     "MochiTransformer3DModel",

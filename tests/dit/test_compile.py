@@ -14,6 +14,7 @@ from tomesd import registry
 BROKEN_BY_THE_HOST = {
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
+    "OmniGenTransformer2DModel",
     "ZImageTransformer2DModel",
 }
 

@@ -50,11 +50,11 @@ def test_without_proportional_attention_keys_merge_as_queries_do(tiny):
     gone = tiny.frames * (35 // 2)
     seen = zip(tiny.attention(tiny.build()), tiny.attention(model), strict=True)
     merged = [(before, after) for before, after in seen if before != after]
-    own = [after for before, after in merged if before[0] == before[1]]
-    assert own
+    # In cross-attention there are fewer keys, those of the text.
+    assert any(before[0] <= before[1] for before, _ in merged)
     for (was_queries, was_keys), (queries, keys) in merged:
         assert was_queries - queries == gone
-        assert was_keys - keys == (gone if was_keys == was_queries else 0)
+        assert was_keys - keys == (gone if was_keys >= was_queries else 0)
 
 
 def test_removing_the_patch_restores_the_output_bit_for_bit(tiny):

@@ -27,6 +27,8 @@ from tests.support.dit_blocks import (
 from tests.support.tiny_transformers import TEXT_TOKENS, TinyTransformer
 
 RATIO = 0.4
+# AuraFlow has registers beside its text, and HiDream three texts.
+TEXTS = (TEXT_TOKENS, TEXT_TOKENS + 8, 3 * TEXT_TOKENS)
 Groups = list[list[list[int]]]
 
 
@@ -34,7 +36,7 @@ def _merged(tiny: TinyTransformer, value: Tensor, groups: Groups, is_state: bool
     """One row for each group, where there was one for each image token."""
     # A mask of keys has them in its last dimension; Wan's timesteps by token and branch, which may
     # be in either order.
-    where = tokens_of(tiny, value, (1, 0, 2, -1) if value.dim() == 4 else (1, 0))
+    where = tokens_of(tiny, value, (1, 0, 2, -1) if value.dim() >= 4 else (1, 0))
     if where is None:
         return value
     dim, own = where
@@ -46,7 +48,10 @@ def _merged(tiny: TinyTransformer, value: Tensor, groups: Groups, is_state: bool
         _rows(sample.movedim(dim - 1, 0), own, of_sample, is_state).movedim(0, dim - 1)
         for sample, of_sample in zip(value, groups, strict=True)
     ]
-    return torch.stack(samples)
+    merged = torch.stack(samples)
+    if dim == 2 and value.shape[2:] == (value.shape[2],) * 2:  # A mask of all pairs.
+        return _merged(tiny, merged.mT, groups, is_state).mT
+    return merged
 
 
 def _rows(table: Tensor, own: slice, groups: list[list[int]], is_state: bool) -> Tensor:
@@ -149,7 +154,7 @@ def test_without_proportional_attention_merging_pairs_of_equal_tokens_is_reading
 
     def paired(value: Tensor) -> Tensor:
         """Every second token is the one before it."""
-        where = tokens_of(tiny, value, (1, 0))
+        where = tokens_of(tiny, value, (1, 0, 2) if value.dim() >= 4 else (1, 0))
         if where is None:
             return value
         dim, own = where
@@ -167,7 +172,7 @@ def test_without_proportional_attention_merging_pairs_of_equal_tokens_is_reading
             counts = torch.tensor([2] * before + [1] * n + [2] * rest)
             return value.repeat_interleave(counts, dim)
         for dim in (1, 0):
-            if value.dim() > dim and value.shape[dim] in (TEXT_TOKENS, TEXT_TOKENS + 8):
+            if value.dim() > dim and value.shape[dim] in TEXTS:
                 return value.repeat_interleave(2, dim)
         return value
 

@@ -10,16 +10,24 @@ from tests.support.tiny_transformers import TINY
 
 # These have no gradient checkpointing, or their blocks are handed nothing in which a grid could
 # travel: there the grid of the last forward pass counts.
-WITHOUT_CHECKPOINTS = {"HunyuanDiT2DModel"}
-# Its angles are learned, and come in a tuple, which reentrant checkpoints do not look into.
-NOT_REENTRANT = {"MochiTransformer3DModel"}
+WITHOUT_CHECKPOINTS = {"HunyuanDiT2DModel", "LuminaNextDiT2DModel"}
+# What is learned comes in a tuple, which reentrant checkpoints do not look into.
+NOT_REENTRANT = {"MochiTransformer3DModel", "Kandinsky6Transformer3DModel"}
 LAST_PASS_ONLY = {
     "AllegroTransformer3DModel",
     "AuraFlowTransformer2DModel",
     "CogView3PlusTransformer2DModel",
     "ConsisIDTransformer3DModel",
+    "Flux3Transformer2DModel",
+    "HiDreamImageTransformer2DModel",
+    "Ideogram4Transformer2DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
+    "Kandinsky6Transformer3DModel",
     "LatteTransformer3DModel",
     "Lumina2Transformer2DModel",
+    "PRXTransformer2DModel",
     "WanVACETransformer3DModel",
     "ZImageTransformer2DModel",
 }

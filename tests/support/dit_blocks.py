@@ -25,11 +25,18 @@ WITHOUT_PROPORTIONAL = {
     "MochiTransformer3DModel",
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
+    "GlmImageTransformer2DModel",
+    "JoyImageEditTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
+    "LuminaNextDiT2DModel",
+    "PRXTransformer2DModel",
+    "HiDreamImageTransformer2DModel",
 }
 BATCH = 2
 # What is beside the image tokens: nothing, the text, or with a mode in front; AuraFlow's registers
-# and the text; Z-Image's padding to a multiple of 32, and its padded texts.
-BESIDE = (0, TEXT_TOKENS, TEXT_TOKENS + 1, TEXT_TOKENS + 8, 24, 24 + 96)
+# and the text; Z-Image's padding to a multiple of 32, and its padded texts; HiDream's padding, and
+# its three texts.
+BESIDE = (0, TEXT_TOKENS, TEXT_TOKENS + 1, TEXT_TOKENS + 8, 24, 24 + 96, 4, 4 + 3 * TEXT_TOKENS)
 
 
 class Call:

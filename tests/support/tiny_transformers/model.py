@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 import tomesd
 from tests.support.recorders import AttentionRecorder
@@ -17,13 +18,22 @@ class TinyTransformer(TinyModel):
 
     frames: of its videos, as far as they are tokens of one sample. untouched: how many calls
     of attention are in blocks that do not merge. image_first: whether image tokens come before the
-    text's. one_map: whether all samples merge alike.
+    text's. one_map: whether all samples merge alike. left_float: a module that the host gives
+    float32, whatever its weights are.
     """
 
     frames: int = 1
     untouched: int = 0
     image_first: bool = False
     one_map: bool = False
+    left_float: str = ""
+
+    def build(self, seed: int = 0, **config) -> Any:
+        model = super().build(seed, **config)
+        if self.left_float:
+            own = _GivenItsPrecision(model.get_submodule(self.left_float))
+            model.set_submodule(self.left_float, own)
+        return model
 
     def attention(self, model, **size) -> list[tuple[int, int]]:
         """Queries and keys of every call of attention."""
@@ -40,6 +50,15 @@ class TinyTransformer(TinyModel):
         if when == "after":
             change(model)
         return model
+
+
+class _GivenItsPrecision(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x.to(next(self.parameters()).dtype))
 
 
 def latents(batch, h, w, normal) -> dict:

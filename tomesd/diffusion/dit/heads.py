@@ -6,27 +6,32 @@ from torch import Tensor
 from tomesd.core.token_map import TokenMap
 
 
-def head_entries(table: Tensor, token_map: TokenMap, dim: int) -> Tensor:
-    """The entries of the heads, and all that come before the map's own tokens.
+def head_entries(table: Tensor, token_map: TokenMap, dim: int, first: bool = True) -> Tensor:
+    """The entries of the heads, and all that are not of the map's own tokens.
 
     dim: the dimension of tokens; 0 if the table is the same for all samples.
+    first: whether the others come before.
     """
     table = table.to(token_map.size.device)  # CogView4 makes its angles on the CPU.
-    lead = table.shape[dim] - token_map.n
+    length, others = table.shape[dim], table.shape[dim] - token_map.n
+    lead = others if first else 0
     if dim == 0:
         rows = token_map.head_rows[0] + lead
-        return table.index_select(0, torch.cat([torch.arange(lead, device=rows.device), rows]))
+        places = torch.arange(length, device=rows.device)
+        return table.index_select(0, torch.cat([places[:lead], rows, places[lead + token_map.n :]]))
     batch = token_map.size.shape[0]
     rows = (token_map.head + lead).view(
         batch, *(1,) * (dim - 1), -1, *(1,) * (table.dim() - dim - 1)
     )
     rows = rows.expand(-1, *table.shape[1:dim], -1, *table.shape[dim + 1 :])
     table = table.expand(batch, *table.shape[1:])
-    return torch.cat([table.narrow(dim, 0, lead), table.gather(dim, rows)], dim=dim)
+    before = table.narrow(dim, 0, lead)
+    after = table.narrow(dim, lead + token_map.n, others - lead)
+    return torch.cat([before, table.gather(dim, rows), after], dim=dim)
 
 
 def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) -> Tensor:
-    """A mask [B, ..., keys] of the merged keys.
+    """A mask [B, ..., keys], or [B, ..., tokens, tokens] of all pairs, of the merged tokens.
 
     beside: how many other keys come before and after those of the map.
     """
@@ -34,5 +39,10 @@ def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) ->
     keys = torch.arange(mask.shape[-1], device=mask.device).expand(batch, -1)
     end = mask.shape[-1] - after
     keys = torch.cat([keys[:, :before], token_map.head + before, keys[:, end:]], dim=1)
-    keys = keys.view(batch, *(1,) * (mask.dim() - 2), -1).expand(-1, *mask.shape[1:-1], -1)
-    return mask.expand(batch, *mask.shape[1:]).gather(-1, keys)
+    mask = mask.expand(batch, *mask.shape[1:])
+    dims = (-1, -2) if mask.dim() > 2 and mask.shape[-2] == mask.shape[-1] > 1 else (-1,)
+    for dim in dims:
+        mask = mask.transpose(dim, -1)
+        own = keys.view(batch, *(1,) * (mask.dim() - 2), -1).expand(-1, *mask.shape[1:-1], -1)
+        mask = mask.gather(-1, own).transpose(dim, -1)
+    return mask

@@ -56,7 +56,9 @@ class ModelHooks:
             given[self.spec.kwargs] = place.add_to(given.get(self.spec.kwargs))
         return _as_called(self.names, args, given)
 
-    def append_place(self, rope: nn.Module, args: Args, output: tuple[Any, ...]) -> Args:
+    def append_place(self, rope: nn.Module, args: Args, output: Any) -> Any:
+        if isinstance(output, dict) and self.place is not None:
+            return self.place.add_to(output)
         return *output, self.place
 
 
@@ -104,9 +106,15 @@ class BlockHooks:
         self._count(place, token_map, text)
         if token_map.m == token_map.n:
             return _as_called(self.names, args, given)
-        for name in kind.attention:
-            check_guidance(getattr(block, name), merges_queries=True, merges_keys=True)
+        for attention in kind.attentions(block):
+            check_guidance(attention, merges_queries=True, merges_keys=True)
+        if given.get(kind.adds_first) is not None:
+            x = x + given[kind.adds_first]
+            given[kind.adds_first] = None
         given[kind.tokens] = state.merge_block(x, token_map)
+        if given.get(kind.adds_last) is not None:
+            state.x = x + given[kind.adds_last]
+            given[kind.adds_last] = None
         self._merge_beside(given, token_map, text)
         if isinstance(kind.proportional, Bias) and self.weighs_keys:
             log_size = nn.functional.pad(token_map.size[..., 0].log(), self._beside(text))
@@ -131,7 +139,7 @@ class BlockHooks:
         return (text, 0) if self.kind.text is None or self.kind.text.first else (0, text)
 
     def _count(self, place: Place, token_map: TokenMap, text: int) -> None:
-        n = sum(f * h * w for f, h, w in place.grids)
+        n = sum(f * h * w for f, h, w in self.kind.own(place.grids))
         before, after = text + token_map.n, text + token_map.m
         pairs = after * (before if self.unmerges_keys else after)
         self.counts = n, n - before + after, before**2, pairs
@@ -139,12 +147,14 @@ class BlockHooks:
     def _match(self, x: Tensor, place: Place) -> TokenMap:
         """The token map of a block's tokens; text tokens among them stay as they are."""
         kind, batch = self.kind, x.shape[0]
-        n = sum(f * h * w for f, h, w in place.grids)
+        grids = kind.own(place.grids)
+        n = sum(f * h * w for f, h, w in grids)
         text = x.shape[1] - n
-        if text < 0 or (text and (kind.text is None or kind.text.argument)):
+        alone = kind.text is None or (kind.text.argument and not kind.padded)
+        if text < 0 or (text and alone):
             raise ValueError(
                 f"{kind.tokens} of block {self.index} must have the tokens of the grids "
-                f"{place.grids} (frames, height, width), got {x.shape[1]} tokens"
+                f"{grids} (frames, height, width), got {x.shape[1]} tokens"
             )
         matcher, key, channels = self.matcher.frame, None, x.shape[2]
         if matcher.is_random:
@@ -157,7 +167,7 @@ class BlockHooks:
         before, after = self._beside(text)
         maps = [TokenMap.identity(x[:, :before])] if before else []
         start, ratio, reasons = before, self.ratio.at(place.stage), []
-        for frames, h, w in place.grids:
+        for frames, h, w in grids:
             part = x[:, start : start + frames * h * w]
             start += frames * h * w
             reason = matcher.why_not(
@@ -179,11 +189,11 @@ class BlockHooks:
         kind = self.kind
         if kind.rotary and given.get(kind.rotary.argument) is not None:
             name, dim, at = kind.rotary
-            tables = given[name]
+            tables, first = given[name], kind.text is None or kind.text.first
             if at is None:
-                given[name] = _entries(tables, token_map, dim)
+                given[name] = _entries(tables, token_map, dim, first)
             else:
-                own = _entries(tables[at], token_map, dim)
+                own = _entries(tables[at], token_map, dim, first)
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
             value = given.get(name)
@@ -193,10 +203,11 @@ class BlockHooks:
             given[kind.mask] = mask_of_heads(given[kind.mask], token_map, self._beside(text))
 
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
-        if self.model.state.map is None:
+        how, bias = self.kind.proportional, self.model.state.bias
+        if self.model.state.map is None or not isinstance(how, Bias):
             return args, kwargs
         given = by_name(self.attention_names, args, kwargs)
-        mask, bias = given.get("attention_mask"), self.model.state.bias
+        mask = given.get(how.argument)
         if mask is not None and not self.kind.mask:
             raise ValueError(_MASKED)
         if mask is not None and bias is not None:
@@ -204,7 +215,7 @@ class BlockHooks:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         if bias is not None:
             mask = fit_bias(bias, attention, given[self.attention_names[0]].shape[1])
-        given["attention_mask"] = mask
+        given[how.argument] = mask
         return _as_called(self.attention_names, args, given)
 
     def unmerge_keys(self, projection: nn.Module, args: Args, output: Tensor) -> Tensor:
@@ -237,7 +248,9 @@ def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, 
     return tuple(given.pop(name) for name in names[: len(args)]), given
 
 
-def _entries(tables: Any, token_map: TokenMap, dim: int) -> Any:
+def _entries(tables: Any, token_map: TokenMap, dim: int, first: bool) -> Any:
     if isinstance(tables, Tensor):
-        return head_entries(tables, token_map, dim)
-    return tuple(head_entries(table, token_map, dim) for table in tables)
+        return head_entries(tables, token_map, dim, first)
+    if isinstance(tables, dict):
+        return {key: head_entries(table, token_map, dim, first) for key, table in tables.items()}
+    return tuple(head_entries(table, token_map, dim, first) for table in tables)

@@ -12,6 +12,7 @@ What differs between models is in the records of `tomesd.diffusion.dit.spec`.
 """
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -106,7 +107,7 @@ class DiTPatch(DenoiserPatch):
             if not isinstance(kind.proportional, Bias) or not self.plan.merges:
                 continue
             for block in kind.split(self.model)[0]:
-                for attention in _attentions(block, kind):
+                for attention in kind.attentions(block):
                     check_takes_bias(attention)
 
     def install(self) -> None:
@@ -132,7 +133,7 @@ class DiTPatch(DenoiserPatch):
             self.after(self.model, self.warn_if_idle)
 
     def _install_block(self, block: Any, kind: Blocks) -> None:
-        attentions = _attentions(block, kind)
+        attentions = kind.attentions(block)
         hooks = BlockHooks(
             len(self.blocks),
             kind,
@@ -167,8 +168,9 @@ class DiTPatch(DenoiserPatch):
         token_map, place, kind = self.hooks.state.map, self.hooks.place, self.blocks[block].kind
         if token_map is None or place is None:
             return None
-        (frames, h, w), *others = place.grids
-        tokens = sum(f * h * w for f, h, w in place.grids)
+        grids = kind.own(place.grids)
+        (frames, h, w), *others = grids
+        tokens = sum(f * h * w for f, h, w in grids)
         grid: tuple[int, ...] = (h, w) if frames == 1 else (frames, h, w)
         if others:  # Reference images follow the image itself.
             grid = (tokens,)
@@ -177,24 +179,26 @@ class DiTPatch(DenoiserPatch):
         return BlockTrace(token_map.group[:, : prefix + tokens], prefix, grid)
 
     def rows(self) -> list[ReportRow]:
-        n = sum(f * h * w for f, h, w in self._grids())
         rows = []
+        n = sum(f * h * w for f, h, w in self._grids())
         for kind in self.spec.lists:
             merging, others = kind.split(self.model)
             if merging:
-                rows.append(self._row(kind, merging, n))
+                rows.append(self._row(kind, merging))
             if others:
                 note = f"with {kind.unless}: no residual of their input"
                 rows.append(ReportRow(kind.name, len(others), n, n, 1.0, note))
         for where, why in self.spec.unmerged:
-            rows.append(ReportRow(where, len(getattr(self.model, where)), n, n, 1.0, why))
+            rows.append(ReportRow(where, len(attrgetter(where)(self.model)), n, n, 1.0, why))
         return rows
 
-    def _row(self, kind: Blocks, blocks: list[Any], n: int) -> ReportRow:
+    def _row(self, kind: Blocks, blocks: list[Any]) -> ReportRow:
+        grids = kind.own(self._grids())
+        n = sum(f * h * w for f, h, w in grids)
         if not self.plan.merges:
             return ReportRow(kind.name, len(blocks), n, n, 1.0, "ratio is 0")
         hooks = self.blocks[blocks[0]]
-        m = n - sum(self.matcher.merged(hooks.ratio.largest, grid) for grid in self._grids())
+        m = n - sum(self.matcher.merged(hooks.ratio.largest, grid) for grid in grids)
         # Before the first image the number of text tokens is unknown.
         estimate = n, m, n**2, m * (n if hooks.unmerges_keys else m)
         n, m, before, after = hooks.counts if any(hooks.counts) else estimate
@@ -214,9 +218,3 @@ class DiTPatch(DenoiserPatch):
         if isinstance(size, int) and isinstance(patch, int):
             return ((1, size // patch, size // patch),)
         return ()
-
-
-def _attentions(block: Any, kind: Blocks) -> list[Any]:
-    """The self-attention modules of a block."""
-    found = [getattr(block, name) for name in kind.attention]
-    return [attention for attention in found if attention is not None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from tomesd.diffusion.block import Grid
@@ -25,7 +26,7 @@ class Text(NamedTuple):
 class Rotary(NamedTuple):
     """Rotary position tables of the tokens; a merged token takes the angles of its destination.
 
-    argument: the block's argument that holds the table or a tuple of tables.
+    argument: the block's argument that holds the table, or a tuple or dict of tables.
     dim: the dimension of tokens. 0 means one table for all samples, hence one token map for all.
     table: which table or tuple of them, if only one of those in the argument is of image tokens.
     """
@@ -36,9 +37,13 @@ class Rotary(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """Proportional attention through an attention_mask with this many dimensions."""
+    """Proportional attention through a mask that is added to the logits.
+
+    ndim: its dimensions. argument: of the attention.
+    """
 
     ndim: int
+    argument: str = "attention_mask"
 
 
 class UnmergeKeys(NamedTuple):
@@ -55,18 +60,23 @@ class Blocks:
     """How the blocks in one list of a model take their tokens. Each is a residual of its input.
 
     >>> Blocks("blocks", attention=("attn1",), proportional=Bias(4), rotary=Rotary("rotary_emb"))
-    Blocks(name='blocks', tokens='hidden_states', text=None, output=None, attention=('attn1',), ...
+    Blocks(name='blocks', images=(0, None), tokens='hidden_states', text=None, ...
 
-    name: of the list in the model.
+    name: of the list in the model, with dots if it is in a child.
+    images: from which to which of the model's grids its tokens have, if not those of all images.
     tokens: the argument with the tokens that merge.
     text: the text tokens that they attend to together with their own, if any.
     output: the index of the image tokens in the block's output; None if they are all of it.
-    attention: the block's children that do self-attention; some blocks may have None there.
+    attention: the block's children that do self-attention, with dots if they are deeper; some
+        blocks may have None there.
     proportional: how attention can weigh keys by size; None: merge without proportional attention.
     rotary: the rotary tables of the tokens, if any.
     per_token: arguments that may have an entry for each image token, and in which dimension; merged
         tokens take the entry of their destination.
-    mask: the argument that may hold a mask of all keys, in its last dimension.
+    adds_first, adds_last: arguments with an entry for each token, which the block adds to its
+        tokens before and after everything else: to all of them, merged or not.
+    mask: the argument that may hold a mask of all keys, in its last dimension, or of all pairs.
+    padded: whether padding may follow the image tokens, which never merges.
     only: the class of the blocks that merge, if the list has others that should not.
     unless: a child module; blocks that have it do not merge, since they are no residual.
     carrier: the dict or tuple among the block's arguments in which the token grid travels; ""
@@ -74,6 +84,7 @@ class Blocks:
     """
 
     name: str = "transformer_blocks"
+    images: tuple[int, int | None] = (0, None)
     tokens: str = "hidden_states"
     text: Text | None = None
     output: int | None = None
@@ -81,7 +92,10 @@ class Blocks:
     proportional: Bias | UnmergeKeys | None = None
     rotary: Rotary | None = None
     per_token: tuple[tuple[str, int], ...] = ()
+    adds_first: str = ""
+    adds_last: str = ""
     mask: str = ""
+    padded: bool = False
     only: str = ""
     unless: str = ""
     carrier: str = ""
@@ -89,10 +103,21 @@ class Blocks:
     def split(self, model: Any) -> tuple[list[Any], list[Any]]:
         """The blocks that merge, and those that do not because of `unless`."""
         blocks = [
-            block for block in getattr(model, self.name) if self.only in ("", type(block).__name__)
+            block
+            for block in attrgetter(self.name)(model)
+            if self.only in ("", type(block).__name__)
         ]
         others = [block for block in blocks if getattr(block, self.unless, None) is not None]
         return [block for block in blocks if block not in others], others
+
+    def own(self, grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+        """Those of the model's grids that its tokens have."""
+        return grids[slice(*self.images)]
+
+    def attentions(self, block: Any) -> list[Any]:
+        """The self-attention modules of a block."""
+        found = [attrgetter(name)(block) for name in self.attention]
+        return [attention for attention in found if attention is not None]
 
 
 @dataclass(frozen=True)

@@ -40,3 +40,15 @@ refuse(
     "its experts choose among all tokens, and would choose others among merged ones",
     "diffusers.NucleusMoEImageTransformer2DModel",
 )
+refuse(
+    "its blocks hand on what they make of every token, not only what they add to it",
+    "diffusers.ZImageControlNetModel",
+)
+refuse(
+    "its video, sound and text are one sequence, whose order only its data tell",
+    "diffusers.MiniMaxH3Transformer3DModel",
+)
+refuse(
+    "it is told no token grid, only positions, and its keys are kept from chunk to chunk",
+    "diffusers.SanaWMLTX2RefinerTransformer3DModel",
+)

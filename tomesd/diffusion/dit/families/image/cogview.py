@@ -1,4 +1,4 @@
-"""CogView3-Plus and CogView4: joint attention of image and text, after one norm for both."""
+"""CogView3-Plus, CogView4, GLM-Image: joint attention of image and text, with one norm for both."""
 
 from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text, latent_grid
 from tomesd.registry import register
@@ -16,7 +16,7 @@ register(
     "diffusers.CogView3PlusTransformer2DModel",
 )
 
-# Its processor takes no bias.
+# Their processors take no bias.
 register(
     DiT(
         Blocks(
@@ -30,4 +30,5 @@ register(
         kwargs="attention_kwargs",
     ),
     "diffusers.CogView4Transformer2DModel",
+    "diffusers.GlmImageTransformer2DModel",
 )

@@ -1,8 +1,9 @@
 """Flux and its variants: joint attention of two streams, then a single one, with rotary positions.
 
-The token grid is read from the image ids that a pipeline makes. The reference images of Kontext and
-Flux2 have ids of their own: they merge too, each within itself. Samples of a ControlNet are at full
-resolution, and so is the stream that they are added to.
+Krea 2 has a single stream only, and the first blocks of Flux3 are of image tokens by themselves.
+The token grid is read from the ids that a pipeline makes. The reference images of Kontext, Flux2
+and Flux3 have ids of their own: they merge too, each within itself. Samples of a ControlNet are at
+full resolution, and so is the stream that they are added to.
 """
 
 from dataclasses import replace
@@ -22,23 +23,28 @@ _known = WeakTensorKeyDictionary()
 
 
 def _grids_of_ids(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
-    ids = given["img_ids"]
+    return _grids(given["img_ids"])
+
+
+def _grids(ids: Tensor, name: str = "img_ids", start: int = 0) -> tuple[Grid, ...]:
     if torch.compiler.is_compiling():
-        return _read(ids)
+        return _read(ids, name, start)
     if ids not in _known:
-        _known[ids] = _read(ids)
+        _known[ids] = _read(ids, name, start)
     known: tuple[Grid, ...] = _known[ids]
     return known
 
 
-def _read(ids: Tensor) -> tuple[Grid, ...]:
+def _read(ids: Tensor, name: str, start: int) -> tuple[Grid, ...]:
     """Images one after another; each has its own first coordinate, followed by row and column.
+
+    start: where they begin among the ids.
 
     In a model that is compiled as part of something else, this runs on the example inputs and the
     code is for their grid: every image with the same number of tokens reuses it. A model that is
     compiled by itself reads each one: see `grid_hook`.
     """
-    ids = (ids[0] if ids.dim() == 3 else ids).cpu()
+    ids = (ids[0] if ids.dim() == 3 else ids)[start:].cpu()
     starts = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1
     grids = []
     for image in ids.tensor_split(starts):
@@ -50,7 +56,7 @@ def _read(ids: Tensor) -> tuple[Grid, ...]:
             and torch.equal(columns, columns[:w].repeat(h))
         ):
             raise ValueError(
-                f"img_ids must list the tokens of each image row by row, got {len(rows)} tokens "
+                f"{name} must list the tokens of each image row by row, got {len(rows)} tokens "
                 f"of which {w} are in the first row"
             )
         grids.append((1, h, w))
@@ -59,6 +65,16 @@ def _read(ids: Tensor) -> tuple[Grid, ...]:
 
 # What torch.compiler.assume_constant_result does, which would import all of the compiler.
 setattr(_read, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def _grids_after_text(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
+    text = given["encoder_hidden_states"].shape[1]
+    return _grids(given["position_ids"], "position_ids", start=text)
+
+
+def _grids_and_references(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
+    own, references = _grids_of_ids(model, given), given.get("image_cond_ids")
+    return own if references is None else own + _grids(references, "image_cond_ids")
 
 
 def _grids_without_cache(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
@@ -116,6 +132,40 @@ register(
         reads_data=True,
     ),
     "diffusers.Flux2Transformer2DModel",
+)
+
+register(
+    DiT(
+        replace(
+            _TWO_STREAMS,
+            text=Text(),
+            output=None,
+            mask="attention_mask",
+        ),
+        _grids_after_text,
+        rope="rotary_emb",
+        reads_data=True,
+    ),
+    "diffusers.Krea2Transformer2DModel",
+)
+
+register(
+    DiT(
+        (
+            Blocks(
+                "mode_blocks.image",
+                images=(0, 1),
+                proportional=Bias(4),
+                rotary=Rotary("image_rotary_emb"),
+                per_token=(("temb_mod", 1),),
+            ),
+            replace(_SPLIT_STREAM, per_token=(("temb_mod", 1),), carrier=""),
+        ),
+        _grids_and_references,
+        reads_data=True,
+        unmerged=(("mode_blocks.image_cond", "they are of reference images by themselves"),),
+    ),
+    "diffusers.Flux3Transformer2DModel",
 )
 
 refuse(

@@ -1,6 +1,9 @@
-"""PixArt-α and Σ, and DiT: self-attention of image tokens; text only in cross-attention."""
+"""PixArt-α and Σ, and DiT: self-attention of image tokens; text only in cross-attention.
 
-from tomesd.diffusion.dit import Bias, Blocks, DiT, latent_grid
+PRX attends to both at once, and its processor takes no bias.
+"""
+
+from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text, latent_grid
 from tomesd.registry import register
 
 register(
@@ -11,4 +14,16 @@ register(
     ),
     "diffusers.PixArtTransformer2DModel",
     "diffusers.DiTTransformer2DModel",
+)
+register(
+    DiT(
+        Blocks(
+            "blocks",
+            text=Text("encoder_hidden_states"),
+            attention=("attention",),
+            rotary=Rotary("image_rotary_emb", dim=2),
+        ),
+        latent_grid(),
+    ),
+    "diffusers.PRXTransformer2DModel",
 )

@@ -1,4 +1,4 @@
-"""HunyuanVideo: joint attention with image tokens first, and masked text.
+"""HunyuanVideo and Motif-Video: joint attention with image tokens first, and masked text.
 
 Of its ways to continue an image, "token_replace" is left unmerged: its blocks treat the tokens of
 the first frame differently from the others.
@@ -39,6 +39,19 @@ register(
         rope="rope",
     ),
     "diffusers.HunyuanVideo15Transformer3DModel",
+)
+
+# The last of its single blocks read the video that the others made in place of the text.
+_MOTIF = replace(
+    _TWO_STREAMS, rotary=Rotary("image_rotary_emb"), only="", carrier="image_rotary_emb"
+)
+register(
+    DiT(
+        (_MOTIF, replace(_MOTIF, name="single_transformer_blocks")),
+        latent_grid(frames=-3),
+        rope="rope",
+    ),
+    "diffusers.MotifVideoTransformer3DModel",
 )
 
 refuse(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, latent_grid
-from tomesd.registry import register
+from tomesd.registry import refuse, register
 
 _WAN = Blocks(
     "blocks",
@@ -19,6 +19,8 @@ register(
     DiT(_WAN, latent_grid(frames=-3), rope="rope"),
     "diffusers.WanTransformer3DModel",
     "diffusers.ChronoEditTransformer3DModel",
+    # What it makes of the face is added between the blocks, to every token.
+    "diffusers.WanAnimateTransformer3DModel",
 )
 # The blocks that make hints get the same tables: no grid can travel in them.
 register(
@@ -32,4 +34,15 @@ register(
 register(
     DiT(replace(_WAN, per_token=(("temb", 2),)), latent_grid(frames=-3), rope="rope"),
     "diffusers.SkyReelsV2Transformer3DModel",
+)
+# One table for queries and one for keys, [1, 1, tokens, ...]; its frames come before its channels.
+register(
+    DiT(replace(_WAN, rotary=Rotary("rotary_emb", dim=2)), latent_grid(frames=1), rope="rope"),
+    "diffusers.AnyFlowTransformer3DModel",
+)
+
+refuse(
+    "its attention lays out the tokens of every frame in a block mask, which merged tokens do not "
+    "fill",
+    "diffusers.WanAnimate2Transformer3DModel",
 )

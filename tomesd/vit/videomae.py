@@ -72,7 +72,7 @@ class _Layer(Layer):
         return (hidden, self.forward.merge(self.index, residual)), kwargs
 
     def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return self.finish(output)
+        return self.finish(block, output)
 
 
 _ATTENTION = "attention.attention"

@@ -26,6 +26,7 @@ class HookPoints(NamedTuple):
     unmerge: nn.Module
     features: dict[str, nn.Module]
 
+
 # Whose hooks keep no output; transformers' hidden states are unmerged where they are returned.
 _KEEP_NOTHING = ("tomesd.", "torch.", "transformers.utils.output_capturing")
 

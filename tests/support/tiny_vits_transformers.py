@@ -180,16 +180,8 @@ def _vivit(**config) -> Vit:
 
 
 def _dpt(**config) -> Vit:
-    family = {
-        "backbone_out_indices": [0, 1, 2],
-        "neck_hidden_sizes": [8, 8, 8],
-        "reassemble_factors": [2, 1, 0.5],
-        "fusion_hidden_size": 8,
-        "qkv_bias": True,
-    }
-    model = hf.DPTForDepthEstimation(hf.DPTConfig(**configured(config, **family)))
-    layers = model.dpt.encoder.layer
-    return described(model, layers, {"pixel_values": images()}, 1, like_videomae)
+    model = hf.DPTModel(hf.DPTConfig(**configured(config, qkv_bias=True)))
+    return described(model, model.encoder.layer, {"pixel_values": images()}, 1, like_videomae)
 
 
 ENCODERS = {

@@ -2,23 +2,15 @@
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import tomesd
 from tests.support.recorders import count_hooks
-from tests.support.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
-from tests.support.vit_reference import encode, features, merge_into, unmerge
-from tomesd import registry
-from tomesd.core.matching import bipartite_soft_matching
-from tomesd.core.partition import alternating
-from tomesd.vit import ViTPatch
-from tomesd.vit.matcher import Matcher
-from tomesd.vit.settings import ViTSettings
+from tests.support.tiny_vits import FAMILIES, Vit, build
+from tests.support.vit_reference import encode, unmerge
 
 families = pytest.mark.parametrize("name", FAMILIES)
 
@@ -74,8 +66,11 @@ def test_merged_blocks_compute_what_the_paper_says(name):
         torch.testing.assert_close(got, unmerge(merged, groups), atol=1e-4, rtol=1e-4)
 
 
+NEED_ALL = ("ViTMAE", *(name for name in FAMILIES if "backbone" in name))
+
+
 # What decodes or maps patches needs them all.
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("ViTMAE", "DINOv2 backbone")])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in NEED_ALL])
 @torch.no_grad()
 def test_without_unmerge_the_output_has_the_merged_tokens(name):
     vit = build(name)
@@ -108,65 +103,6 @@ def test_class_distillation_and_register_tokens_never_merge(name):
         for special in range(vit.prefix):
             assert group.count(group[special]) == 1
         assert len(set(group[vit.prefix :])) < len(group) - vit.prefix
-
-
-class _Comparing(Matcher):
-    """Compares tokens by one feature, of all heads or averaged over them."""
-
-    def __init__(self, feature: str, heads: str):
-        self.needs, self.feature, self.heads = (feature,), feature, heads
-        self.averages_heads = heads == "mean"
-
-    def token_map(self, features, prefix, r, layer, layers):
-        feature = features[self.feature]
-        metric = feature.mean(2) if self.heads == "mean" else feature.flatten(2)
-        sides = alternating(metric.shape[1], prefix=prefix)
-        return bipartite_soft_matching(metric, sides, r)
-
-
-def _first_block(vit: Vit, matcher: Matcher | None) -> tuple[Tensor, Tensor]:
-    """What goes into the first block, and in which groups it comes out."""
-    seen = {}
-    vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
-    encoder = next(m for m in vit.model.modules() if registry.find(m))
-    patch = ViTPatch(registry.find(encoder), encoder, ViTSettings(r=[5, 0, 0]), matcher=matcher)
-    patch.install()
-    vit.output()
-    group = patch.forward.maps[1].group
-    patch.remove()
-    return seen["first"], group
-
-
-@families
-@pytest.mark.parametrize(
-    ("which", "heads"),
-    [("k", ""), ("k", "all"), *((name, "mean") for name in ("x_pre", "x", "q", "v")), ("v", "all")],
-)
-@torch.no_grad()
-def test_tokens_are_compared_by_their_keys_or_by_what_a_matcher_asks_for(name, which, heads):
-    vit = build(name)
-    first, group = _first_block(vit, _Comparing(which, heads) if heads else None)
-    for tokens, got in zip(first, group, strict=True):
-        feature = features(tokens, vit.reference[0])[which]
-        metric = feature.transpose(0, 1).flatten(1) if heads == "all" else feature.mean(0)
-        into = merge_into(metric, 5, vit.prefix)
-        stay = [i for i in range(len(tokens)) if i not in into]
-        assert got.tolist() == [stay.index(into.get(i, i)) for i in range(len(tokens))]
-
-
-def first_tokens(vit: Vit) -> int:
-    return patched_encoder(vit)._tomesd_patch.forward.maps[0].n
-
-
-@families
-def test_gradients_are_those_of_the_reference(name):
-    vit = build(name)
-    first, last = run_patched(vit, r=R)
-    weight = vit.blocks[0].get_parameter(next(n for n, p in vit.blocks[0].named_parameters()))
-    (got,) = torch.autograd.grad(last.square().sum(), weight, retain_graph=True)
-    rows = [unmerge(*encode(tokens, vit.reference, R, vit.prefix)) for tokens in first]
-    (expected,) = torch.autograd.grad(torch.stack(rows).square().sum(), weight)
-    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-3)
 
 
 def assert_has_its_own_patch(twin: Vit, expected: Tensor, plain: Tensor) -> None:
@@ -213,28 +149,6 @@ def test_what_blocks_give_is_saved_and_loaded_like_any_tensor(name, tmp_path):
         assert not vars(tensor)
 
 
-def test_a_callers_own_tensor_goes_through_the_blocks_of_several_forwards():
-    vit = build("timm", drop_path_rate=0.5)
-    vit.model.train()
-    tomesd.apply_patch(vit.model, r=R)
-    tokens = torch.randn(8, 37, 24)
-
-    def gradient(call) -> Tensor:
-        torch.manual_seed(0)
-        loss = 0
-        for weight in (1, 2):  # Other paths are dropped each time, so other tokens merge.
-            x = tokens
-            for block in vit.blocks:
-                x = call(block, x)
-            loss = loss + weight * x.square().mean()
-        return torch.autograd.grad(loss, vit.blocks[0].attn.qkv.weight)[0]
-
-    expected = gradient(lambda block, x: block(x))
-    got = gradient(partial(checkpoint, use_reentrant=False))
-    torch.testing.assert_close(got, expected)
-    assert not vars(tokens)
-
-
 @families
 @torch.no_grad()
 def test_a_block_that_gets_other_tokens_than_its_model_gives_it_is_an_error(name):
@@ -276,23 +190,14 @@ def test_the_state_dict_keeps_its_keys(name):
 
 
 @families
-def test_autocast_trains_with_merging(name):
-    vit = build(name)
-    tomesd.apply_patch(vit.model, r=3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        vit.output().float().square().mean().backward()
-    assert len(set(groups_of_last_run(vit)[0])) == len(groups_of_last_run(vit)[0]) - 9
-    gradients = [p.grad for p in vit.blocks[0].parameters()]
-    assert all(g.isfinite().all() for g in gradients)
-    assert any(g.count_nonzero() for g in gradients)
-
-
-@families
 @torch.no_grad()
 def test_bfloat16_models_merge_in_bfloat16(name):
     vit = build(name)
     vit.model.bfloat16()
-    vit.inputs = {key: value.bfloat16() for key, value in vit.inputs.items()}
+    vit.inputs = {
+        key: value.bfloat16() if value.is_floating_point() else value
+        for key, value in vit.inputs.items()
+    }
     dtype = vit.output().dtype
     tomesd.apply_patch(vit.model, r=3)
     out = vit.output()
@@ -301,52 +206,3 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     run = patched_encoder(vit)._tomesd_patch.forward
     assert run.maps[-1].m == run.maps[0].n - 9
     assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
-
-
-@families
-def test_gradient_checkpointing_gives_the_same_gradients(name):
-    vit = build(name)
-    vit.model.train()
-    tomesd.apply_patch(vit.model, r=R)
-    expected = gradients(vit)
-    enable_checkpointing(name, vit)
-    got = gradients(vit)
-    assert expected.keys() == got.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, msg=key)
-
-
-def test_reentrant_checkpointing_gives_the_same_gradients():
-    vit = build("ViT")
-    vit.model.train()
-    tomesd.apply_patch(vit.model, r=R)
-    expected = gradients(vit)
-    vit.model.gradient_checkpointing_enable({"use_reentrant": True})
-    got = gradients(vit)
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, msg=key)
-
-
-@pytest.mark.parametrize("name", ["timm", "ViT", "CLIP", "VideoMAE", "torchvision"])
-def test_gradient_checkpointing_goes_back_through_two_forwards(name):
-    vit = build(name)
-    vit.model.train()
-    tomesd.apply_patch(vit.model, r=[5, 5, 2])
-    expected = gradients(vit, forwards=2)
-    enable_checkpointing(name, vit)
-    got = gradients(vit, forwards=2)
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, msg=key)
-
-
-def gradients(vit: Vit, forwards: int = 1) -> dict[str, Tensor]:
-    """Of one loss on several inputs."""
-    vit.model.zero_grad()
-    (name, first), *_ = vit.inputs.items()
-    loss = 0
-    for i in range(forwards):
-        vit.inputs[name] = first.roll(5 * i, dims=-1) * (1 + i)
-        loss = loss + vit.output().square().mean()
-    vit.inputs[name] = first
-    loss.backward()
-    return {n: p.grad.clone() for n, p in vit.model.named_parameters() if p.grad is not None}

@@ -54,14 +54,6 @@ def test_threads_with_other_pictures_get_what_each_gets_alone(name):
     assert_alike(batches(vit), inside(vit))
 
 
-@pytest.mark.parametrize("features", ["x_pre", "x", "q", "v"])
-@pytest.mark.parametrize("name", ["timm", "torchvision"])
-def test_threads_compare_tokens_by_their_own_features(name, features):
-    vit = build(name)
-    tomesd.apply_patch(vit.model, r=R, features=features)
-    assert_alike(batches(vit), inside(vit))
-
-
 @few
 def test_threads_do_not_mix_where_another_hook_changes_what_blocks_give(name):
     vit = build(name)

@@ -1,18 +1,8 @@
 """Vision Transformers of transformers, timm and torchvision."""
 
-from tomesd.vit import timm, torchvision, transformers, videomae
+from tomesd.vit import hosts
 from tomesd.vit.layer import HookPoints, Layer
 from tomesd.vit.patch import ViTPatch
 from tomesd.vit.spec import Places, ViT
 
-__all__ = [
-    "HookPoints",
-    "Layer",
-    "Places",
-    "ViT",
-    "ViTPatch",
-    "timm",
-    "torchvision",
-    "transformers",
-    "videomae",
-]
+__all__ = ["HookPoints", "Layer", "Places", "ViT", "ViTPatch", "hosts"]

@@ -21,7 +21,9 @@ class Forward:
 
     maps[i] maps the first block's tokens to those that block i gets, maps[-1] to those after the
     last block; steps[i] is what block i merges, None for nothing. They are kept by block, so that
-    gradient checkpointing, which runs blocks again in any order, finds them.
+    gradient checkpointing, which runs blocks again in any order, finds them. collected: whether
+    another caller than the model's own forward runs the blocks, and may keep what each of them
+    gives.
     """
 
     settings: ViTSettings
@@ -31,6 +33,7 @@ class Forward:
     maps: list[TokenMap] = field(init=False)
     steps: list[TokenMap | None] = field(init=False)
     masks_tokens: bool = False
+    collected: bool = False
 
     def __post_init__(self) -> None:
         self.maps = [None] * (len(self.schedule) + 1)  # type: ignore[list-item]
@@ -75,6 +78,18 @@ class Forward:
         step = self.steps[layer]
         return x if step is None else self.matcher.merge(step, x, self.maps[layer].size)
 
+    def all_tokens(self, layer: int, x: Tensor) -> Tensor:
+        """x: what goes into a block, or comes out of the last; merged, or all tokens already."""
+        so_far = self.maps[layer]
+        return so_far.unmerge(x) if so_far.m < so_far.n and x.shape[1] == so_far.m else x
+
+    def merged_tokens(self, layer: int, x: Tensor, how: str) -> Tensor:
+        """The inverse of `all_tokens`. how: as in `TokenMap.merge`."""
+        so_far = self.maps[layer]
+        if so_far is None or so_far.m == so_far.n or x.shape[1] != so_far.n:
+            return x
+        return so_far.merge(x, how=how)
+
 
 def direct_call_error(layer: int, x: Tensor) -> RuntimeError:
     """What to raise in a block that did not get what the block before it returned."""
@@ -91,11 +106,16 @@ class ThreadState:
 
     begun: its latest forward; None in a thread of autograd's own, which begins none. current: the
     forward that its block is in, which in a backward pass may be another. features: of that block.
+    called: whether the model has been called, and its blocks not yet. block: the one that it is in,
+    −1 for none.
     """
 
     begun: Forward | None = None
     current: Forward | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    called: bool = False
+    collected: bool = False
+    block: int = -1
 
 
 class Forwards:
@@ -138,28 +158,61 @@ class Forwards:
             return self.begun
         return self.thread.current
 
-    def begin(self, *_: Any) -> None:
+    def call(self, *_: Any) -> None:
+        """The model's own forward is about to run its blocks."""
+        self.thread.called = True
+
+    def end(self, *_: Any) -> None:
+        """The model's own forward is over, whether it ran its blocks or not."""
+        self.thread.called = False
+
+    def begin(self) -> None:
         thread = self.thread
         thread.current = self.make()
+        thread.current.collected = thread.collected
         if torch.compiler.is_compiling() or not _in_backward():
             thread.begun = self.latest = thread.current
 
+    def arrive(self, layer: int, x: Tensor) -> Tensor:
+        """x: what a block is called with. Returns it with the tokens merged so far."""
+        thread = self.thread
+        thread.block = layer
+        if layer == 0:
+            thread.collected, thread.called = not thread.called, False
+            self.begin()
+            return x
+        if torch.compiler.is_compiling():
+            return self.begun.merged_tokens(layer, x, "mean")
+        forward = self._forward_of(layer, x)
+        # Equal tokens are merged bit for bit, but another hook may have changed each of them.
+        merged = forward.merged_tokens(layer, x, "head" if x in self.of_inputs else "mean")
+        if merged is not x:
+            self.of_inputs[merged] = forward
+        return merged
+
     def enter(self, layer: int, x: Tensor) -> None:
+        """x: what the first module inside a block gets. Checkpointing may run that again alone."""
         if torch.compiler.is_compiling():
             return
+        if self.thread.block != layer and not _in_backward():
+            raise direct_call_error(layer, x)
         if layer == 0:
-            self.begin()  # Hosts call their blocks from other methods than forward, too.
+            self.begin()
             return
-        found = self.of_inputs.get(x)
+        self.thread.current = self._forward_of(layer, x)
+
+    def _forward_of(self, layer: int, x: Tensor) -> Forward:
+        found: Forward | None = self.of_inputs.get(x)
         if found is None:
             # Another hook made x from what the block before returned.
             found = self.begun
             if found.maps[layer + 1] is not None and not _in_backward():
                 raise direct_call_error(layer, x)
-        self.thread.current = found
+        return found
 
     def record(self, x: Tensor) -> Tensor:
         """x: what a block gives to the next."""
+        self.thread.block = -1
         if not torch.compiler.is_compiling():
             self.of_inputs[x] = self.current
         return x

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tomesd.hooks import by_name
@@ -24,6 +25,10 @@ class HookPoints(NamedTuple):
     merge: nn.Module
     unmerge: nn.Module
     features: dict[str, nn.Module]
+
+
+# Whose hooks keep no output; transformers' hidden states are unmerged where they are returned.
+_KEEP_NOTHING = ("tomesd.", "torch.", "transformers.utils.output_capturing")
 
 
 @dataclass(eq=False)
@@ -64,6 +69,15 @@ class Layer:
         key: Any = points.features["k"]
         return int(key.out_features)
 
+    def arrive(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if isinstance(args[0], torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx cannot trace a patched Vision Transformer, and a feature extractor that "
+                "was traced before does not run its blocks: register a forward hook on the blocks, "
+                "whose outputs then have all tokens"
+            )
+        return (self.forwards.arrive(self.index, args[0]), *args[1:]), kwargs
+
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.forwards.enter(self.index, args[0])
         if "x_pre" in self.forward.matcher.needs:
@@ -87,14 +101,15 @@ class Layer:
         return output if step is None else step.unmerge(output)
 
     def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return self.finish(self.forward.merge(self.index, output))
+        return self.finish(block, self.forward.merge(self.index, output))
 
-    def finish(self, merged: Tensor) -> Tensor:
-        forward = self.forward
-        last = self.index == len(forward.schedule) - 1
-        if last:
-            return forward.maps[-1].unmerge(merged) if forward.settings.unmerge else merged
-        return self.forwards.record(merged)
+    def finish(self, block: nn.Module, merged: Tensor) -> Tensor:
+        """merged: what the block gives. Returns it with all tokens where somebody may keep it."""
+        forward, after = self.forward, self.index + 1
+        last = after == len(forward.schedule)
+        if forward.settings.unmerge and (last or forward.collected or _is_watched(block)):
+            merged = forward.all_tokens(after, merged)
+        return merged if last else self.forwards.record(merged)
 
     # Bound methods, since hooks are pickled with their model.
     def record_q(self, module: nn.Module, args: Args, output: Tensor) -> None:
@@ -116,3 +131,11 @@ class Layer:
         given = by_name(self.names, args, kwargs)
         bias = self.forward.key_bias(self.index, given[self.names[0]], given.get(self.mask))
         return args[:1], kwargs | {self.mask: None if bias is None else bias[:, None, None]}
+
+
+def _is_watched(block: nn.Module) -> bool:
+    """Whether hooks of others may keep what the block gives, as feature extractors do."""
+    return any(
+        not getattr(hook, "__module__", "").startswith(_KEEP_NOTHING)
+        for hook in block._forward_hooks.values()
+    )

@@ -1,12 +1,14 @@
 """Token merging in Vision Transformers, by forward hooks alone: what all hosts share.
 
-    model                 pre:  a new forward begins
+    model                 pre:  its own forward, and not another caller, runs the blocks
+    block                 pre:  a new forward begins; if it is given all tokens, merge
     block's input         pre:  which forward is this?
     attention             pre:  + log(size) on the keys
     key projection        post: record the keys
     second norm           pre:  one token map from the keys; merge
     MLP                   post: unmerge
-    block                 post: merge; after the last block, unmerge to the tokens of the first
+    block                 post: merge; after the last block, and where somebody may keep the output,
+                                unmerge to the tokens of the first
 
 The host adds the MLP's output to tokens that it has kept for itself, which a hook does not see. So
 the MLP runs on merged tokens, its output is unmerged, and the sum is merged: merge(x +
@@ -77,12 +79,17 @@ class ViTPatch(Patch):
     def install(self) -> None:
         if not any(self.forward.schedule):
             return
-        self.before(self.model, self.forwards.begin)
+        self.before(self.model, self._call)
+        self.after(self.model, self.forwards.end, always=True)
+        # A Sequential runs its blocks and keeps nothing; other methods of the model run them singly
+        # to collect what they give.
+        self.before(self.spec.find_blocks(self.model), self.forwards.call)
         for index, points in enumerate(self.points):
             names = argument_names(points.attention)
             layer = self.spec.layer(
                 index, self.forwards, points.attention, names, self.spec.attention_mask
             )
+            self.before(points.block, layer.arrive)
             self.before(points.enter, layer.enter)
             for name in self.matcher.needs:
                 if name in points.features:
@@ -90,6 +97,11 @@ class ViTPatch(Patch):
             layer.install(self, points)
         if self.spec.recorder and self.settings.unmerge:
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
+
+    def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        blocks = self.spec.find_blocks(model)
+        if not isinstance(blocks, nn.Sequential) or getattr(model, "grad_checkpointing", False):
+            self.forwards.call()
 
     def first_after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call the hook after the module's forward, before all other hooks: what they collect, such
@@ -134,11 +146,11 @@ class ViTPatch(Patch):
     def _all_tokens(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
         """states: the inputs of the blocks and the last output, which is unmerged already; None for
         those that the caller skips. Anything else (attentions) stays as it is."""
-        maps = self.forward.maps
-        if len(states) != len(maps):
+        forward = self.forward
+        if len(states) != len(forward.maps):
             return states
-        into = zip(maps[:-1], states[:-1], strict=True)
-        return (*(None if x is None else so_far.unmerge(x) for so_far, x in into), states[-1])
+        into = enumerate(states[:-1])
+        return (*(None if x is None else forward.all_tokens(i, x) for i, x in into), states[-1])
 
 
 def _matrices(module: nn.Module) -> int:

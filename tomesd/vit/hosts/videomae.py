@@ -1,7 +1,7 @@
-"""VideoMAE of transformers.
+"""VideoMAE of transformers, and DPT, whose own ViT has the same blocks.
 
-Two things differ from its other models. Its attention takes no mask, so the keys carry log(size) to
-where the logits are computed. And its MLP ends in a module that adds the residual stream itself:
+Two things differ from other models. Their attention takes no mask, so the keys carry log(size) to
+where the logits are computed. And their MLP ends in a module that adds the residual stream itself:
 the residual is merged, and nothing has to be unmerged.
 """
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomesd.registry import register
+from tomesd.vit.hosts.transformers import TRANSFORMERS
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.spec import Places
-from tomesd.vit.transformers import TRANSFORMERS
 
 
 class _WeighedKeys:
@@ -78,25 +78,24 @@ class _Layer(Layer):
         return (hidden, self.forward.merge(self.index, residual)), kwargs
 
     def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return self.finish(output)
+        return self.finish(block, output)
 
 
 _ATTENTION = "attention.attention"
+_BLOCK = Places(
+    "layernorm_before",
+    _ATTENTION,
+    "layernorm_after",
+    "output",
+    f"{_ATTENTION}.query",
+    f"{_ATTENTION}.key",
+    f"{_ATTENTION}.value",
+)
+_VIDEOMAE = replace(
+    TRANSFORMERS, places={"VideoMAELayer": _BLOCK, "DPTViTLayer": _BLOCK}, layer=_Layer
+)
+register(_VIDEOMAE, "transformers.VideoMAEModel")
 register(
-    replace(
-        TRANSFORMERS,
-        places={
-            "VideoMAELayer": Places(
-                "layernorm_before",
-                _ATTENTION,
-                "layernorm_after",
-                "output",
-                f"{_ATTENTION}.query",
-                f"{_ATTENTION}.key",
-                f"{_ATTENTION}.value",
-            )
-        },
-        layer=_Layer,
-    ),
-    "transformers.VideoMAEModel",
+    replace(_VIDEOMAE, tokens=lambda model: model.embeddings.position_embeddings.shape[1]),
+    "transformers.DPTModel",
 )

@@ -1,9 +1,7 @@
-"""Vision Transformers of transformers.
+"""Image and audio encoders of transformers; vision towers are in `tomesd.vit.hosts.towers`.
 
-Images: ViT, DeiT, ViTMAE (its encoder), DINOv2 with and without registers, the vision towers of
-CLIP and SigLIP. Audio: the Audio Spectrogram Transformer. Heads, decoders, feature maps and
-`output_hidden_states` get all tokens, unless unmerge=False; `output_attentions` returns the
-attention that was computed, which is between merged tokens.
+Heads, decoders, feature maps and `output_hidden_states` get all tokens, unless unmerge=False;
+`output_attentions` returns the attention that was computed, which is between merged tokens.
 """
 
 from dataclasses import replace
@@ -16,15 +14,13 @@ from tomesd.vit.spec import Places, ViT
 # Flash attention takes no bias on its keys.
 _TAKE_A_BIAS = ("eager", "sdpa")
 
-_SINGLE_TOKENS = ("cls_token", "class_embedding", "distillation_token")
+_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 
-def _prefix(model: Any) -> int:
-    embeddings = model.embeddings
-    registers = getattr(embeddings, "register_tokens", None)
-    return sum(hasattr(embeddings, name) for name in _SINGLE_TOKENS) + (
-        0 if registers is None else registers.shape[1]
-    )
+def prefix(model: Any) -> int:
+    """How many learned tokens lead the patches: parameters [C] or [1, tokens, C]."""
+    found = [getattr(model.embeddings, name, None) for name in _PREFIX_TOKENS]
+    return sum(1 if x.dim() == 1 else x.shape[1] for x in found if x is not None)
 
 
 def _tokens(model: Any) -> int:
@@ -32,7 +28,7 @@ def _tokens(model: Any) -> int:
     counted = embeddings if hasattr(embeddings, "num_patches") else embeddings.patch_embeddings
     # A masked autoencoder encodes visible patches only.
     visible = 1 - getattr(model.config, "mask_ratio", 0)
-    return int(counted.num_patches * visible) + _prefix(model)
+    return int(counted.num_patches * visible) + prefix(model)
 
 
 def check_attention(model: Any, settings: ViTSettings) -> None:
@@ -54,27 +50,29 @@ def _check_backbone(model: Any, settings: ViTSettings) -> None:
     check_attention(model, settings)
 
 
-def _places(
+def places(
     enter: str, attention: str, merge: str, unmerge: str, projection: str = "{}_proj"
 ) -> Places:
+    """The places of a block, with the projections of queries, keys and values in its attention."""
     q, k, v = (f"{attention}.{projection.format(name)}" for name in "qkv")
     return Places(enter, attention, merge, unmerge, q, k, v)
 
 
-_VIT = _places("layernorm_before", "attention", "layernorm_after", "mlp")
-_DINO = _places("norm1", "attention", "norm2", "layer_scale2")
-_CLIP = _places("layer_norm1", "self_attn", "layer_norm2", "mlp")
+_VIT = places("layernorm_before", "attention", "layernorm_after", "mlp")
+_DINO = places("norm1", "attention", "norm2", "layer_scale2")
 
 TRANSFORMERS = ViT(
     {
         "ViTLayer": _VIT,
         "DeiTLayer": _VIT,
         "ViTMAELayer": _VIT,
+        "ViTMSNLayer": _VIT,
+        "IJepaLayer": _VIT,
+        "PixioLayer": _VIT,
+        "VivitLayer": _VIT,
         "ASTLayer": _VIT,
-        "CLIPEncoderLayer": _CLIP,
-        "SiglipEncoderLayer": _CLIP,
     },
-    prefix=_prefix,
+    prefix=prefix,
     tokens=_tokens,
     check=check_attention,
     recorder=lambda model: model,
@@ -82,7 +80,11 @@ TRANSFORMERS = ViT(
 # It collects hidden states in its encoder.
 _DINOV2 = replace(
     TRANSFORMERS,
-    places={"Dinov2Layer": _DINO, "Dinov2WithRegistersLayer": _DINO},
+    places={
+        "Dinov2Layer": _DINO,
+        "Dinov2WithRegistersLayer": _DINO,
+        "Tipsv2VisionLayer": _DINO,
+    },
     recorder=lambda model: model.encoder,
 )
 
@@ -91,18 +93,26 @@ register(
     "transformers.ViTModel",
     "transformers.DeiTModel",
     "transformers.ViTMAEModel",
-    "transformers.CLIPVisionModel",
-    "transformers.SiglipVisionModel",
+    "transformers.ViTMSNModel",
+    "transformers.IJepaModel",
+    "transformers.PixioModel",
+    "transformers.VivitModel",
 )
 register(
     replace(TRANSFORMERS, tokens=lambda model: model.embeddings.position_embeddings.shape[1]),
     "transformers.ASTModel",
 )
-register(_DINOV2, "transformers.Dinov2Model", "transformers.Dinov2WithRegistersModel")
+register(
+    _DINOV2,
+    "transformers.Dinov2Model",
+    "transformers.Dinov2WithRegistersModel",
+    "transformers.Tipsv2VisionModel",
+)
 register(
     replace(_DINOV2, check=_check_backbone),
     "transformers.Dinov2Backbone",
     "transformers.Dinov2WithRegistersBackbone",
+    "transformers.Tipsv2VisionBackbone",
 )
 
 refuse(

@@ -206,3 +206,18 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     run = patched_encoder(vit)._tomesd_patch.forward
     assert run.maps[-1].m == run.maps[0].n - 9
     assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
+
+
+@families
+@torch.no_grad()
+def test_an_empty_batch_gives_an_empty_output(name):
+    vit = build(name)
+    empty = {key: value[:0] for key, value in vit.inputs.items()}
+    try:
+        expected = vit.model(**empty)
+    except RuntimeError:
+        pytest.skip("its host takes no empty batch")
+    tomesd.apply_patch(vit.model, r=R)
+    got = vit.model(**empty)
+    first = [out if isinstance(out, Tensor) else out[0] for out in (got, expected)]
+    assert first[0].shape == first[1].shape

@@ -22,7 +22,8 @@ class _Layer(Layer):
             if name in ("q", "k", "v"):
                 self.record(name, self._project(attention, name, x))
         bias = self.forward.key_bias(self.index, x, None)
-        return args, kwargs | {self.mask: bias}
+        # MultiheadAttention cannot reshape the mask of an empty batch, which weighs nothing anyway.
+        return args, kwargs | {self.mask: bias if x.shape[0] else None}
 
     def _project(self, attention: Any, name: str, x: Tensor) -> Tensor:
         """q, k or v as [B, N, H, D]; if only their mean over heads is read, as a single head."""

@@ -1,8 +1,6 @@
-"""VideoMAE of transformers, and DPT, whose own ViT has the same blocks.
+"""Layers whose attention takes no mask: VideoMAE and DPT of transformers, BLIP and its kin.
 
-Two things differ from other models. Their attention takes no mask, so the keys carry log(size) as a
-tensor subclass, which adds it where the logits are computed. And their MLP ends in a module that
-adds the residual stream itself: the residual is merged, and nothing has to be unmerged.
+The keys carry log(size) as a tensor subclass, which adds it where the logits are computed.
 """
 
 from dataclasses import replace
@@ -43,10 +41,29 @@ class _WeighedKeys(Tensor):
         return output
 
 
-class _Layer(Layer):
+class _BiasedKeys(Layer):
     def install(self, patch: Any, points: HookPoints) -> None:
         patch.after(points.features["k"], self.carry_bias)
         patch.before(points.merge, self.merge)
+        self.install_after_attention(patch, points)
+
+    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
+        raise NotImplementedError(f"{type(self).__name__} merges nothing")
+
+    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor:
+        bias = self.forward.key_bias(self.index, args[0], None)
+        if bias is None:
+            return output
+        keys = output.as_subclass(_WeighedKeys)
+        keys.bias = bias[:, None, None]
+        return keys
+
+
+class _VideoMAE(_BiasedKeys):
+    """The MLP ends in a module that adds the residual stream itself: the residual is merged, and
+    nothing has to be unmerged."""
+
+    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
         patch.before(points.unmerge, self.merge_residual)
         patch.first_after(points.block, self.leave)
 
@@ -58,20 +75,36 @@ class _Layer(Layer):
         by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
         return by_heads
 
-    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor:
-        bias = self.forward.key_bias(self.index, args[0], None)
-        if bias is None:
-            return output
-        keys = output.as_subclass(_WeighedKeys)
-        keys.bias = bias[:, None, None]
-        return keys
-
     def merge_residual(self, output: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden, residual = args
         return (hidden, self.forward.merge(self.index, residual)), kwargs
 
     def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
         return self.finish(block, output)
+
+
+class _Blip(_BiasedKeys):
+    """One module projects queries, keys and values together."""
+
+    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
+        patch.after(points.attention, self.drop_bias)
+        patch.after(points.unmerge, self.unmerge)
+        patch.first_after(points.block, self.leave)
+
+    @staticmethod
+    def width(points: HookPoints) -> int:
+        attention: Any = points.attention
+        return int(attention.embed_dim)
+
+    def by_heads(self, name: str, output: Tensor) -> Tensor:
+        parts = output.unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
+        part: Tensor = parts[:, :, "qkv".index(name)]
+        return part
+
+    def drop_bias(self, attention: nn.Module, args: Args, output: Any) -> Any:
+        """The values carry the bias as well, and what attention gives with them."""
+        attended, *rest = output
+        return (attended.as_subclass(Tensor), *rest)
 
 
 _ATTENTION = "attention.attention"
@@ -85,10 +118,30 @@ _BLOCK = Places(
     f"{_ATTENTION}.value",
 )
 _VIDEOMAE = replace(
-    TRANSFORMERS, places={"VideoMAELayer": _BLOCK, "DPTViTLayer": _BLOCK}, layer=_Layer
+    TRANSFORMERS, places={"VideoMAELayer": _BLOCK, "DPTViTLayer": _BLOCK}, layer=_VideoMAE
 )
 register(_VIDEOMAE, "transformers.VideoMAEModel")
 register(
     replace(_VIDEOMAE, tokens=lambda model: model.embeddings.position_embeddings.shape[1]),
     "transformers.DPTModel",
+)
+
+_QKV = "self_attn.qkv"
+_BLIP = Places("layer_norm1", "self_attn", "layer_norm2", "mlp", _QKV, _QKV, _QKV)
+register(
+    replace(
+        TRANSFORMERS,
+        places={
+            "BlipEncoderLayer": _BLIP,
+            "Blip2EncoderLayer": _BLIP,
+            "InstructBlipEncoderLayer": _BLIP,
+            "InstructBlipVideoEncoderLayer": _BLIP,
+        },
+        tokens=lambda model: model.embeddings.num_positions,
+        layer=_Blip,
+    ),
+    "transformers.BlipVisionModel",
+    "transformers.Blip2VisionModel",
+    "transformers.InstructBlipVisionModel",
+    "transformers.InstructBlipVideoVisionModel",
 )

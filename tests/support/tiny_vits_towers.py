@@ -97,6 +97,28 @@ def _git(**config) -> Vit:
     return _tower(hf.GitVisionModel, 1, "vision_model.", **config | only)
 
 
+def _like_blip(block: Any) -> Block:
+    def split(x: Any) -> Any:
+        return tuple(heads(part) for part in block.self_attn.qkv(x).chunk(3, dim=-1))
+
+    return Block(
+        block.layer_norm1,
+        split,
+        block.self_attn.projection,
+        lambda x: block.mlp(block.layer_norm2(x)),
+    )
+
+
+def _blip(kind: Any, **config) -> Vit:
+    model = kind(kind.config_class(**configured(config)))
+    layers = model.encoder.layers
+    return described(model, layers, {"pixel_values": images()}, 1, _like_blip)
+
+
+def _eager_blip(**config) -> Vit:
+    return _blip(hf.BlipVisionModel, **config | {"attn_implementation": "eager"})
+
+
 TOWERS = {
     "CLIP": _clip,
     "SigLIP": _siglip,
@@ -115,4 +137,8 @@ TOWERS = {
     "Janus": partial(_tower, hf.JanusVisionModel, 0),
     "AIMv2": _aimv2,
     "InternVL": _internvl,
+    "BLIP": _eager_blip,
+    "BLIP-2": partial(_blip, hf.Blip2VisionModel),
+    "InstructBLIP": partial(_blip, hf.InstructBlipVisionModel),
+    "InstructBLIP video": partial(_blip, hf.InstructBlipVideoVisionModel),
 }

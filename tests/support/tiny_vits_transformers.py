@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tests.support.tiny_vits_base import DEPTH, HEADS, WIDTH, Vit, heads, images
 from tests.support.vit_reference import Block
@@ -184,6 +185,42 @@ def _dpt(**config) -> Vit:
     return described(model, model.encoder.layer, {"pixel_values": images()}, 1, like_videomae)
 
 
+def whisper_config(**config) -> Any:
+    family = {
+        "d_model": WIDTH,
+        "encoder_layers": DEPTH,
+        "encoder_attention_heads": HEADS,
+        "encoder_ffn_dim": 2 * WIDTH,
+        "decoder_layers": 1,
+        "decoder_attention_heads": HEADS,
+        "decoder_ffn_dim": 2 * WIDTH,
+        "num_mel_bins": 8,
+        "max_source_positions": 36,
+        "vocab_size": 20,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+        "attn_implementation": "sdpa",
+    }
+    return hf.WhisperConfig(**family | config)
+
+
+def _whisper(**config) -> Vit:
+    model = WhisperEncoder(whisper_config(**config))
+    inputs = {"input_features": torch.randn(2, 8, 72)}
+
+    def describe(block: Any) -> Block:
+        return Block(
+            block.self_attn_layer_norm,
+            qkv(block.self_attn),
+            block.self_attn.out_proj,
+            lambda x: block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x)))),
+        )
+
+    return described(model, model.layers, inputs, 0, describe)
+
+
 ENCODERS = {
     "ViT": _vit,
     "DeiT": _deit,
@@ -193,6 +230,7 @@ ENCODERS = {
     "DINOv2 with registers": _dinov2_with_registers,
     "VideoMAE": _videomae,
     "AST": _ast,
+    "Whisper": _whisper,
     "ViTMSN": _vit_msn,
     "I-JEPA": _ijepa,
     "Pixio": _pixio,

@@ -8,7 +8,7 @@ from torch import nn
 import tomesd
 from tests.support.tiny_vits import build
 from tests.support.tiny_vits_base import images
-from tests.support.tiny_vits_transformers import configured
+from tests.support.tiny_vits_transformers import configured, whisper_config
 from tests.support.vit_reference import encode, unmerge
 from tests.vit.test_families import run_patched
 from tests.vit.test_transformers import R, families
@@ -115,6 +115,27 @@ def test_clipseg_decodes_the_layers_that_it_extracts():
     merged = model(input_ids=ids, pixel_values=x).logits
     assert merged.shape == plain.shape
     assert not torch.equal(merged, plain)
+
+
+@torch.no_grad()
+def test_whisper_s_decoder_attends_to_all_frames():
+    torch.manual_seed(0)
+    model = _random(hf.WhisperForConditionalGeneration(whisper_config()))
+    sound, ids = torch.randn(2, 8, 72), torch.tensor([[1, 4, 5], [1, 6, 7]])
+    plain = model(sound, decoder_input_ids=ids)
+    tomesd.apply_patch(model, r=9)
+    merged = model(sound, decoder_input_ids=ids)
+    assert merged.encoder_last_hidden_state.shape == plain.encoder_last_hidden_state.shape
+    assert not torch.equal(merged.logits, plain.logits)
+    assert model.generate(sound, max_new_tokens=3).shape[0] == 2
+    tomesd.apply_patch(model, r=9, unmerge=False)
+    assert model(sound, decoder_input_ids=ids).encoder_last_hidden_state.shape[1] == 9
+
+
+def test_whisper_with_skipped_layers_is_refused():
+    model = hf.WhisperModel(whisper_config(encoder_layerdrop=0.1))
+    with pytest.raises(ValueError, match=r"encoder_layerdrop must be 0, .* got 0\.1"):
+        tomesd.apply_patch(model, r=9)
 
 
 @pytest.mark.parametrize("name", ["SigLIP 2", "Idefics 2", "Idefics 3", "SmolVLM"])

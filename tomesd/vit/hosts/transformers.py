@@ -50,6 +50,15 @@ def _check_backbone(model: Any, settings: ViTSettings) -> None:
     check_attention(model, settings)
 
 
+def _check_whisper(model: Any, settings: ViTSettings) -> None:
+    if model.config.encoder_layerdrop:
+        raise ValueError(
+            "encoder_layerdrop must be 0, since a skipped layer merges nothing for the next, got "
+            f"{model.config.encoder_layerdrop}"
+        )
+    check_attention(model, settings)
+
+
 def places(
     enter: str, attention: str, merge: str, unmerge: str, projection: str = "{}_proj"
 ) -> Places:
@@ -101,6 +110,20 @@ register(
 register(
     replace(TRANSFORMERS, tokens=lambda model: model.embeddings.position_embeddings.shape[1]),
     "transformers.ASTModel",
+)
+register(
+    replace(
+        TRANSFORMERS,
+        places={
+            "WhisperEncoderLayer": places(
+                "self_attn_layer_norm", "self_attn", "final_layer_norm", "fc2"
+            )
+        },
+        prefix=lambda model: 0,
+        tokens=lambda model: model.max_source_positions,
+        check=_check_whisper,
+    ),
+    "transformers.WhisperEncoder",
 )
 register(
     _DINOV2,

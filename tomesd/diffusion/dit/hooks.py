@@ -12,7 +12,7 @@ from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.attention_bias import fit_bias
 from tomesd.diffusion.block import Place, ThreadState, add_residual, pop_place
 from tomesd.diffusion.conflicts import check_guidance, is_cached, is_skipped
-from tomesd.diffusion.dit.heads import head_entries, mask_of_heads
+from tomesd.diffusion.dit.heads import first_samples, head_entries, mask_of_heads
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.ratio_plan import LevelRatio
@@ -214,13 +214,15 @@ class BlockHooks:
             mask = mask.view(mask.shape[0], *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         if bias is not None:
+            bias = bias[: attending(attention, len(bias))]
             mask = fit_bias(bias, attention, given[self.attention_names[0]].shape[1])
         given[how.argument] = mask
         return _as_called(self.attention_names, args, given)
 
-    def unmerge_keys(self, projection: nn.Module, args: Args, output: Tensor) -> Tensor:
+    def unmerge_keys(self, keys: Tensor) -> Tensor:
+        """Keys or values of all samples, or of the first."""
         token_map = self.model.state.map
-        return output if token_map is None else token_map.unmerge(output)
+        return keys if token_map is None else first_samples(token_map, len(keys)).unmerge(keys)
 
     def finish(self, block: nn.Module, args: Args, output: Any) -> Any:
         merged, index = self.model.state.leave_block(), self.kind.output
@@ -241,6 +243,17 @@ _CACHED = (
     "a cache must not be enabled while tokens merge, got one: what it keeps from step to step "
     "would be of other tokens; disable_cache() on the model"
 )
+
+
+def is_perturbed(attention: Any) -> bool:
+    return type(attention.processor).__name__.startswith("PAG")
+
+
+def attending(attention: Any, batch: int) -> int:
+    """How many samples attend to others' tokens: of the last ones, each attends to itself alone."""
+    if not is_perturbed(attention):
+        return batch
+    return batch * 2 // 3 if "CFG" in type(attention.processor).__name__ else batch // 2
 
 
 def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, Given]:

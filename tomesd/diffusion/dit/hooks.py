@@ -92,6 +92,7 @@ class BlockHooks:
         kind, state = self.kind, self.model.state
         given = by_name(self.names, args, kwargs)
         x = given[kind.tokens]
+        x = x if kind.batch_first else x.transpose(0, 1)
         if is_cached(block, *block.children()):
             raise ValueError(_CACHED)
         place = self._place(given)
@@ -111,7 +112,8 @@ class BlockHooks:
         if given.get(kind.adds_first) is not None:
             x = x + given[kind.adds_first]
             given[kind.adds_first] = None
-        given[kind.tokens] = state.merge_block(x, token_map)
+        merged = state.merge_block(x, token_map)
+        given[kind.tokens] = merged if kind.batch_first else merged.transpose(0, 1)
         if given.get(kind.adds_last) is not None:
             state.x = x + given[kind.adds_last]
             given[kind.adds_last] = None
@@ -197,8 +199,11 @@ class BlockHooks:
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
             value = given.get(name)
-            if value is not None and value.dim() > dim and value.shape[dim] == token_map.n:
-                given[name] = head_entries(value, token_map, dim)
+            values = value if isinstance(value, list) else [value]
+            if value is None or values[0].dim() <= dim or values[0].shape[dim] != token_map.n:
+                continue
+            own = [head_entries(each, token_map, dim) for each in values]
+            given[name] = own if isinstance(value, list) else own[0]
         if given.get(kind.mask) is not None:
             given[kind.mask] = mask_of_heads(given[kind.mask], token_map, self._beside(text))
 
@@ -229,6 +234,8 @@ class BlockHooks:
         # There is no output after an error.
         if merged is None or output is None:
             return output
+        if not self.kind.batch_first:
+            return add_residual(*merged, output.transpose(0, 1)).transpose(0, 1)
         if index is None:
             return add_residual(*merged, output)
         return *output[:index], add_residual(*merged, output[index]), *output[index + 1 :]

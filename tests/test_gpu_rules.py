@@ -36,6 +36,7 @@ CHOSEN = list(OF_UNETS)[1:]
 # These look at the masks or places of their texts, or select by a mask, patched or not.
 SYNCING = {
     "GlmImageTransformer2DModel",
+    "HiDreamImageTransformer2DModel",
     "OmniGenTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",

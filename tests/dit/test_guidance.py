@@ -4,6 +4,14 @@ import pytest
 import torch
 from diffusers import AutoGuidance, LayerSkipConfig, PerturbedAttentionGuidance, SkipLayerGuidance
 from diffusers.hooks import smoothed_energy_guidance_utils as smoothed
+from diffusers.models.attention_processor import (
+    PAGCFGHunyuanAttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGCFGJointAttnProcessor2_0,
+    PAGHunyuanAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    PAGJointAttnProcessor2_0,
+)
 from torch import Tensor, nn
 
 import tomesd
@@ -12,7 +20,7 @@ from tests.support.tiny_transformers import TINY, TinyTransformer
 
 PIXART, WAN = "PixArtTransformer2DModel", "WanTransformer3DModel"
 SD3, COGVIDEOX = "SD3Transformer2DModel", "CogVideoXTransformer3DModel"
-COGVIEW4 = "CogView4Transformer2DModel"
+COGVIEW4, HUNYUAN = "CogView4Transformer2DModel", "HunyuanDiT2DModel"
 
 
 def _where(model) -> str:
@@ -97,3 +105,36 @@ def test_smoothed_energy_guidance_is_refused_where_queries_merge():
     with pytest.raises(ValueError, match="smoothed-energy guidance cannot be combined with merged"):
         tiny.call(model)
     assert torch.equal(tiny.call(tomesd.remove_patch(model)), blurred)
+
+
+# Processors that split the batch: the last samples attend to themselves alone.
+SPLITTING = [
+    (SD3, PAGCFGJointAttnProcessor2_0, 3),
+    (SD3, PAGJointAttnProcessor2_0, 2),
+    (PIXART, PAGCFGIdentitySelfAttnProcessor2_0, 3),
+    (PIXART, PAGIdentitySelfAttnProcessor2_0, 2),
+    (HUNYUAN, PAGCFGHunyuanAttnProcessor2_0, 3),
+    (HUNYUAN, PAGHunyuanAttnProcessor2_0, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "processor", "batch"), SPLITTING)
+@torch.no_grad()
+def test_samples_whose_attention_is_not_perturbed_are_as_without_perturbing(name, processor, batch):
+    """In pipelines for perturbed-attention guidance, which put processors in place."""
+    tiny = TINY[name]
+    # The second attention of 3.5 is not perturbed.
+    own = {"dual_attention_layers": (), "qk_norm": None} if name == SD3 else {}
+    model = tomesd.apply_patch(tiny.build(**own), ratio=0.5)
+    expected = tiny.call(model, batch=batch)
+    blocks = list(model._tomesd_patch.blocks)
+    # Where all samples merge alike, the perturbed one would change how later blocks merge.
+    for block in blocks[-1:] if tiny.one_map else blocks:
+        (block.attn if name == SD3 else block.attn1).set_processor(processor())
+    with AttentionRecorder() as attention:
+        got = tiny.call(model, batch=batch)
+    assert {queries for queries, _ in attention.seen} <= {18, 18 + 5, 35}
+    torch.testing.assert_close(got[:-1], expected[:-1], rtol=0, atol=1e-5)
+    assert got.isfinite().all()
+    assert (got[-1] - expected[-1]).abs().max() > 1e-3
+    assert torch.equal(tiny.call(model, batch=batch), got)

@@ -12,12 +12,17 @@ from tests.support.tiny_transformers import TINY
 # travel: there the grid of the last forward pass counts.
 WITHOUT_CHECKPOINTS = {"HunyuanDiT2DModel", "LuminaNextDiT2DModel"}
 # What is learned comes in a tuple, which reentrant checkpoints do not look into.
-NOT_REENTRANT = {"MochiTransformer3DModel", "Kandinsky6Transformer3DModel"}
+NOT_REENTRANT = {
+    "ErnieImageTransformer2DModel",
+    "Kandinsky6Transformer3DModel",
+    "MochiTransformer3DModel",
+}
 LAST_PASS_ONLY = {
     "AllegroTransformer3DModel",
     "AuraFlowTransformer2DModel",
     "CogView3PlusTransformer2DModel",
     "ConsisIDTransformer3DModel",
+    "ErnieImageTransformer2DModel",
     "Flux3Transformer2DModel",
     "HiDreamImageTransformer2DModel",
     "Ideogram4Transformer2DModel",

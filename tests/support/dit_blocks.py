@@ -40,10 +40,11 @@ BESIDE = (0, TEXT_TOKENS, TEXT_TOKENS + 1, TEXT_TOKENS + 8, 24, 24 + 96, 4, 4 + 
 
 
 class Call:
-    """One block of a patched model and what the model called it with."""
+    """One block of a patched model and what the model called it with, [batch, tokens, channels]."""
 
-    def __init__(self, block: nn.Module, args: tuple, kwargs: dict):
+    def __init__(self, block: nn.Module, args: tuple, kwargs: dict, batch_first: bool = True):
         self.block, self.args, self.kwargs = block, args, kwargs
+        self.batch_first = batch_first
 
     @property
     def tokens(self) -> Tensor:
@@ -51,17 +52,25 @@ class Call:
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Call":
         """With `change` done to every tensor."""
-        return Call(self.block, _each(self.args, change), _each(self.kwargs, change))
+        args, kwargs = _each(self.args, change), _each(self.kwargs, change)
+        return Call(self.block, args, kwargs, self.batch_first)
 
     def without_place(self) -> "Call":
         """What the unpatched host would be given: no grid travels along."""
         kwargs = {key: _cleaned(value) for key, value in self.kwargs.items()}
-        return Call(self.block, tuple(map(_cleaned, self.args)), kwargs)
+        return Call(self.block, tuple(map(_cleaned, self.args)), kwargs, self.batch_first)
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, ...]:
-        output = self.block(*self.args, **self.kwargs)
-        return output if isinstance(output, tuple) else (output,)
+        given = self if self.batch_first else self.changed(swapped)
+        output = given.block(*given.args, **given.kwargs)
+        output = output if isinstance(output, tuple) else (output,)
+        return output if self.batch_first else tuple(map(swapped, output))
+
+
+def swapped(value: Tensor) -> Tensor:
+    """[tokens, batch, channels] for [batch, tokens, channels], or the reverse."""
+    return value.transpose(0, 1) if value.dim() == 3 else value
 
 
 def _each(value: Any, change) -> Any:
@@ -100,7 +109,8 @@ def calls(tiny: TinyTransformer, **settings) -> tuple[nn.Module, list[Call]]:
     found: list[Call] = []
 
     def note(block, args, kwargs):
-        found.append(Call(block, args, kwargs))
+        call = Call(block, args, kwargs, tiny.batch_first)
+        found.append(call if tiny.batch_first else call.changed(swapped))
 
     blocks = list(model._tomesd_patch.blocks)
     handles = [

@@ -18,7 +18,8 @@ class TinyTransformer(TinyModel):
 
     frames: of its videos, as far as they are tokens of one sample. untouched: how many calls
     of attention are in blocks that do not merge. image_first: whether image tokens come before the
-    text's. one_map: whether all samples merge alike. left_float: a module that the host gives
+    text's. one_map: whether all samples merge alike. batch_first: whether the tokens of its blocks
+    are [batch, tokens, channels]. left_float: a module that the host gives
     float32, whatever its weights are.
     """
 
@@ -26,6 +27,7 @@ class TinyTransformer(TinyModel):
     untouched: int = 0
     image_first: bool = False
     one_map: bool = False
+    batch_first: bool = True
     left_float: str = ""
 
     def build(self, seed: int = 0, **config) -> Any:

@@ -124,6 +124,13 @@ def _ideogram(batch, h, w, normal) -> dict:
     }
 
 
+def _ernie(batch, h, w, normal) -> dict:
+    return latents(batch, h, w, normal) | {
+        "text_bth": normal(batch, TEXT_TOKENS, WIDTH),
+        "text_lens": torch.tensor([3] + [TEXT_TOKENS] * (batch - 1)),
+    }
+
+
 def _hidream(batch, h, w, normal) -> dict:
     return {
         "hidden_states": normal(batch, 4, 2 * h, 2 * w),
@@ -251,6 +258,23 @@ NEWER_IMAGES = {
                 "mrope_section": (2, 1, 1),
             },
             _ideogram,
+        ),
+        TinyTransformer(
+            "ErnieImageTransformer2DModel",
+            {
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "num_layers": 2,
+                "ffn_hidden_size": 16,
+                "in_channels": 4,
+                "out_channels": 4,
+                "patch_size": 2,
+                "text_in_dim": WIDTH,
+                "rope_axes_dim": (2, 2, 4),
+            },
+            _ernie,
+            image_first=True,
+            batch_first=False,
         ),
         TinyTransformer(
             "HiDreamImageTransformer2DModel",

@@ -46,3 +46,11 @@ def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) ->
         own = keys.view(batch, *(1,) * (mask.dim() - 2), -1).expand(-1, *mask.shape[1:-1], -1)
         mask = mask.gather(-1, own).transpose(dim, -1)
     return mask
+
+
+def first_samples(token_map: TokenMap, count: int) -> TokenMap:
+    """The map of the first samples of the batch."""
+    if count == token_map.size.shape[0]:
+        return token_map
+    rows = token_map.group_rows, token_map.head_rows, token_map.moved_rows, token_map.size
+    return TokenMap(*(part[:count] for part in rows))

@@ -12,7 +12,7 @@ from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.attention_bias import fit_bias
 from tomesd.diffusion.block import Place, ThreadState, add_residual, pop_place
 from tomesd.diffusion.conflicts import check_guidance, is_cached, is_skipped
-from tomesd.diffusion.dit.heads import head_entries, mask_of_heads
+from tomesd.diffusion.dit.heads import first_samples, head_entries, mask_of_heads
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.ratio_plan import LevelRatio
@@ -92,6 +92,7 @@ class BlockHooks:
         kind, state = self.kind, self.model.state
         given = by_name(self.names, args, kwargs)
         x = given[kind.tokens]
+        x = x if kind.batch_first else x.transpose(0, 1)
         if is_cached(block, *block.children()):
             raise ValueError(_CACHED)
         place = self._place(given)
@@ -111,7 +112,8 @@ class BlockHooks:
         if given.get(kind.adds_first) is not None:
             x = x + given[kind.adds_first]
             given[kind.adds_first] = None
-        given[kind.tokens] = state.merge_block(x, token_map)
+        merged = state.merge_block(x, token_map)
+        given[kind.tokens] = merged if kind.batch_first else merged.transpose(0, 1)
         if given.get(kind.adds_last) is not None:
             state.x = x + given[kind.adds_last]
             given[kind.adds_last] = None
@@ -197,8 +199,11 @@ class BlockHooks:
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
             value = given.get(name)
-            if value is not None and value.dim() > dim and value.shape[dim] == token_map.n:
-                given[name] = head_entries(value, token_map, dim)
+            values = value if isinstance(value, list) else [value]
+            if value is None or values[0].dim() <= dim or values[0].shape[dim] != token_map.n:
+                continue
+            own = [head_entries(each, token_map, dim) for each in values]
+            given[name] = own if isinstance(value, list) else own[0]
         if given.get(kind.mask) is not None:
             given[kind.mask] = mask_of_heads(given[kind.mask], token_map, self._beside(text))
 
@@ -214,19 +219,23 @@ class BlockHooks:
             mask = mask.view(mask.shape[0], *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         if bias is not None:
+            bias = bias[: attending(attention, len(bias))]
             mask = fit_bias(bias, attention, given[self.attention_names[0]].shape[1])
         given[how.argument] = mask
         return _as_called(self.attention_names, args, given)
 
-    def unmerge_keys(self, projection: nn.Module, args: Args, output: Tensor) -> Tensor:
+    def unmerge_keys(self, keys: Tensor) -> Tensor:
+        """Keys or values of all samples, or of the first."""
         token_map = self.model.state.map
-        return output if token_map is None else token_map.unmerge(output)
+        return keys if token_map is None else first_samples(token_map, len(keys)).unmerge(keys)
 
     def finish(self, block: nn.Module, args: Args, output: Any) -> Any:
         merged, index = self.model.state.leave_block(), self.kind.output
         # There is no output after an error.
         if merged is None or output is None:
             return output
+        if not self.kind.batch_first:
+            return add_residual(*merged, output.transpose(0, 1)).transpose(0, 1)
         if index is None:
             return add_residual(*merged, output)
         return *output[:index], add_residual(*merged, output[index]), *output[index + 1 :]
@@ -241,6 +250,17 @@ _CACHED = (
     "a cache must not be enabled while tokens merge, got one: what it keeps from step to step "
     "would be of other tokens; disable_cache() on the model"
 )
+
+
+def is_perturbed(attention: Any) -> bool:
+    return type(attention.processor).__name__.startswith("PAG")
+
+
+def attending(attention: Any, batch: int) -> int:
+    """How many samples attend to others' tokens: of the last ones, each attends to itself alone."""
+    if not is_perturbed(attention):
+        return batch
+    return batch * 2 // 3 if "CFG" in type(attention.processor).__name__ else batch // 2
 
 
 def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, Given]:

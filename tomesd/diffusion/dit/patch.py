@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import Grid, ThreadState
 from tomesd.diffusion.conflicts import fused_projections_error
-from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
+from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks, is_perturbed
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.ratio_plan import RatioPlan
@@ -37,11 +37,17 @@ class _KeyProjections:
     """Keeps the hooks that unmerge keys and values on the projections that an attention has now.
 
     Loading or unloading a LoRA adapter replaces them by other modules.
+
+    used: those that the attention has used since it began. Perturbed-attention guidance uses them
+        first for the samples that attend, then for those of which each token attends to itself
+        alone, which need no keys of others.
     """
 
     patch: Patch
     block: BlockHooks
+    attention: Any
     names: tuple[str, ...]
+    used: PerThread[set[nn.Module]] = field(default_factory=lambda: PerThread(set))
     hooked: dict[str, tuple[nn.Module, RemovableHandle]] = field(default_factory=dict)
 
     def follow(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,12 +55,20 @@ class _KeyProjections:
             raise fused_projections_error("prop_attn", True)
         for name in self.names:
             projection = getattr(attention, name)
+            self.used.state.discard(projection)
             before, handle = self.hooked.get(name, (None, None))
             if projection is not before:
                 if handle is not None:
                     handle.remove()
-                self.patch.after(projection, self.block.unmerge_keys)
+                self.patch.after(projection, self.unmerge)
                 self.hooked[name] = projection, self.patch.handles[-1]
+
+    def unmerge(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if is_perturbed(self.attention):
+            if projection in self.used.state:
+                return output
+            self.used.state.add(projection)
+        return self.block.unmerge_keys(output)
 
 
 class DiTPatch(DenoiserPatch):
@@ -149,7 +163,7 @@ class DiTPatch(DenoiserPatch):
             if isinstance(kind.proportional, Bias):
                 self.before(attention, hooks.weigh_keys)
             if isinstance(kind.proportional, UnmergeKeys) and hooks.unmerges_keys:
-                projections = _KeyProjections(self, hooks, kind.proportional.projections)
+                projections = _KeyProjections(self, hooks, attention, kind.proportional.projections)
                 projections.follow(attention, (), {})
                 self.before(attention, projections.follow)
         self.after(block, hooks.finish, always=True)

@@ -60,19 +60,21 @@ class Blocks:
     """How the blocks in one list of a model take their tokens. Each is a residual of its input.
 
     >>> Blocks("blocks", attention=("attn1",), proportional=Bias(4), rotary=Rotary("rotary_emb"))
-    Blocks(name='blocks', images=(0, None), tokens='hidden_states', text=None, ...
+    Blocks(name='blocks', images=(0, None), tokens='hidden_states', ...
 
     name: of the list in the model, with dots if it is in a child.
     images: from which to which of the model's grids its tokens have, if not those of all images.
-    tokens: the argument with the tokens that merge.
+    tokens: the argument with the tokens that merge, [batch, tokens, channels].
+    batch_first: whether they are so in the block, and not [tokens, batch, channels].
     text: the text tokens that they attend to together with their own, if any.
     output: the index of the image tokens in the block's output; None if they are all of it.
     attention: the block's children that do self-attention, with dots if they are deeper; some
         blocks may have None there.
     proportional: how attention can weigh keys by size; None: merge without proportional attention.
     rotary: the rotary tables of the tokens, if any.
-    per_token: arguments that may have an entry for each image token, and in which dimension; merged
-        tokens take the entry of their destination.
+    per_token: arguments, tensors or lists of them, that may have an entry for each image token, and
+        in which dimension; merged tokens take the entry of their destination. Dimension 0 is for
+        entries that are the same for all tokens of a sample, or for models with one map for all.
     adds_first, adds_last: arguments with an entry for each token, which the block adds to its
         tokens before and after everything else: to all of them, merged or not.
     mask: the argument that may hold a mask of all keys, in its last dimension, or of all pairs.
@@ -86,6 +88,7 @@ class Blocks:
     name: str = "transformer_blocks"
     images: tuple[int, int | None] = (0, None)
     tokens: str = "hidden_states"
+    batch_first: bool = True
     text: Text | None = None
     output: int | None = None
     attention: tuple[str, ...] = ("attn",)

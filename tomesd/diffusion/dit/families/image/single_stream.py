@@ -1,6 +1,7 @@
-"""OmniGen and Ideogram 4: one stream of text and image tokens, in which pairs of them are masked.
+"""OmniGen, Ideogram 4 and ERNIE-Image: one stream of text and image tokens.
 
-The tokens of an image attend to the same keys, so that merged ones do too.
+OmniGen and Ideogram mask pairs of tokens: those of an image attend to the same keys, so that merged
+ones do too. ERNIE-Image modulates every token of a sample alike.
 """
 
 from typing import Any
@@ -79,4 +80,22 @@ register(
         reads_data=True,
     ),
     "diffusers.Ideogram4Transformer2DModel",
+)
+
+register(
+    DiT(
+        Blocks(
+            "layers",
+            tokens="x",
+            batch_first=False,
+            text=Text(first=False),
+            attention=("self_attention",),
+            proportional=Bias(4),
+            rotary=Rotary("rotary_pos_emb", dim=1),
+            per_token=(("temb", 0),),
+            mask="attention_mask",
+        ),
+        latent_grid(),
+    ),
+    "diffusers.ErnieImageTransformer2DModel",
 )

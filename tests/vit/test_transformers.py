@@ -188,9 +188,27 @@ def test_feature_maps_of_backbones_keep_their_shape():
             ),
             "rotates",
         ),
+        (
+            lambda: hf.MLCDVisionModel(
+                hf.MLCDVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            "rotates",
+        ),
+        (
+            lambda: hf.PixtralVisionModel(
+                hf.PixtralVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            "rotates",
+        ),
+        (
+            lambda: hf.YolosModel(
+                hf.YolosConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            "detection tokens",
+        ),
     ],
 )
-def test_models_that_need_token_positions_in_every_layer_are_refused_with_the_reason(model, why):
+def test_models_whose_tokens_cannot_merge_are_refused_with_the_reason(model, why):
     with pytest.raises(TypeError, match=f"model must not be a .*{why}"):
         tomesd.apply_patch(model(), r=3)
 

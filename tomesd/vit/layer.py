@@ -136,6 +136,6 @@ class Layer:
 def _is_watched(block: nn.Module) -> bool:
     """Whether hooks of others may keep what the block gives, as feature extractors do."""
     return any(
-        not getattr(hook, "__module__", "").startswith(_KEEP_NOTHING)
+        not str(getattr(hook, "__module__", "")).startswith(_KEEP_NOTHING)
         for hook in block._forward_hooks.values()
     )

@@ -30,9 +30,8 @@ class ViTSettings:
         pretrained as masked autoencoders and used off the shelf, where it costs accuracy.
     unmerge: give every token the value of its group after the last layer, for heads and decoders
         that need all tokens. False returns the merged ones: a mean over them no longer counts a
-        group as often as it has members. Intermediate outputs are unmerged as well where the host
-        has a place for that: hidden states and feature maps of transformers are, intermediates of
-        timm are not.
+        group as often as it has members. Whatever a caller may keep of the layers before is
+        unmerged as well: hidden states, intermediates, feature maps, what hooks on blocks see.
 
     Tokens are matched by the cosine similarity of their keys, averaged over heads, in alternating
     halves, and averaged weighted by size. Re-entrant gradient checkpointing needs the backward of

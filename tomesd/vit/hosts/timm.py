@@ -1,7 +1,6 @@
 """VisionTransformer of timm. Class, distillation and register tokens are its prefix tokens.
 
-Fused attention stays on. `forward_intermediates` and `features_only` return what each block gives,
-which is merged.
+Fused attention stays on.
 """
 
 from typing import Any

@@ -157,3 +157,7 @@ refuse(
     "transformers.DINOv3ViTBackbone",
     "transformers.VJEPA2Model",
 )
+refuse(
+    "its detection tokens follow the patches, and only tokens that lead them are kept from merging",
+    "transformers.YolosModel",
+)

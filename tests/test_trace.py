@@ -16,6 +16,9 @@ R = [3, 0, 9]
 
 GRIDS = {
     "AST": (4, 6),  # 16 frequencies and 24 times, in patches of 4×4.
+    "SigLIP 2": (36,),  # Its pictures come as a row of patches.
+    "Whisper": (36,),
+    "ViViT": (2, 3, 3),
     "VideoMAE": (2, 3, 3),  # 4 frames, two in each patch.
     "ViTMAE": (27,),  # It sees three quarters of 36 patches, in random order.
 }

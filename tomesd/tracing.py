@@ -88,7 +88,8 @@ def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[Remov
     grids: dict[int, tuple[int, ...]] = {}  # By thread.
 
     def record_grid(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        grids[threading.get_ident()] = tuple(output.shape[2:])
+        is_linear = isinstance(conv, nn.Linear)  # Patches come cut out already, in one row.
+        grids[threading.get_ident()] = tuple(output.shape[1:2] if is_linear else output.shape[2:])
 
     def record(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         patch: ViTPatch | None = vit.__dict__.get(PATCH)
@@ -106,8 +107,9 @@ def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[Remov
         )
 
     # In all families a convolution embeds the patches, and its output is their grid.
-    for module in vit.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
+    for where, module in vit.named_modules():
+        cut_out = isinstance(module, nn.Linear) and where.endswith("patch_embedding")
+        if cut_out or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             yield module.register_forward_hook(record_grid)
     yield getattr(vit, PATCH).points[-1].block.register_forward_hook(record)
 

@@ -198,12 +198,14 @@ class BlockHooks:
                 own = _entries(tables[at], token_map, dim, first)
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
-            value = given.get(name)
-            values = value if isinstance(value, list) else [value]
-            if value is None or values[0].dim() <= dim or values[0].shape[dim] != token_map.n:
+            value: Any = given.get(name)
+            first_value = value[0] if isinstance(value, list) else value
+            if first_value is None or first_value.dim() <= dim:
                 continue
-            own = [head_entries(each, token_map, dim) for each in values]
-            given[name] = own if isinstance(value, list) else own[0]
+            if first_value.shape[dim] == token_map.n and isinstance(value, list):
+                given[name] = [head_entries(each, token_map, dim) for each in value]
+            elif first_value.shape[dim] == token_map.n:
+                given[name] = head_entries(value, token_map, dim)
         if given.get(kind.mask) is not None:
             given[kind.mask] = mask_of_heads(given[kind.mask], token_map, self._beside(text))
 

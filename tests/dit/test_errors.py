@@ -166,9 +166,7 @@ def test_pictures_of_several_sizes_or_in_lists_are_refused():
     (one, other), smaller = tiny.inputs()["x"], tiny.inputs(h=4, w=6)["x"][0]
     with pytest.raises(ValueError, match="x must list latents of one size while tokens merge"):
         tiny.call(model, x=[one, smaller])
-    with pytest.raises(
-        ValueError, match="x must be a list of latents while tokens merge"
-    ):
+    with pytest.raises(ValueError, match="x must be a list of latents while tokens merge"):
         tiny.call(model, x=[[one], [other]])
 
 

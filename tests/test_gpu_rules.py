@@ -35,6 +35,7 @@ CHOSEN = list(OF_UNETS)[1:]
 
 # These look at the masks or places of their texts, or select by a mask, patched or not.
 SYNCING = {
+    "BriaFibo2Transformer2DModel",
     "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel",
     "OmniGenTransformer2DModel",

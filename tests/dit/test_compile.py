@@ -12,6 +12,7 @@ from tomesd import registry
 
 # Where diffusers' own forward looks at values, unpatched too.
 BROKEN_BY_THE_HOST = {
+    "BriaFibo2Transformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
     "OmniGenTransformer2DModel",

@@ -110,9 +110,14 @@ def test_merging_one_pair_of_identical_tokens_changes_nothing(name):
 
 TOGETHER = {
     "AuraFlowTransformer2DModel",
+    "BriaFibo2Transformer2DModel",
     "ChromaTransformer2DModel",
     "Flux2Transformer2DModel",
+    "HiDreamImageTransformer2DModel",
+    "Ideogram4Transformer2DModel",
+    "Krea2Transformer2DModel",
     "Lumina2Transformer2DModel",
+    "OmniGenTransformer2DModel",
     "ZImageTransformer2DModel",
 }
 

@@ -20,6 +20,7 @@ NOT_REENTRANT = {
 LAST_PASS_ONLY = {
     "AllegroTransformer3DModel",
     "AuraFlowTransformer2DModel",
+    "BriaFibo2Transformer2DModel",
     "CogView3PlusTransformer2DModel",
     "ConsisIDTransformer3DModel",
     "ErnieImageTransformer2DModel",

@@ -154,3 +154,20 @@ def test_the_image_of_ideogram_must_be_at_the_end():
     model = tomesd.apply_patch(tiny.build())
     with pytest.raises(ValueError, match="indicator must have the image at the end"):
         tiny.call(model, indicator=tiny.inputs()["indicator"].flip(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_reference_images_of_fibo_merge_within_themselves(batch):
+    """With texts of one length its gist comes before the images, and else after them."""
+    tiny = TINY["BriaFibo2Transformer2DModel"]
+    model = tomesd.apply_patch(tiny.build(), ratio=0.5)
+    images = 18 + 12
+    references = [torch.randn(batch, 4, 8, 12)]
+    seen = _attention(tiny, model, batch=batch, context_latents=references)
+    gist = 7 if batch == 2 else 6
+    assert [pair for pair in seen if pair[0] >= images] == [
+        (images, images),
+        (images + gist, images + gist),
+        (images + gist, images + gist),
+        (images + gist, TEXT_TOKENS),
+    ]

@@ -35,8 +35,8 @@ WITHOUT_PROPORTIONAL = {
 BATCH = 2
 # What is beside the image tokens: nothing, the text, or with a mode in front; AuraFlow's registers
 # and the text; Z-Image's padding to a multiple of 32, and its padded texts; HiDream's padding, and
-# its three texts.
-BESIDE = (0, TEXT_TOKENS, TEXT_TOKENS + 1, TEXT_TOKENS + 8, 24, 24 + 96, 4, 4 + 3 * TEXT_TOKENS)
+# its three texts; what Fibo 2 makes of its text.
+BESIDE = (0, TEXT_TOKENS, TEXT_TOKENS + 1, TEXT_TOKENS + 8, 24, 24 + 96, 4, 4 + 3 * TEXT_TOKENS, 7)
 
 
 class Call:

@@ -9,9 +9,10 @@ from tests.support.tiny_transformers.images import DIT, IMAGES, ids
 from tests.support.tiny_transformers.model import TinyTransformer
 from tests.support.tiny_transformers.newer_images import NEWER_IMAGES
 from tests.support.tiny_transformers.newer_videos import NEWER_VIDEOS
+from tests.support.tiny_transformers.single_streams import SINGLE_STREAMS
 from tests.support.tiny_transformers.videos import VIDEOS
 
-TINY = IMAGES | NEWER_IMAGES | VIDEOS | NEWER_VIDEOS
+TINY = IMAGES | NEWER_IMAGES | SINGLE_STREAMS | VIDEOS | NEWER_VIDEOS
 
 # One of each kind: joint attention whose keys are unmerged or weighed, and cross-attention with
 # positions that were added or rotate.

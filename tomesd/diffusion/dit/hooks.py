@@ -68,6 +68,7 @@ class BlockHooks:
 
     counts: of image tokens and of query–key pairs, before and after merging, in the last forward.
     why_not: why nothing merged in it; empty if something did.
+    text_first: whether text tokens came before those of the image in it.
     """
 
     index: int
@@ -79,6 +80,7 @@ class BlockHooks:
     attention_names: tuple[str, ...]
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     why_not: str = ""
+    text_first: bool = True
 
     @property
     def weighs_keys(self) -> bool:
@@ -99,7 +101,8 @@ class BlockHooks:
         state.leave_block()  # An interrupted forward may have left a map.
         if is_skipped(block):
             return _as_called(self.names, args, given)
-        token_map = self._match(x, place)
+        first = self.text_first = self._text_first(given)
+        token_map = self._match(x, place, first)
         together = kind.text is not None and not kind.text.argument
         if together and not kind.mask and given.get("attention_mask") is not None:
             raise ValueError(_MASKED)
@@ -117,9 +120,9 @@ class BlockHooks:
         if given.get(kind.adds_last) is not None:
             state.x = x + given[kind.adds_last]
             given[kind.adds_last] = None
-        self._merge_beside(given, token_map, text)
+        self._merge_beside(given, token_map, text, first)
         if isinstance(kind.proportional, Bias) and self.weighs_keys:
-            log_size = nn.functional.pad(token_map.size[..., 0].log(), self._beside(text))
+            log_size = nn.functional.pad(token_map.size[..., 0].log(), _beside(text, first))
             log_size = log_size.to(x.dtype)
             ndim = kind.proportional.ndim
             state.bias = log_size.view(log_size.shape[0], *(1,) * (ndim - 2), -1)
@@ -136,9 +139,9 @@ class BlockHooks:
         given[carrier] = tuple(tables)
         return place
 
-    def _beside(self, text: int) -> tuple[int, int]:
-        """How many text tokens come before and after the image tokens among the keys."""
-        return (text, 0) if self.kind.text is None or self.kind.text.first else (0, text)
+    def _text_first(self, given: Given) -> bool:
+        text = self.kind.text
+        return text is None or (text.first and given.get(text.last_with) is None)
 
     def _count(self, place: Place, token_map: TokenMap, text: int) -> None:
         n = sum(f * h * w for f, h, w in self.kind.own(place.grids))
@@ -146,7 +149,7 @@ class BlockHooks:
         pairs = after * (before if self.unmerges_keys else after)
         self.counts = n, n - before + after, before**2, pairs
 
-    def _match(self, x: Tensor, place: Place) -> TokenMap:
+    def _match(self, x: Tensor, place: Place, first: bool) -> TokenMap:
         """The token map of a block's tokens; text tokens among them stay as they are."""
         kind, batch = self.kind, x.shape[0]
         grids = kind.own(place.grids)
@@ -166,7 +169,7 @@ class BlockHooks:
             # samples' features side by side is the mean of their cosines, weighted by norms: what
             # merges is alike in every sample, and a single sample merges as if it were alone.
             x = x.movedim(0, 1).flatten(1)[None]
-        before, after = self._beside(text)
+        before, after = _beside(text, first)
         maps = [TokenMap.identity(x[:, :before])] if before else []
         start, ratio, reasons = before, self.ratio.at(place.stage), []
         for frames, h, w in grids:
@@ -186,28 +189,25 @@ class BlockHooks:
         joined = maps[0] if len(maps) == 1 else concatenate(maps)
         return joined if x.shape[0] == batch else joined.repeat(batch)
 
-    def _merge_beside(self, given: Given, token_map: TokenMap, text: int) -> None:
+    def _merge_beside(self, given: Given, token_map: TokenMap, text: int, first: bool) -> None:
         """Let position tables and masks follow the merged tokens: they take those of the heads."""
         kind = self.kind
         if kind.rotary and given.get(kind.rotary.argument) is not None:
             name, dim, at = kind.rotary
-            tables, first = given[name], kind.text is None or kind.text.first
+            tables = given[name]
             if at is None:
                 given[name] = _entries(tables, token_map, dim, first)
             else:
                 own = _entries(tables[at], token_map, dim, first)
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
-            value: Any = given.get(name)
-            first_value = value[0] if isinstance(value, list) else value
-            if first_value is None or first_value.dim() <= dim:
-                continue
-            if first_value.shape[dim] == token_map.n and isinstance(value, list):
-                given[name] = [head_entries(each, token_map, dim) for each in value]
-            elif first_value.shape[dim] == token_map.n:
-                given[name] = head_entries(value, token_map, dim)
+            value = given.get(name)
+            if isinstance(value, list):
+                given[name] = [_own_entries(each, token_map, dim) for each in value]
+            elif value is not None:
+                given[name] = _own_entries(value, token_map, dim)
         if given.get(kind.mask) is not None:
-            given[kind.mask] = mask_of_heads(given[kind.mask], token_map, self._beside(text))
+            given[kind.mask] = mask_of_heads(given[kind.mask], token_map, _beside(text, first))
 
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         how, bias = self.kind.proportional, self.model.state.bias
@@ -254,6 +254,11 @@ _CACHED = (
 )
 
 
+def _beside(text: int, first: bool) -> tuple[int, int]:
+    """How many text tokens come before and after the image tokens among the keys."""
+    return (text, 0) if first else (0, text)
+
+
 def is_perturbed(attention: Any) -> bool:
     return type(attention.processor).__name__.startswith("PAG")
 
@@ -268,6 +273,12 @@ def attending(attention: Any, batch: int) -> int:
 def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, Given]:
     """Arguments by position and by name, as the host passed them."""
     return tuple(given.pop(name) for name in names[: len(args)]), given
+
+
+def _own_entries(value: Tensor, token_map: TokenMap, dim: int) -> Tensor:
+    """Those of the heads, if there is an entry for each token."""
+    own = value.dim() > dim and value.shape[dim] == token_map.n
+    return head_entries(value, token_map, dim) if own else value
 
 
 def _entries(tables: Any, token_map: TokenMap, dim: int, first: bool) -> Any:

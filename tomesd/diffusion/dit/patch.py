@@ -188,8 +188,7 @@ class DiTPatch(DenoiserPatch):
         grid: tuple[int, ...] = (h, w) if frames == 1 else (frames, h, w)
         if others:  # Reference images follow the image itself.
             grid = (tokens,)
-        first = kind.text is None or kind.text.first
-        prefix = token_map.n - tokens if first else 0
+        prefix = token_map.n - tokens if self.blocks[block].text_first else 0
         return BlockTrace(token_map.group[:, : prefix + tokens], prefix, grid)
 
     def rows(self) -> list[ReportRow]:

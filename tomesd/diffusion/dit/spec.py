@@ -17,10 +17,12 @@ class Text(NamedTuple):
 
     argument: the block's argument that holds them; "" if they are in the one with the image tokens.
     first: whether they come before the image tokens among the keys, and in that argument.
+    last_with: a mask among the block's arguments; where there is one, they come after anyway.
     """
 
     argument: str = ""
     first: bool = True
+    last_with: str = ""
 
 
 class Rotary(NamedTuple):

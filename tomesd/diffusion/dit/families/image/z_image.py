@@ -1,9 +1,14 @@
-"""Z-Image: one stream of image and text tokens; the blocks that refine image tokens merge too."""
+"""Z-Image and Fibo 2: one stream of image and text; the blocks that refine the image merge too.
 
+The text of Fibo 2 comes first, or last if some samples have less of it. Its reference images follow
+the image itself, and merge each within itself.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 from tomesd.diffusion.block import Grid
-from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text
+from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text, latent_grid
 from tomesd.registry import register
 
 
@@ -37,4 +42,34 @@ def _blocks(name: str) -> Blocks:
 register(
     DiT((_blocks("noise_refiner"), _blocks("layers")), _listed_latents, timestep="t"),
     "diffusers.ZImageTransformer2DModel",
+)
+
+
+_own = latent_grid()
+
+
+def _own_and_references(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
+    own, patch = _own(model, given), model.config.patch_size
+    shapes = [latents.shape for latents in given.get("context_latents") or []]
+    return own + tuple((1, shape[2] // patch, shape[3] // patch) for shape in shapes)
+
+
+_REFINER = Blocks(
+    "noise_refiner",
+    tokens="x",
+    attention=("attention",),
+    proportional=Bias(4),
+    rotary=Rotary("freqs_cis", dim=1),
+    # The tokens of references are modulated as clean ones.
+    per_token=(("noise_mask", 1),),
+)
+register(
+    DiT(
+        (
+            _REFINER,
+            replace(_REFINER, name="layers", text=Text(last_with="attn_mask"), mask="attn_mask"),
+        ),
+        _own_and_references,
+    ),
+    "diffusers.BriaFibo2Transformer2DModel",
 )

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.slow import is_variant
+
 # Workers side by side (pytest -n auto) share the cores, and so do the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,3 +31,15 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Families outside the sample are slow, but for what compares them with their hosts."""
+    for item in items:
+        module = item.path.stem
+        if "reference" in item.nodeid or module == "test_errors" or "benchmarks" in item.path.parts:
+            continue
+        values = getattr(item, "callspec", None)
+        if values and any(is_variant(value) for value in values.params.values()):
+            item.add_marker(pytest.mark.slow)

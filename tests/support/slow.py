@@ -1,6 +1,7 @@
 """The `slow` marker: `pytest` leaves out what has it, `pytest -m slow` runs that alone."""
 
 from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,3 +12,41 @@ slow = pytest.mark.slow
 def slow_but(sample: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """Parameters of which only a sample is in the default run; the others are slow."""
     return [value if value in sample else pytest.param(value, marks=slow) for value in values]
+
+
+# One of each kind of hooks; the other families are hooked like one of these.
+_TRANSFORMERS = {
+    *("SD3Transformer2DModel", "SD3ControlNetModel", "AuraFlowTransformer2DModel"),
+    *("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"),
+    *("QwenImageTransformer2DModel", "CogView4Transformer2DModel", "PixArtTransformer2DModel"),
+    *("HunyuanDiT2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel"),
+    *("WanTransformer3DModel", "WanVACETransformer3DModel", "LTXVideoTransformer3DModel"),
+    *(
+        "CogVideoXTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "ErnieImageTransformer2DModel",
+    ),
+    *("HiDreamImageTransformer2DModel", "Kandinsky5Transformer3DModel"),
+}
+_VITS = {
+    *("timm", "timm with registers", "timm with norms after", "torchvision"),
+    *("ViT", "ViTMAE", "DINOv2 backbone", "CLIP", "SigLIP 2", "VideoMAE", "BLIP", "AST", "Whisper"),
+}
+
+
+def is_variant(value: Any) -> bool:
+    """Whether a parameter names a family, or is one, that is not in the sample."""
+    name = value if isinstance(value, str) else getattr(value, "name", "")
+    transformers, vits = _families()
+    return (name in transformers and name not in _TRANSFORMERS) or (
+        name in vits and name not in _VITS
+    )
+
+
+@cache
+def _families() -> tuple[set[str], set[str]]:
+    # Imported late: these modules import this one.
+    from tests.support import tiny_transformers, tiny_vits
+
+    known = tiny_transformers.TINY | tiny_transformers.CONTROLNETS
+    return set(known), set(tiny_vits.FAMILIES)

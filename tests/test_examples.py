@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SLOW = {
     "tomesd.shapes.pipeline",
     *("benchmarks.cost.counts", "benchmarks.cost.tables", "benchmarks.cost.command"),
+    "benchmarks.results.tables",
 }
 # Examples that do not run as they are written, and why.
 # What an example of benchmarks/ may need that is not here. Names of what a run made or was set to:

@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.training import architectures
 from benchmarks.training.data import MASK_CELLS, draw_pictures, masks
 from benchmarks.training.loop import Stage, train
+from tests.support.slow import slow
 from tests.support.tiny_shapes import untrained_pipeline
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene
@@ -156,6 +157,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
     assert torch.equal(whole, resumed)
 
 
+@slow
 def test_one_command_trains_all_models_and_resumes_where_it_stopped(tmp_path, capsys):
     script = str(ROOT / "scripts/train_shapes.py")
     options = ["--no-compile", "--precision", "fp32", "--device", "cpu", "--pictures", "8"]

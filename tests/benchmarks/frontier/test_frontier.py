@@ -15,6 +15,7 @@ from benchmarks.frontier.results import mark_frontiers, pareto_front
 from benchmarks.models import unets
 from tests.benchmarks.support import UNET, refused, save_peer, save_unet
 from tests.support.recorders import count_hooks
+from tests.support.slow import slow
 from tests.support.tiny_shapes import save_untrained, untrained_pipeline
 from tomesd.diffusion.settings import PRESETS
 
@@ -188,6 +189,7 @@ def test_the_peers_pictures_come_from_the_same_prompts_and_seeds(finished):
         assert made[names[0]] != made[f"tomesd==0.1.3 0.5/{index:05}.png"]
 
 
+@slow
 def test_separate_halves_and_a_resumed_run_make_the_same_pictures(run, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "speed.json").unlink()

@@ -13,6 +13,7 @@ from benchmarks.results.command import main
 from benchmarks.results.regions import drifted, rewrite
 from benchmarks.results.tables import COST_TABLES, NAMES, TABLES, render
 from tests.benchmarks.support import ROOT, refused
+from tests.support.slow import slow
 
 ENVIRONMENT = {"device": "an abacus", "threads": 1, "torch_version": "2.14.1"}
 
@@ -123,6 +124,7 @@ def test_figures_are_those_of_the_result(root):
     assert "| the second half | 44.6 |" in render("schedules", root)
 
 
+@slow
 def test_a_cost_table_is_what_the_script_prints(capsys):
     from benchmarks.cost.command import main as cost
 

@@ -204,6 +204,7 @@ def test_the_embedded_classifier_reads_pictures_that_it_was_not_trained_on():
     assert right >= 0.9 * len(indices)
 
 
+@slow
 def test_the_embedded_pipeline_shows_what_the_prompt_says_with_half_the_tokens_merged():
     import tomesd
 

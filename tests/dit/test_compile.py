@@ -50,6 +50,7 @@ def test_a_patched_model_compiles_to_one_graph(name):
     assert torch.equal(tiny.call(compiled), tiny.call(model))
 
 
+@slow
 @torch.no_grad()
 def test_image_ids_are_read_while_compiling():
     """Flux's grid is read from its image ids, also while it is compiled."""
@@ -107,6 +108,7 @@ def test_a_model_inside_of_what_is_compiled_is_in_the_one_graph():
         assert torch.equal(tiny.call(compiled, h=h, w=w), tiny.call(model, h=h, w=w))
 
 
+@slow
 @torch.no_grad()
 def test_the_patch_may_come_and_go_after_compiling():
     tiny = TINY["SD3Transformer2DModel"]

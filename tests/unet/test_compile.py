@@ -80,6 +80,7 @@ def test_a_compiled_unet_of_several_levels_may_be_patched():
     assert counter.frame_count == 1
 
 
+@slow
 @pytest.mark.parametrize("in_place", slow_but([False], [False, True]))
 def test_a_compiled_unet_that_has_run_notices_a_patch_other_settings_and_its_removal(in_place):
     eager = sd_unet(**_ONE_BLOCK)
@@ -211,6 +212,7 @@ def test_the_default_compiler_gives_what_eager_gives():
     _close(_steps(unet), expected)
 
 
+@slow
 def test_levels_that_are_left_alone_compile_too():
     settings = {"preset": "fast", "min_tokens": 100}
     expected = _steps(sd_unet())

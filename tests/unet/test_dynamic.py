@@ -29,6 +29,7 @@ def test_a_unet_compiled_for_any_size_merges_at_each():
     assert counter.frame_count <= 3
 
 
+@slow
 @torch.no_grad()
 def test_code_that_was_compiled_around_a_model_notices_its_patch():
     unet = sd_unet(**SMALL)

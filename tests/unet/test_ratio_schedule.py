@@ -225,6 +225,7 @@ def test_removing_a_schedule_leaves_nothing():
     assert (_draw(pipe) == before).all()
 
 
+@slow
 @pytest.mark.parametrize(
     ("in_place", "scheduler"),
     [(False, EulerDiscreteScheduler), pytest.param(True, DDIMScheduler, marks=slow)],

@@ -165,6 +165,7 @@ def test_existing_pictures_are_kept_and_new_rows_are_added(fid, tmp_path):
     assert len(list(folder.glob("*/*.png"))) == 30
 
 
+@slow
 def test_changed_settings_start_a_new_folder(fid, tmp_path):
     changes = [
         (),
@@ -207,6 +208,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_averaged(fid, finished, copied, 
     assert table(fid(tmp_path)) == table(finished)
 
 
+@slow
 def test_times_and_memory_are_measured_once(options, tmp_path, monkeypatch):
     peaks = {}
 

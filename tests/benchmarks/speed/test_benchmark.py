@@ -156,6 +156,7 @@ def test_the_peer_is_timed_in_its_own_process(benchmark, model_folder, peer_cach
     assert sum("seconds" in row for row in record["forward"]) == 6
 
 
+@slow
 def test_the_cost_is_compared_with_the_peers(benchmark, model_folder, peer_cache):
     common = ("--model", model_folder, "--size", 64, "--rounds", 2, "--cost")
     record = benchmark(*common, "--peer", "tomesd==9.9", "--peer-cache", peer_cache)
@@ -168,6 +169,7 @@ def test_the_cost_is_compared_with_the_peers(benchmark, model_folder, peer_cache
     assert ours["share_of_peer"]["median"] == pytest.approx(sum(ratios) / 2)
 
 
+@slow
 def test_a_peer_that_dies_is_reported(peer_cache):
     init = peer_cache / "tomesd-9.9" / "tomesd" / "__init__.py"
     init.write_text("import os\nos._exit(3)\n")

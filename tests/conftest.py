@@ -37,8 +37,13 @@ def one_thread() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Families outside the sample are slow, but for what compares them with their hosts."""
     for item in items:
-        module = item.path.stem
-        if "reference" in item.nodeid or module == "test_errors" or "benchmarks" in item.path.parts:
+        module, parts = item.path.stem, set(item.path.parts)
+        if "benchmarks" in parts:
+            # These make many pictures or train, in processes of their own.
+            if parts & {"fid", "frontier", "training"}:
+                item.add_marker(pytest.mark.slow)
+            continue
+        if "reference" in item.nodeid or module == "test_errors":
             continue
         values = getattr(item, "callspec", None)
         if values and any(is_variant(value) for value in values.params.values()):

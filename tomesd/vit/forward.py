@@ -106,9 +106,9 @@ class ThreadState:
 
     begun: its latest forward; None in a thread of autograd's own, which begins none. current: the
     forward that its block is in, which in a backward pass may be another. features: of that block.
-    called: whether the model has been called, and its blocks not yet. collected: whether others than
-    the model's own forward run the blocks and may keep their outputs. block: the one that it is in,
-    −1 for none.
+    called: whether the model has been called, and its blocks not yet. collected: whether the blocks
+    run outside of the model's own forward, so that somebody may keep their outputs. block: the one
+    that it is in, −1 for none.
     """
 
     begun: Forward | None = None

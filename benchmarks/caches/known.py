@@ -13,16 +13,17 @@ from diffusers import hooks
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
+from benchmarks.caches.repeat import every, repeated
 from benchmarks.peer.process import install_package
 
 DEEPCACHE = "DeepCache==0.1.1"
 
-# A context in which a pipeline's denoiser is cached for images of some steps.
-Apply = Callable[[Any, Any, int], AbstractContextManager[None]]
+# A context in which a pipeline's denoiser, the second argument, is cached.
+Apply = Callable[[Any, Any], AbstractContextManager[None]]
 
 
 @contextmanager
-def deepcache(pipe: Any, denoiser: Any, steps: int, *, interval: int) -> Iterator[None]:
+def deepcache(pipe: Any, denoiser: Any, *, interval: int) -> Iterator[None]:
     """Only the finest level is computed, but for every `interval`-th step.
 
     Source: Ma, Fang and Wang, "DeepCache: Accelerating Diffusion Models for Free" (2024).
@@ -43,13 +44,13 @@ def deepcache(pipe: Any, denoiser: Any, steps: int, *, interval: int) -> Iterato
 
 @contextmanager
 def _hooked(
-    pipe: Any, denoiser: nn.Module, steps: int, *, apply: Callable[[nn.Module, Any, int], None]
+    pipe: Any, denoiser: nn.Module, *, apply: Callable[[nn.Module, Callable[[], int]], None]
 ) -> Iterator[None]:
     """A cache of diffusers, which is told the timestep and where an image begins."""
     now: dict[str, Any] = {"calls": 0, "timestep": 0}
 
     def begin(model: nn.Module, args: Any, kwargs: Any) -> None:
-        if now["calls"] % steps == 0:
+        if now["calls"] % len(pipe.scheduler.timesteps) == 0:
             hooks.HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks()
         _set_cache_context(model, CacheContext("image"))
         now["calls"] += 1
@@ -57,7 +58,7 @@ def _hooked(
         now["timestep"] = int(torch.as_tensor(timestep).max())
 
     before = {module: module.forward for module in denoiser.modules()}
-    apply(denoiser, lambda: now["timestep"], steps)
+    apply(denoiser, lambda: now["timestep"])
     handle = denoiser.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         yield
@@ -71,7 +72,7 @@ def _hooked(
                     module.forward = forward
 
 
-def _broadcast(model: nn.Module, timestep: Any, steps: int, *, interval: int) -> None:
+def _broadcast(model: nn.Module, timestep: Callable[[], int], *, interval: int) -> None:
     config = hooks.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=interval,
         cross_attention_block_skip_range=2 * interval,
@@ -80,51 +81,55 @@ def _broadcast(model: nn.Module, timestep: Any, steps: int, *, interval: int) ->
     hooks.apply_pyramid_attention_broadcast(model, config)
 
 
-def _taylor(model: nn.Module, timestep: Any, steps: int, *, interval: int) -> None:
+def _taylor(model: nn.Module, timestep: Callable[[], int], *, interval: int) -> None:
     config = hooks.TaylorSeerCacheConfig(
         cache_interval=interval,
-        disable_cache_before_step=max(2, steps // 5),
         taylor_factors_dtype=torch.float32,
         cache_identifiers=[r".*transformer_blocks\.\d+"],
     )
     hooks.apply_taylorseer_cache(model, config)
 
 
-def _first_block(model: nn.Module, timestep: Any, steps: int, *, threshold: float) -> None:
+def _first_block(model: nn.Module, timestep: Callable[[], int], *, threshold: float) -> None:
     hooks.apply_first_block_cache(model, hooks.FirstBlockCacheConfig(threshold=threshold))
 
 
-_UNET: Mapping[str, Apply] = {
-    f"DeepCache {interval}": partial(deepcache, interval=interval) for interval in (2, 3)
+def repeat(interval: int) -> Apply:
+    """The plain cache that computes the first fifth of the steps, then every `interval`-th one."""
+    return partial(_repeat, interval=interval)
+
+
+def _repeat(pipe: Any, denoiser: nn.Module, *, interval: int) -> AbstractContextManager[None]:
+    return repeated(pipe, denoiser, partial(every, interval=interval))
+
+
+_BLOCKS: Mapping[str, Apply] = {
+    f"{name} {interval}": partial(_hooked, apply=partial(apply, interval=interval))
+    for name, apply in {"pyramid attention broadcast": _broadcast, "TaylorSeer": _taylor}.items()
+    for interval in (2, 3)
 }
-_BOTH: Mapping[str, Apply] = {
+UNET_CACHES: Mapping[str, Apply] = {
+    **{f"DeepCache {interval}": partial(deepcache, interval=interval) for interval in (2, 3)},
+    **_BLOCKS,
+}
+TRANSFORMER_CACHES: Mapping[str, Apply] = {
     **{
-        f"pyramid attention broadcast {interval}": partial(
-            _hooked, apply=partial(_broadcast, interval=interval)
+        f"first-block cache {threshold:g}": partial(
+            _hooked, apply=partial(_first_block, threshold=threshold)
         )
-        for interval in (2, 3)
+        for threshold in (0.1, 0.2)
     },
-    **{
-        f"TaylorSeer {interval}": partial(_hooked, apply=partial(_taylor, interval=interval))
-        for interval in (2, 3)
-    },
-}
-_TRANSFORMER: Mapping[str, Apply] = {
-    f"first-block cache {threshold:g}": partial(
-        _hooked, apply=partial(_first_block, threshold=threshold)
-    )
-    for threshold in (0.1, 0.2)
+    **_BLOCKS,
 }
 
 
-def known_caches(denoiser: Any) -> dict[str, Apply]:
-    """The caches that a denoiser can have, by name.
+def known_caches(denoiser: Any) -> Mapping[str, Apply]:
+    """The caches that a UNet or a transformer can have, by name.
 
     >>> list(known_caches(pipe.unet))[0]
     'DeepCache 2'
 
     MagCache needs magnitudes that were calibrated for the model and FasterCache the inputs of a
-    video model; neither runs on the embedded pipelines.
+    video model: neither runs on the embedded pipelines.
     """
-    is_unet = hasattr(denoiser, "down_blocks")
-    return {**(_UNET if is_unet else _TRANSFORMER), **_BOTH}
+    return UNET_CACHES if hasattr(denoiser, "down_blocks") else TRANSFORMER_CACHES

@@ -1,15 +1,15 @@
-"""A plain cache: in some of the steps, each block adds again what it added in the last computed one.
+"""A plain cache: in some steps, each block adds again what it added in the last computed one.
 
 It stands for caches as such: it has no thresholds, predictions or model-specific choices.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # Steps of an image that every recipe leaves whole: they lay it out.
@@ -28,13 +28,23 @@ def whole_steps(steps: int) -> int:
 def spread(steps: int, computed: int) -> tuple[bool, ...]:
     """Which steps are computed: the first fifth, as far as they go, and evenly spread others.
 
-    >>> spread(6, 4)
+    >>> spread(6, computed=4)
     (True, True, False, True, False, True)
     """
     first = min(whole_steps(steps), computed)
     rest, among = computed - first, steps - first
     chosen = {first - 1 + math.ceil((i + 1) * among / rest) for i in range(rest)} if rest else set()
     return tuple(step < first or step in chosen for step in range(steps))
+
+
+def every(steps: int, interval: int) -> tuple[bool, ...]:
+    """Which steps are computed: the first fifth, then every `interval`-th one.
+
+    >>> every(6, 2)
+    (True, True, False, True, False, True)
+    """
+    first = whole_steps(steps)
+    return tuple(i < first or (i - first) % interval == interval - 1 for i in range(steps))
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -53,15 +63,19 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(eq=False)
 class _Repeat:
-    computed: Sequence[bool]
-    step: int = -1
+    pipe: Any
+    computed: Callable[[int], Sequence[bool]]
+    step: int = 0
+    computes: bool = True
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def count(self, model: nn.Module, args: Any) -> None:
-        self.step = (self.step + 1) % len(self.computed)
+        steps = len(self.pipe.scheduler.timesteps)
+        self.computes = self.computed(steps)[self.step % steps]
+        self.step += 1
 
     def call(self, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.computed[self.step]:
+        if not self.computes:
             return x + self.kept[block]
         y: Tensor = block._call_impl(x, *args, **kwargs)
         self.kept[block] = y - x
@@ -69,27 +83,27 @@ class _Repeat:
 
 
 @contextmanager
-def repeated(model: nn.Module, computed: Sequence[bool]) -> Iterator[None]:
+def repeated(
+    pipe: Any, model: nn.Module, computed: Callable[[int], Sequence[bool]]
+) -> Iterator[None]:
     """Repeat what the blocks added in every step of an image that is not computed.
 
-    >>> with repeated(pipe.unet, spread(steps=25, computed=15)):
+    >>> with repeated(pipe, pipe.unet, partial(spread, computed=15)):
     ...     image = pipe("a red heart", num_inference_steps=25).images[0]
 
-    computed: one for each call of the model in one image, the first True.
+    pipe: its scheduler says how many steps an image has. computed: from that to one bool for each
+    step, the first True.
     Blocks that merge tokens do so in the steps that are computed: what is kept is what was added to
     every token.
     """
-    repeat = _Repeat(computed)
+    repeat = _Repeat(pipe, computed)
     handle = model.register_forward_pre_hook(repeat.count)
-    blocks = transformer_blocks(model)
+    blocks: list[Any] = transformer_blocks(model)
     for block in blocks:
-        # Around all hooks: where Module.compile puts what it calls instead of a module.
-        block._compiled_call_impl = lambda *args, block=block, **kwargs: repeat.call(  # type: ignore
-            block, *args, **kwargs
-        )
+        # Around all hooks: where Module.compile puts what is called in place of a module.
+        block._compiled_call_impl = partial(repeat.call, block)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         handle.remove()
         for block in blocks:

@@ -93,7 +93,7 @@ class Measurement:
         """The pictures and the blocks' work on them."""
         prompts = [scene.prompt for scene in self.scenes]
         sampling = Sampling(steps, self.guidance)
-        with recipe.applied(self.pipe, self.denoiser, steps), counted(self.denoiser) as work:
+        with recipe.applied(self.pipe, self.denoiser), counted(self.denoiser) as work:
             images = list(sample(self.pipe, prompts, self.seeds, sampling, self.batch))
         return images, work.flops
 
@@ -141,4 +141,6 @@ def measure(
 
 def _ratio(recipe: Recipe) -> float | None:
     ratio = recipe.merging and recipe.merging["ratio"]
-    return max(each for _, each in ratio.pieces) if isinstance(ratio, tomesd.RatioSchedule) else ratio
+    return (
+        max(each for _, each in ratio.pieces) if isinstance(ratio, tomesd.RatioSchedule) else ratio
+    )

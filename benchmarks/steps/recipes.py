@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -33,12 +34,12 @@ class Recipe:
     cache: Apply | None = None
 
     @contextmanager
-    def applied(self, pipe: Any, denoiser: Any, steps: int) -> Iterator[None]:
+    def applied(self, pipe: Any, denoiser: Any) -> Iterator[None]:
         with ExitStack() as stack:
             if self.merging is not None:
                 stack.enter_context(tomesd.patched(pipe, **self.merging))
             if self.cache is not None:
-                stack.enter_context(self.cache(pipe, denoiser, steps))
+                stack.enter_context(self.cache(pipe, denoiser))
             yield
 
 
@@ -68,14 +69,14 @@ def recipes(
         found.append(_late_recipe(late, steps))
         computed = round(work * steps)
         if 0 < computed < steps:
-            found.append(_repeating(f"cache {work:g}", None, steps, computed))
+            found.append(_repeating(f"cache {work:g}", None, computed))
         # Both save the same share of the work.
         computed = round(math.sqrt(work) * steps)
         if first < computed < steps:
             left = (work * steps - first) / (computed - first)
             both = _late_recipe(_merging(f"both {work:g}", ratio_for(left)), steps)
             if both.merging:
-                found.append(_repeating(both.name, both.merging, steps, computed))
+                found.append(_repeating(both.name, both.merging, computed))
     # With fewer steps there is nothing to skip.
     for name, cache in caches.items() if steps > 3 else ():
         found.append(Recipe(name, None, cache))
@@ -84,9 +85,9 @@ def recipes(
     return [each for each in found if each.cache or each.merging]
 
 
-def _repeating(name: str, merging: Mapping[str, Any] | None, steps: int, computed: int) -> Recipe:
-    def cache(pipe: Any, denoiser: Any, steps: int) -> AbstractContextManager[None]:
-        return repeated(denoiser, spread(steps, computed))
+def _repeating(name: str, merging: Mapping[str, Any] | None, computed: int) -> Recipe:
+    def cache(pipe: Any, denoiser: Any) -> AbstractContextManager[None]:
+        return repeated(pipe, denoiser, partial(spread, computed=computed))
 
     return Recipe(name, merging, cache)
 

@@ -1,6 +1,5 @@
 """Distilling the UNet to few steps: latent consistency (Luo et al., 2023)."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,13 @@ class Consistency:
 
     @torch.no_grad()
     def teacher_step(
-        self, noisy: Tensor, timesteps: Tensor, until: Tensor, text: Tensor, empty: Tensor, w: Tensor
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        until: Tensor,
+        text: Tensor,
+        empty: Tensor,
+        w: Tensor,
     ) -> Tensor:
         """A DDIM step with classifier-free guidance."""
         both = torch.cat([text, empty.expand_as(text)])
@@ -94,7 +99,7 @@ def _at(table: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def train_few_step(settings: Settings) -> None:
-    """Distil the pipeline, at half size and then at full size; save the few-step pipeline.
+    """Distil the pipeline, and save the few-step one.
 
     >>> train_few_step(settings)
     """
@@ -105,17 +110,16 @@ def train_few_step(settings: Settings) -> None:
     student = architectures.build_few_step_unet(pipe.unet).to(settings.device)
     consistency = Consistency(pipe, architectures.build_few_step_scheduler())
     compiled = torch.compile(student, dynamic=False, disable=not settings.compile)
-    for size in (64, 128):
-        stage = settings.stages[f"few-step-{size}"]
-        latents = scaled_latents(settings, pipe.vae, digest, size)
-        draw = partial(consistency, compiled, latents, text, stage.batch)
+    stage = settings.stages["few-step"]
+    # At full size only: its teacher has unlearnt half-size pictures.
+    latents = scaled_latents(settings, pipe.vae, digest, 128)
 
-        def loss(generator: torch.Generator, draw: Any = draw) -> Tensor:
-            with settings.autocast():
-                return draw(generator)
+    def loss(generator: torch.Generator) -> Tensor:
+        with settings.autocast():
+            return consistency(compiled, latents, text, stage.batch, generator)
 
-        metadata = settings.metadata | {"pipeline": digest}
-        train(stage, student, loss, settings.work / f"few-step-{size}.pt", metadata)
+    metadata = settings.metadata | {"pipeline": digest}
+    train(stage, student, loss, settings.work / "few-step.pt", metadata)
     pipe.register_modules(unet=student, scheduler=consistency.scheduler)
     with atomic_folder(settings.output / "few-step") as folder:
         pipe.to(torch.float16).save_pretrained(folder)

@@ -56,8 +56,7 @@ class Settings:
             "denoiser-128": Stage("full-size", steps(2100), batch=32, lr=1e-3),
             "transformer-64": Stage("half-size", steps(3000), batch=32, lr=1.5e-3, final=0.2),
             "transformer-128": Stage("full-size", steps(600), batch=32, lr=6e-4),
-            "few-step-64": Stage("half-size", steps(1600), batch=16, lr=5e-4, final=0.2),
-            "few-step-128": Stage("full-size", steps(500), batch=8, lr=2e-4),
+            "few-step": Stage("few-step", steps(800), batch=6, lr=3e-4, warmup=50),
             "classifier": Stage("classifier", steps(3600), batch=32, lr=1e-3, warmup=300),
         }
 
@@ -159,11 +158,13 @@ def scaled_latents(settings: Settings, autoencoder: Any, digest: str, size: int)
 def load_teacher(settings: Settings) -> tuple[StableDiffusionPipeline, str]:
     """The trained pipeline that other models start from, and a digest of its weights."""
     pipe = shapes.load_pipeline(settings.teacher).to(settings.device)
-    weights = b"".join(file.read_bytes() for file in sorted(settings.teacher.rglob("*.safetensors")))
+    weights = b"".join(
+        file.read_bytes() for file in sorted(settings.teacher.rglob("*.safetensors"))
+    )
     for part in (pipe.vae, pipe.unet):
         # The published pipelines must not name a folder of this machine.
         part.register_to_config(_name_or_path="")
-    return pipe, hashlib.sha256(weights).hexdigest()[:12]
+    return pipe, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def prompt_ids(settings: Settings, tokenizer: Any) -> Tensor:

@@ -29,7 +29,7 @@ LABELS = {
 class TransformerPipeline(PixArtAlphaPipeline):
     """PixArt's pipeline, at 128 px and for short prompts unless it is told otherwise.
 
-    PixArt's own defaults are its sizes, 256 px and more, to which it rounds, and 120 tokens of text.
+    PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,8 +57,8 @@ def load_pipeline(
     >>> load_pipeline()("a photo of a red heart on a blue striped background").images[0].size
     (128, 128)
 
-    model: "unet", a Stable Diffusion for 25 steps with guidance 4; "few-step", its UNet distilled to
-        4 steps by latent consistency; "transformer", a PixArt of 256 tokens; or a folder that
+    model: "unet", a Stable Diffusion for 25 steps with guidance 4; "few-step", its UNet distilled
+        to 4 steps by latent consistency; "transformer", a PixArt of 256 tokens; or a folder that
         scripts/train_shapes.py made.
     Raises FileNotFoundError if it is not there.
     """

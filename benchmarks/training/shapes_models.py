@@ -158,9 +158,7 @@ def scaled_latents(settings: Settings, autoencoder: Any, digest: str, size: int)
 def load_teacher(settings: Settings) -> tuple[StableDiffusionPipeline, str]:
     """The trained pipeline that other models start from, and a digest of its weights."""
     pipe = shapes.load_pipeline(settings.teacher).to(settings.device)
-    weights = b"".join(
-        file.read_bytes() for file in sorted(settings.teacher.rglob("*.safetensors"))
-    )
+    files = sorted(settings.teacher.rglob("*.safetensors"))
     for part in (pipe.vae, pipe.unet):
         # The published pipelines must not name a folder of this machine.
         part.register_to_config(_name_or_path="")

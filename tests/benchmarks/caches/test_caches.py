@@ -84,10 +84,9 @@ def test_merging_in_the_computed_steps_saves_the_product_of_both(pipe):
 def test_work_is_what_pytorch_counts(pipe):
     block = transformer_blocks(pipe.unet)[0]
     x, text = torch.randn(2, 64, 32), torch.randn(2, 16, 96)
-    with torch.no_grad(), counted(pipe.unet) as work:
-        # Fused attention on the CPU is not counted.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            block(x, encoder_hidden_states=text)
+    counter = FlopCounterMode(display=False)  # It does not count fused attention on the CPU.
+    with torch.no_grad(), counted(pipe.unet) as work, sdpa_kernel(SDPBackend.MATH), counter:
+        block(x, encoder_hidden_states=text)
     assert work.flops == counter.get_total_flops()
 
 

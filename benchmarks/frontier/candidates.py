@@ -10,6 +10,7 @@ from benchmarks.frontier.matchers import GridMatcher, PoolingGridMatcher
 from benchmarks.pictures.picture_set import UNPATCHED, Method
 from tomesd import RatioSchedule
 from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.ratio_schedule import LateSchedule
 from tomesd.diffusion.settings import PRESETS, DiffusionSettings, diffusion_settings
 from tomesd.diffusion.unet import UNet, UNetPatch
 
@@ -89,14 +90,12 @@ class Candidate(Method):
 
     @property
     def shipped_as(self) -> str:
-        """The name of these settings for `apply_patch` where all levels pay: "default", a preset,
-        or "" for others."""
-        for preset in (None, *PRESETS):
+        """The name of these settings for `apply_patch` where all levels pay: "default", of
+        pipelines, a preset, or "" for others."""
+        for preset in PRESETS if not (self.is_peer or self.matcher or self.cache) else ():
             chosen = diffusion_settings(0.5, preset, {})
-            if self.is_steady_setting and self.settings == replace(
-                chosen, only_where_it_pays=False
-            ):
-                return f"preset {preset}" if preset else "default"
+            if self.settings == replace(chosen, only_where_it_pays=False):
+                return "default" if preset == "late" else f"preset {preset}"
         return ""
 
     @property
@@ -164,8 +163,8 @@ def _blocks(ratio: Any, **options: Any) -> DiffusionSettings:
     return DiffusionSettings(ratio=ratio, **options)
 
 
-def _late(ratio: float) -> RatioSchedule:
-    return RatioSchedule.last(ratio, since=0.2)
+def _late(ratio: float) -> Any:
+    return LateSchedule.of_ratio(ratio)
 
 
 def _caches(family: str, settings: DiffusionSettings) -> list[Candidate]:

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ import tomesd
 from tests.support.slow import slow
 from tests.support.tiny_pipelines import build_pipeline, sd_components
 from tests.support.tiny_unets import predict, sd_unet
-from tomesd import RatioSchedule
+from tomesd import DiffusionSettings, RatioSchedule
+from tomesd.hooks import PATCH
 
 STEPS = 10
 FIRST = RatioSchedule.first(0.5, until=0.4)
@@ -261,3 +263,40 @@ def test_an_invalid_ratio_is_refused_and_nothing_is_patched(target, ratio, error
         tomesd.apply_patch(pipe if target == "pipe" else pipe.unet, ratio=ratio)
     with pytest.raises(ValueError, match="patched"):
         tomesd.report(pipe)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_a_pipeline_merges_late_by_default_and_as_ever_where_it_is_told_how(scheduler, ratio):
+    pipe = tomesd.apply_patch(_pipe(scheduler), ratio)
+    settings = _settings(pipe)
+    assert settings == _settings(tomesd.apply_patch(pipe, ratio, preset="late"))
+    assert settings.ratio.pieces == ((0.2, 0.0), (1.0, 0.5))
+    assert (settings.max_downsample, settings.only_where_it_pays) == (8, True)
+    steady = DiffusionSettings(ratio=0.5)
+    assert _settings(tomesd.apply_patch(pipe, ratio, preset="steady")) == steady
+    assert _settings(tomesd.apply_patch(pipe, ratio, seed=0)) == steady
+    tomesd.remove_patch(pipe)
+    tomesd.apply_patch(pipe.unet, ratio)
+    assert _settings(pipe) == steady
+    schedule = RatioSchedule.last(0.5, since=0.4)
+    assert _settings(tomesd.apply_patch(pipe, schedule)) == DiffusionSettings(ratio=schedule)
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+@pytest.mark.parametrize(("steps", "whole"), [(1, 0), (2, 1), (4, 1), (10, 2)])
+def test_late_leaves_a_fifth_of_the_steps_whole_at_least_one_of_several(scheduler, steps, whole):
+    pipe = tomesd.apply_patch(_pipe(scheduler), preset="late", only_where_it_pays=False)
+    seen = _watch(pipe)
+    _draw(pipe, num_inference_steps=steps)
+    assert seen == [64] * whole + [32] * (steps - whole)
+
+
+def test_a_pipeline_whose_parts_have_schedulers_of_their_own_merges_steadily():
+    parts = {"unet": sd_unet(), "scheduler": DDIMScheduler(), "prior_scheduler": DDIMScheduler()}
+    combined = SimpleNamespace(components=parts, **parts)
+    assert _settings(tomesd.apply_patch(combined, 0.5)) == DiffusionSettings(ratio=0.5)
+
+
+def _settings(pipe) -> DiffusionSettings:
+    return getattr(pipe.unet, PATCH).settings

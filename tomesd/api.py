@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -55,12 +54,9 @@ def apply_patch(
         level, {1: 0.5, 2: 0.25}, where a level is given by how much coarser it is than the finest
         one with attention. Other levels do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
-        whole blocks at every level where it pays, "late" the same but not in the first fifth of the
-        steps, "steady" whole blocks at the finest level in every step, "paper" is exactly ToMe's
-        Appendix F. Options that are given override it. With neither preset nor options, nor a ratio
-        that changes by itself, a pipeline with a scheduler gets "late", which is closest to the
-        unpatched image for the work that it saves (docs/results.md); anything else gets "steady".
-        Compiled, "late" is two graphs.
+        whole blocks at every level where it pays, "late" the same in a pipeline, but not in the
+        first fifth of the steps, which is closer to the unpatched image for the work that it saves
+        (docs/results.md), "paper" is exactly ToMe's Appendix F. Options that are given override it.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup is
         required, and denoisers are then left as they are.
@@ -172,9 +168,6 @@ def _choose(
     if not denoisers and (not vits or (_denoiser_part(model) is not None and not by_r)):
         raise TypeError(_why_unsupported(model))
     if not by_r and denoisers:
-        alone = preset is None and not settings and isinstance(ratio, Real | None)
-        if alone and _counts_steps(model):
-            preset = "late"
         return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
     found = type((vits or denoisers)[0]).__name__
     if not vits:
@@ -188,12 +181,6 @@ def _choose(
             "r=8); ratio and preset are for diffusion models"
         )
     return vits, vit_settings(settings)
-
-
-def _counts_steps(model: Any) -> bool:
-    """Whether a pipeline has a single scheduler, which counts the steps of all parts."""
-    parts = getattr(model, "components", {})
-    return [name for name, part in parts.items() if hasattr(part, "timesteps")] == ["scheduler"]
 
 
 def _denoiser_part(model: Any) -> nn.Module | None:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import markdown
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.device import choose_device, device_name
-from benchmarks.common.files import check_folder, digest, versions, write_text
+from benchmarks.common.files import atomic_write, check_folder, digest, versions, write_text
 from benchmarks.models import classifiers
 from benchmarks.pictures.prompts import held_out
 from benchmarks.pictures.sampling import (
@@ -20,6 +19,7 @@ from benchmarks.pictures.sampling import (
     embedded_folder,
     load_pipeline,
 )
+from benchmarks.steps import table_and_plot
 from benchmarks.steps.measure import Measurement, Table, measure, ratio_for_work
 from tomesd.shapes.world import Scene
 
@@ -82,31 +82,11 @@ def run(job: Job) -> None:
         seeds = [seed * 1000 + index for index in range(args.num_images)]
         measurement = Measurement(pipe, denoiser, job.scenes, seeds, args.guidance, args.batch)
         measure(job.table, measurement, steps, ratio_for, model=model, seed=seed)
-    text = table_text(job.table.rows)
+    text = table_and_plot.table(job.table.rows)
     write_text(args.output / "table.md", f"{text}\n")
+    with atomic_write(args.output / "steps.png") as file:
+        table_and_plot.plot(job.table.rows, file)
     print(f"{text}\n\n{args.output}")
-
-
-def table_text(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each model, number of steps and recipe; means over the seeds."""
-    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["model"], row["steps"], row["recipe"]), []).append(row)
-    return markdown.table(
-        ["model", "steps", "recipe", "block work", "PSNR, dB", "SSIM", "right"],
-        [
-            [*map(str, key), *(_mean(found, name, digits) for name, digits in _COLUMNS)]
-            for key, found in sorted(cells.items(), key=lambda cell: cell[0])
-        ],
-    )
-
-
-_COLUMNS = (("work", 2), ("psnr", 1), ("ssim", 3), ("right", 1))
-
-
-def _mean(rows: list[dict[str, Any]], name: str, digits: int) -> str:
-    values = [row[name] for row in rows if row[name] is not None]
-    return markdown.figure(sum(values) / len(values), digits) if values else markdown.MISSING
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -159,7 +159,7 @@ def load_teacher(settings: Settings) -> tuple[StableDiffusionPipeline, str]:
     """The trained pipeline that other models start from, and a digest of its weights."""
     pipe = shapes.load_pipeline(settings.teacher).to(settings.device)
     files = sorted(settings.teacher.rglob("*.safetensors"))
-    for part in (pipe.vae, pipe.unet):
+    for part in (pipe, pipe.vae, pipe.unet):
         # The published pipelines must not name a folder of this machine.
         part.register_to_config(_name_or_path="")
     return pipe, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

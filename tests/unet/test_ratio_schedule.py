@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,22 +264,18 @@ def test_an_invalid_ratio_is_refused_and_nothing_is_patched(target, ratio, error
         tomesd.report(pipe)
 
 
-@pytest.mark.parametrize("ratio", [None, 0.5])
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
-def test_a_pipeline_merges_late_by_default_and_as_ever_where_it_is_told_how(scheduler, ratio):
-    pipe = tomesd.apply_patch(_pipe(scheduler), ratio)
-    settings = _settings(pipe)
-    assert settings == _settings(tomesd.apply_patch(pipe, ratio, preset="late"))
+def test_late_merges_at_every_level_where_it_pays_and_needs_a_pipeline():
+    late = {"max_downsample": 8, "only_where_it_pays": True}
+    pipe = tomesd.apply_patch(_pipe(), preset="late")
+    settings = getattr(pipe.unet, PATCH).settings
+    assert settings == DiffusionSettings(settings.ratio, **late)
     assert settings.ratio.pieces == ((0.2, 0.0), (1.0, 0.5))
-    assert (settings.max_downsample, settings.only_where_it_pays) == (8, True)
-    steady = DiffusionSettings(ratio=0.5)
-    assert _settings(tomesd.apply_patch(pipe, ratio, preset="steady")) == steady
-    assert _settings(tomesd.apply_patch(pipe, ratio, seed=0)) == steady
-    tomesd.remove_patch(pipe)
-    tomesd.apply_patch(pipe.unet, ratio)
-    assert _settings(pipe) == steady
-    schedule = RatioSchedule.last(0.5, since=0.4)
-    assert _settings(tomesd.apply_patch(pipe, schedule)) == DiffusionSettings(ratio=schedule)
+    # A ratio that changes by itself stays as it is, at levels of its own too.
+    tomesd.apply_patch(pipe, {1: FIRST, 2: 0.25}, preset="late")
+    ratio = getattr(pipe.unet, PATCH).settings.ratio
+    assert (ratio[1], ratio[2].pieces) == (FIRST, ((0.2, 0.0), (1.0, 0.25)))
+    with pytest.raises(TypeError, match=r"a schedule needs apply_patch\(pipe, \.\.\.\)"):
+        tomesd.apply_patch(sd_unet(), preset="late")
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
@@ -290,13 +285,3 @@ def test_late_leaves_a_fifth_of_the_steps_whole_at_least_one_of_several(schedule
     seen = _watch(pipe)
     _draw(pipe, num_inference_steps=steps)
     assert seen == [64] * whole + [32] * (steps - whole)
-
-
-def test_a_pipeline_whose_parts_have_schedulers_of_their_own_merges_steadily():
-    parts = {"unet": sd_unet(), "scheduler": DDIMScheduler(), "prior_scheduler": DDIMScheduler()}
-    combined = SimpleNamespace(components=parts, **parts)
-    assert _settings(tomesd.apply_patch(combined, 0.5)) == DiffusionSettings(ratio=0.5)
-
-
-def _settings(pipe) -> DiffusionSettings:
-    return getattr(pipe.unet, PATCH).settings

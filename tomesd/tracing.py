@@ -29,7 +29,8 @@ class TokenGroups:
     model: the name of the patched model in what was traced, as `tomesd.report` gives it.
     step: the number of the model's forward within the trace, from 0: the denoising step.
     where: the block. In a Vision Transformer tokens merge for good, and this is the group of each
-        input token after that block; in a denoiser, what merges inside that block only.
+        input token after that block; in a denoiser, or with within_blocks=True, what merges inside
+        that block only.
     group: int64 [B, prefix + patches], on the CPU: the group of each token, −1 for a dropped one.
         Group numbers are per sample.
     prefix: how many class, distillation and register tokens lead; each is a group of its own.
@@ -97,13 +98,15 @@ def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[Remov
         grid = grids.pop(threading.get_ident(), None)
         if grid is None or patch is None or not any(patch.forward.schedule):
             return
-        step, maps = next(steps), patch.forward.maps
-        patches = maps[0].n - patch.prefix
+        step, maps = next(steps), patch.traced()
+        if not maps:
+            return
+        patches = next(iter(maps.values())).n - patch.prefix
         if math.prod(grid) != patches:  # A masked autoencoder: the others are in random order.
             grid = (patches,)
         traced.extend(
             TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
-            for layer, so_far in enumerate(maps[1:])
+            for layer, so_far in maps.items()
         )
 
     # In all families a convolution embeds the patches, and its output is their grid.

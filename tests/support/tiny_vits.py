@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from tests.support.tiny_vits_base import DEPTH, HEADS, WIDTH, Vit, heads, images
+from tests.support.tiny_vits_rotary import EVA, ROTARY
 from tests.support.tiny_vits_towers import TOWERS
 from tests.support.tiny_vits_transformers import ENCODERS
 from tests.support.vit_reference import Block
@@ -100,5 +101,6 @@ TIMM = {
     "timm without class token": lambda: _timm(class_token=False, global_pool="avg"),
     "timm with norms after": lambda: _timm(block_fn=ResPostBlock),
 }
-TRANSFORMERS = ENCODERS | TOWERS
+TIMM |= EVA
+TRANSFORMERS = ENCODERS | TOWERS | ROTARY
 FAMILIES: dict[str, Callable[..., Vit]] = TIMM | TRANSFORMERS | {"torchvision": _torchvision}

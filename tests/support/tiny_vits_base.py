@@ -38,3 +38,9 @@ def images(size: int = 24) -> Tensor:
 def heads(x: Tensor) -> Tensor:
     """[N, C] as [heads, N, C / heads]."""
     return x.unflatten(-1, (HEADS, -1)).transpose(0, 1)
+
+
+def tokens_of(output: Any) -> Tensor:
+    """What a block gives: its tokens, or a tuple that starts with them."""
+    tokens: Tensor = output[0] if isinstance(output, tuple) else output
+    return tokens

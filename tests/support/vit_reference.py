@@ -12,12 +12,25 @@ Groups = list[list[int]]
 
 
 class Block(NamedTuple):
-    """What a pre-norm block computes; all on [N, C], q, k and v are [heads, N, D]."""
+    """What a pre-norm block computes; all on [N, C], q, k and v are [heads, N, D].
+
+    rotate: rotates queries or keys by the places of their tokens. bias: what is added to the
+    logits, by the places of queries and keys. None if the host does no such thing.
+    """
 
     before_attention: Callable[[Tensor], Tensor]
     qkv: Callable[[Tensor], tuple[Tensor, ...]]
     after_attention: Callable[[Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, list[int]], Tensor] | None = None
+    bias: Callable[[list[int]], Tensor] | None = None
+
+    def logits(self, q: Tensor, k: Tensor, heads: list[int]) -> Tensor:
+        """heads: for each token the place that it has, or that the first of its group has."""
+        if self.rotate:
+            q, k = self.rotate(q, heads), self.rotate(k, heads)
+        logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        return logits + self.bias(heads) if self.bias else logits
 
 
 def encode(
@@ -37,7 +50,7 @@ def encode(
     size = [0.0 if h else 1.0 for h in hidden.tolist()]
     for block, r in zip(blocks, schedule, strict=True):
         q, k, v = block.qkv(block.before_attention(tokens))
-        logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        logits = block.logits(q, k, [group[0] for group in groups])
         for i, s in enumerate(size):
             weight = s if prop_attn or s == 0 else 1.0
             logits[:, :, i] += math.log(weight) if weight > 0 else -math.inf
@@ -52,7 +65,7 @@ def encode(
 def features(tokens: Tensor, block: Block) -> dict[str, Tensor]:
     """What can tell a block's tokens apart, [heads, N, D] each (one head for whole tokens)."""
     q, k, v = block.qkv(block.before_attention(tokens))
-    attended = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+    attended = block.logits(q, k, list(range(len(tokens)))).softmax(-1) @ v
     after = tokens + block.after_attention(attended.transpose(0, 1).flatten(1))
     return {"x_pre": tokens[None], "x": after[None], "q": q, "k": k, "v": v}
 

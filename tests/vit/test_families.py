@@ -10,6 +10,7 @@ from torch import Tensor
 import tomesd
 from tests.support.recorders import count_hooks
 from tests.support.tiny_vits import FAMILIES, Vit, build
+from tests.support.tiny_vits_base import tokens_of
 from tests.support.vit_reference import encode, unmerge
 
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -27,7 +28,7 @@ def run_patched(vit: Vit, **settings) -> tuple[Tensor, Tensor]:
     seen = {}
     hooks = [
         vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0])),
-        vit.blocks[-1].register_forward_hook(lambda _, args, out: seen.update(last=out)),
+        vit.blocks[-1].register_forward_hook(lambda _, args, out: seen.update(last=tokens_of(out))),
     ]
     try:
         vit.output()
@@ -141,7 +142,7 @@ def test_what_blocks_give_is_saved_and_loaded_like_any_tensor(name, tmp_path):
     tomesd.apply_patch(vit.model, r=3)
     given = []
     for block in vit.blocks:
-        block.register_forward_hook(lambda module, args, out: given.append(out))
+        block.register_forward_hook(lambda module, args, out: given.append(tokens_of(out)))
     vit.output()
     for i, tensor in enumerate(given):
         torch.save(tensor, tmp_path / str(i))
@@ -205,7 +206,7 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     assert out.isfinite().all()
     run = patched_encoder(vit)._tomesd_patch.forward
     assert run.maps[-1].m == run.maps[0].n - 9
-    assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * 2
+    assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * len(out)
 
 
 @families
@@ -215,7 +216,7 @@ def test_an_empty_batch_gives_an_empty_output(name):
     empty = {key: value[:0] for key, value in vit.inputs.items()}
     try:
         expected = vit.model(**empty)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         pytest.skip("its host takes no empty batch")
     tomesd.apply_patch(vit.model, r=R)
     got = vit.model(**empty)

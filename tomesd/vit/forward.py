@@ -20,8 +20,9 @@ class Forward:
     """The token maps of one forward.
 
     maps[i] maps the first block's tokens to those that block i gets, maps[-1] to those after the
-    last block; steps[i] is what block i merges, None for nothing. They are kept by block, so that
-    gradient checkpointing, which runs blocks again in any order, finds them. collected: whether
+    last block; steps[i] is what block i merges, None for nothing. Where blocks merge within
+    themselves, maps[i] is what block i merges, and there is nothing else. They are kept by block,
+    so that gradient checkpointing, which runs blocks again in any order, finds them. collected: whether
     another caller than the model's own forward runs the blocks, and may keep what each of them
     gives.
     """
@@ -46,13 +47,8 @@ class Forward:
         masked
         token counts for nothing wherever it merges: it has size zero.
         """
-        if layer == 0:
-            identity = TokenMap.identity(x)
-            self.masks_tokens = mask is not None
-            if mask is not None:
-                size = _visible(mask, x).to(identity.size.dtype)[..., None]
-                identity = replace(identity, size=size)
-            self.maps[0] = identity
+        if layer == 0 and not self.settings.within_blocks:
+            self.maps[0] = self._weighed(TokenMap.identity(x), x, mask)
         so_far = self.maps[layer]
         if so_far is None or so_far.size.shape[:2] != x.shape[:2]:
             raise direct_call_error(layer, x)
@@ -62,6 +58,33 @@ class Forward:
         if not self.settings.prop_attn:
             size = (size > 0).to(size.dtype)
         return size.log().to(x.dtype)
+
+    def _weighed(self, token_map: TokenMap, x: Tensor, mask: Tensor | None) -> TokenMap:
+        """The map of a block's tokens x, [B, N, C], where tokens that a mask hides have no size."""
+        self.masks_tokens = mask is not None
+        if mask is None:
+            return token_map
+        size = _visible(mask, x).to(token_map.size.dtype)[..., None]
+        return replace(token_map, size=token_map.merge(size, how="sum"))
+
+    def merge_within(self, layer: int, x: Tensor, mask: Tensor | None, keep: int = 1) -> Tensor:
+        """Merge the tokens [B, N, C] that a block gets, for this block alone.
+
+        keep: the number of tokens that are left must be a multiple of it.
+        """
+        n = x.shape[1]
+        r = schedule.clipped(self.schedule[layer], n, self.prefix)
+        r -= (r - n) % keep
+        self.maps[layer] = None  # type: ignore[call-overload]
+        if r <= 0:
+            return x
+        features = dict.fromkeys(self.matcher.needs, x.detach()[:, :, None])
+        step = self.matcher.token_map(features, self.prefix, r, layer, len(self.steps))
+        self.maps[layer] = self._weighed(step, x, mask)
+        visible = torch.ones_like(x[..., :1], dtype=torch.float32)
+        if mask is not None:
+            visible = _visible(mask, x).to(torch.float32)[..., None]
+        return self.matcher.merge(step, x, visible)
 
     def match(self, layer: int, features: dict[str, Tensor], n: int) -> None:
         """Decide what a block of n tokens merges."""
@@ -108,7 +131,7 @@ class ThreadState:
     forward that its block is in, which in a backward pass may be another. features: of that block.
     called: whether the model has been called, and its blocks not yet. collected: whether the blocks
     run outside of the model's own forward, so that somebody may keep their outputs. block: the one
-    that it is in, −1 for none.
+    that it is in, −1 for none. inputs: all tokens of the blocks that merge within themselves.
     """
 
     begun: Forward | None = None
@@ -117,6 +140,7 @@ class ThreadState:
     called: bool = False
     collected: bool = False
     block: int = -1
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Forwards:
@@ -190,6 +214,19 @@ class Forwards:
         if merged is not x:
             self.of_inputs[merged] = forward
         return merged
+
+    def within(self, layer: int) -> Forward:
+        """The forward of a block that merges within itself, and that nothing else depends on."""
+        if layer == 0 or _in_backward():
+            self.begin()
+        elif not torch.compiler.is_compiling():
+            self.thread.current = self.begun
+        return self.current
+
+    def enter_within(self, x: Tensor) -> None:
+        """As `enter`, in a block that merges within itself."""
+        if not torch.compiler.is_compiling():
+            self.thread.current = self.of_inputs.get(x, self.thread.current)
 
     def enter(self, layer: int, x: Tensor) -> None:
         """x: what the first module inside a block gets. Checkpointing may run that again alone."""

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tomesd.hooks import by_name
+from tomesd.hooks import argument_names, by_name
 from tomesd.vit.forward import Forward, Forwards
+from tomesd.vit.rotary import Rotary
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -35,7 +36,8 @@ _KEEP_NOTHING = ("tomesd.", "torch.", "transformers.utils.output_capturing")
 class Layer:
     """The hooks of one block; `tomesd.vit.patch` says where they go.
 
-    names: the arguments of its attention in order. mask: the one of them that takes a mask.
+    names: the arguments of its attention in order. mask: the one of them that takes a mask. rotary:
+    how it gets the angles of its tokens, if it rotates queries and keys.
     """
 
     index: int
@@ -43,17 +45,39 @@ class Layer:
     attention: Any
     names: tuple[str, ...]
     mask: str
+    rotary: Rotary | None = None
 
     @property
     def forward(self) -> Forward:
         return self.forwards.current
 
     def install(self, patch: Any, points: HookPoints) -> None:
-        """Hook the block, whose features and input are hooked already.
+        """Hook the block.
 
         patch: the ViTPatch.
         """
+        if self.forward.settings.within_blocks:
+            self.install_within(patch, points)
+            return
+        patch.before(points.block, self.arrive)
+        patch.before(points.enter, self.enter)
+        for name in self.forward.matcher.needs:
+            if name in points.features:
+                patch.after(points.features[name], getattr(self, f"record_{name}"))
+        self.install_attention(patch, points)
+        self.install_merging(patch, points)
+
+    def install_within(self, patch: Any, points: HookPoints) -> None:
+        self.block_names = argument_names(points.block)
+        patch.before(points.block, self.merge_within)
+        patch.before(points.enter, self.enter_within)
+        self.install_attention(patch, points)
+        patch.first_after(points.block, self.unmerge_within)
+
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
         patch.before(points.attention, self.weigh_keys)
+
+    def install_merging(self, patch: Any, points: HookPoints) -> None:
         patch.before(points.merge, self.merge)
         patch.after(points.unmerge, self.unmerge)
         patch.first_after(points.block, self.leave)
@@ -70,13 +94,49 @@ class Layer:
         return int(key.out_features)
 
     def arrive(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if isinstance(args[0], torch.fx.Proxy):
-            raise TypeError(
-                "torch.fx cannot trace a patched Vision Transformer, and a feature extractor that "
-                "was traced before does not run its blocks: register a forward hook on the blocks, "
-                "whose outputs then have all tokens"
-            )
+        refuse_tracing(args[0])
         return (self.forwards.arrive(self.index, args[0]), *args[1:]), kwargs
+
+    # Blocks that merge within themselves.
+
+    def merge_within(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        refuse_tracing(args[0])
+        forward, x = self.forwards.within(self.index), self.tokens(args[0])
+        mask = by_name(self.block_names, args, kwargs).get(self.mask)
+        merged = forward.merge_within(self.index, x, mask, self.keep(args[0]))
+        if merged is x:
+            return args, kwargs
+        self.forwards.thread.inputs[self.index] = args[0]
+        merged = self.like(args[0], merged)
+        if not torch.compiler.is_compiling():
+            self.forwards.of_inputs[merged] = forward
+        return (merged, *args[1:]), kwargs
+
+    def enter_within(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self.forwards.enter_within(args[0])
+
+    def unmerge_within(self, block: nn.Module, args: Args, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.unmerge_within(block, args, output[0]), *output[1:])
+        x = self.forwards.thread.inputs.pop(self.index, None)
+        if x is None:
+            return output
+        change = self.tokens(output) - self.tokens(args[0])
+        return x + self.like(x, self.forward.maps[self.index].unmerge(change))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """A block's input as [B, N, C]."""
+        return x
+
+    def like(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, C] in the form of a block's input x."""
+        return tokens
+
+    def keep(self, x: Tensor) -> int:
+        """What the number of tokens that are left must be a multiple of."""
+        return 1
+
+    # Blocks whose tokens merge for good.
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.forwards.enter(self.index, args[0])
@@ -100,7 +160,9 @@ class Layer:
         step = self.forward.steps[self.index]
         return output if step is None else step.unmerge(output)
 
-    def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
+    def leave(self, block: nn.Module, args: Args, output: Any) -> Any:
+        if isinstance(output, tuple):  # Tokens, and attention where it is asked for.
+            return (self.leave(block, args, output[0]), *output[1:])
         return self.finish(block, self.forward.merge(self.index, output))
 
     def finish(self, block: nn.Module, merged: Tensor) -> Tensor:
@@ -127,10 +189,25 @@ class Layer:
         return by_heads
 
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Add log(size) to the logits of the keys."""
+        """Add log(size) to the logits of the keys; rotate each merged token like its head."""
         given = by_name(self.names, args, kwargs)
-        bias = self.forward.key_bias(self.index, given[self.names[0]], given.get(self.mask))
-        return args[:1], kwargs | {self.mask: None if bias is None else bias[:, None, None]}
+        x = given.pop(self.names[0])
+        bias = self.forward.key_bias(self.index, x, given.get(self.mask))
+        given[self.mask] = None if bias is None else bias[:, None, None]
+        so_far = self.forward.maps[self.index]
+        if self.rotary and so_far is not None:
+            given[self.rotary.name] = self.rotary.merged(given.get(self.rotary.name), so_far)
+        return (x,), given
+
+
+def refuse_tracing(x: Any) -> None:
+    """Raise TypeError where torch.fx takes a block apart, x being its input."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx cannot trace a patched Vision Transformer, and a feature extractor that "
+            "was traced before does not run its blocks: register a forward hook on the blocks, "
+            "whose outputs then have all tokens"
+        )
 
 
 def _is_watched(block: nn.Module) -> bool:

@@ -10,6 +10,12 @@
     block                 post: merge; after the last block, and where somebody may keep the output,
                                 unmerge to the tokens of the first
 
+With within_blocks=True, and where the next block needs the token grid:
+
+    block                 pre:  one token map from its input; merge
+    attention             pre:  + log(size) on the keys
+    block                 post: x + unmerge(block(merge(x)) − merge(x))
+
 The host adds the MLP's output to tokens that it has kept for itself, which a hook does not see. So
 the MLP runs on merged tokens, its output is unmerged, and the sum is merged: merge(x +
 unmerge(mlp(merge(x)))) == merge(x) + mlp(merge(x)), which is merging between attention and MLP. The
@@ -22,6 +28,7 @@ from typing import Any
 
 from torch import nn
 
+from tomesd.core.token_map import TokenMap
 from tomesd.hooks import Patch, argument_names
 from tomesd.reports import ReportRow
 from tomesd.vit import schedule
@@ -65,7 +72,12 @@ class ViTPatch(Patch):
         r = settings.r
         if settings.speedup is not None:
             r = schedule.for_speedup(
-                settings.speedup, self.cost(), len(self.points), self.own_tokens, self.prefix
+                settings.speedup,
+                self.cost(),
+                len(self.points),
+                self.own_tokens,
+                self.prefix,
+                settings.within_blocks,
             )
         per_layer = schedule.per_layer(r, len(self.points))
         make = partial(Forward, settings, self.matcher, self.prefix, per_layer)
@@ -87,15 +99,15 @@ class ViTPatch(Patch):
         for index, points in enumerate(self.points):
             names = argument_names(points.attention)
             layer = self.spec.layer(
-                index, self.forwards, points.attention, names, self.spec.attention_mask
+                index,
+                self.forwards,
+                points.attention,
+                names,
+                self.spec.attention_mask,
+                self.spec.rotary,
             )
-            self.before(points.block, layer.arrive)
-            self.before(points.enter, layer.enter)
-            for name in self.matcher.needs:
-                if name in points.features:
-                    self.after(points.features[name], getattr(layer, f"record_{name}"))
             layer.install(self, points)
-        if self.spec.recorder and self.settings.unmerge:
+        if self.spec.recorder and self.settings.unmerge and not self.settings.within_blocks:
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
 
     def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,10 +131,19 @@ class ViTPatch(Patch):
         for index, r in enumerate(self.forward.schedule):
             merges = schedule.clipped(r, tokens, self.prefix)
             note = f"r clipped from {r} to {merges}" if merges < r else ""
-            work = (tokens / first) ** 2
-            tokens -= merges
-            rows.append(ReportRow(f"layer {index}", 1, first, tokens, work, note))
+            left = tokens - merges
+            work = ((left if self.settings.within_blocks else tokens) / first) ** 2
+            rows.append(ReportRow(f"layer {index}", 1, first, left, work, note))
+            if not self.settings.within_blocks:
+                tokens = left
         return rows
+
+    def traced(self) -> dict[int, TokenMap]:
+        """What the latest forward of this thread merged, by layer."""
+        maps = self.forward.maps
+        if self.settings.within_blocks:
+            return {index: merged for index, merged in enumerate(maps) if merged is not None}
+        return dict(enumerate(maps[1:]))
 
     def cost(self) -> Cost:
         """Multiply-adds of a block: its weight matrices, once per token, and attention itself."""

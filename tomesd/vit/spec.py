@@ -8,6 +8,7 @@ from torch import nn
 
 from tomesd.registry import Spec
 from tomesd.vit.layer import HookPoints, Layer
+from tomesd.vit.rotary import Rotary
 from tomesd.vit.settings import ViTSettings
 
 
@@ -43,9 +44,9 @@ class ViT(Spec):
     blocks: paths to the list of blocks in the model; the first one that exists counts.
     attention_mask: the argument of the attention that takes a mask to add to the logits,
         [B, 1, 1, N].
+    rotary: how the attention gets the angles by which it rotates queries and keys, if it does.
     layer: the hooks on a block. Another class than `Layer` for attention that takes no such mask,
-    or
-        whose projections are not [B, N, heads · head_dim].
+        or whose projections are not [B, N, heads · head_dim].
     check: raises an error for a model or settings that it does not go with.
     recorder: the module whose output holds the hidden states of all layers, if the host collects
         them; they are unmerged.
@@ -56,6 +57,7 @@ class ViT(Spec):
     tokens: Callable[[Any], int]
     blocks: tuple[str, ...] = ("blocks", "layers", "encoder.layers", "encoder.layer")
     attention_mask: str = "attention_mask"
+    rotary: Rotary | None = None
     layer: type[Layer] = Layer
     check: Callable[[Any, ViTSettings], None] | None = None
     recorder: Callable[[Any], nn.Module] | None = None

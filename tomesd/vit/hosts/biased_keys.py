@@ -20,10 +20,17 @@ from tomesd.vit.spec import Places
 def _carrying(method: str) -> Callable[..., "_WeighedKeys"]:
     """A tensor's method whose result carries the bias on."""
 
-    def call(self: "_WeighedKeys", *args: Any) -> "_WeighedKeys":
-        return _WeighedKeys(getattr(self.tensor, method)(*args), self.bias)
+    def call(self: "_WeighedKeys", *args: Any, **kwargs: Any) -> Any:
+        return _WeighedKeys.carry(getattr(self.tensor, method)(*_plain(args), **kwargs), self.bias)
 
     return call
+
+
+def _plain(args: Any) -> Any:
+    """The arguments of a call, with tensors in place of the keys that carry a bias."""
+    if isinstance(args, tuple | list):
+        return tuple(map(_plain, args))
+    return args.tensor if isinstance(args, _WeighedKeys) else args
 
 
 class _WeighedKeys:
@@ -37,50 +44,63 @@ class _WeighedKeys:
         self.tensor, self.bias = tensor, bias
 
     view, reshape = _carrying("view"), _carrying("reshape")
+    flatten, unflatten = _carrying("flatten"), _carrying("unflatten")
     permute, transpose = _carrying("permute"), _carrying("transpose")
-    contiguous = _carrying("contiguous")
-    __getitem__, __mul__ = _carrying("__getitem__"), _carrying("__mul__")
+    unbind, contiguous = _carrying("unbind"), _carrying("contiguous")
+    __getitem__, __neg__ = _carrying("__getitem__"), _carrying("__neg__")
+    __add__, __mul__ = _carrying("__add__"), _carrying("__mul__")
 
     @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
     def size(self) -> torch.Size:
         return self.tensor.shape
+
+    @classmethod
+    def carry(cls, result: Any, bias: Tensor) -> Any:
+        if isinstance(result, tuple | list):
+            return tuple(cls(part, bias) for part in result)
+        return cls(result, bias)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        bias = next(arg.bias for arg in args if isinstance(arg, cls))
-        args = [arg.tensor if isinstance(arg, cls) else arg for arg in args]
+        parts = args[0] if isinstance(args[0], tuple | list) else args
+        bias = next(part.bias for part in parts if isinstance(part, cls))
+        args = _plain(args)
         if func is F.scaled_dot_product_attention:
             return func(*args[:3], **kwargs | {"attn_mask": bias})
         if func is F.softmax:
             return func(args[0] + bias, *args[1:], **kwargs)
-        return cls(func(*args, **kwargs), bias)
+        return cls.carry(func(*args, **kwargs), bias)
 
 
-class _BiasedKeys(Layer):
-    def install(self, patch: Any, points: HookPoints) -> None:
+class BiasedKeys(Layer):
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
         patch.after(points.features["k"], self.carry_bias)
-        patch.before(points.merge, self.merge)
-        self.install_after_attention(patch, points)
-
-    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
-        raise NotImplementedError(f"{type(self).__name__} merges nothing")
 
     def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | _WeighedKeys:
         bias = self.forward.key_bias(self.index, args[0], None)
         return output if bias is None else _WeighedKeys(output, bias[:, None, None])
 
 
-class _VideoMAE(_BiasedKeys):
+class _VideoMAE(BiasedKeys):
     """The MLP ends in a module that adds the residual stream itself: the residual is merged, and
     nothing has to be unmerged."""
 
-    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
+    def install_merging(self, patch: Any, points: HookPoints) -> None:
+        patch.before(points.merge, self.merge)
         patch.before(points.unmerge, self.merge_residual)
         patch.first_after(points.block, self.leave)
 
@@ -100,13 +120,12 @@ class _VideoMAE(_BiasedKeys):
         return self.finish(block, output)
 
 
-class _Blip(_BiasedKeys):
+class _Blip(BiasedKeys):
     """One module projects queries, keys and values together."""
 
-    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
+        super().install_attention(patch, points)
         patch.after(points.attention, self.drop_bias)
-        patch.after(points.unmerge, self.unmerge)
-        patch.first_after(points.block, self.leave)
 
     @staticmethod
     def width(points: HookPoints) -> int:

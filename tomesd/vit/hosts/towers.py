@@ -97,7 +97,5 @@ register(
 
 refuse(
     "its attention rotates queries and keys by token positions in every layer",
-    "transformers.MLCDVisionModel",
-    "transformers.PixtralVisionModel",
     "transformers.Qwen2VisionTransformerPretrainedModel",
 )

@@ -41,7 +41,8 @@ def check_attention(model: Any, settings: ViTSettings) -> None:
         )
 
 
-def _check_backbone(model: Any, settings: ViTSettings) -> None:
+def check_backbone(model: Any, settings: ViTSettings) -> None:
+    """Raise ValueError for settings that leave feature maps without a shape."""
     if not settings.unmerge:
         raise ValueError(
             f"unmerge must be True with {type(model).__name__}, whose feature maps have a place "
@@ -132,7 +133,7 @@ register(
     "transformers.Tipsv2VisionModel",
 )
 register(
-    replace(_DINOV2, check=_check_backbone),
+    replace(_DINOV2, check=check_backbone),
     "transformers.Dinov2Backbone",
     "transformers.Dinov2WithRegistersBackbone",
     "transformers.Tipsv2VisionBackbone",
@@ -150,12 +151,6 @@ refuse(
     "transformers.BeitModel",
     "transformers.BeitBackbone",
     "transformers.Data2VecVisionModel",
-)
-refuse(
-    "its attention rotates queries and keys by token positions in every layer",
-    "transformers.DINOv3ViTModel",
-    "transformers.DINOv3ViTBackbone",
-    "transformers.VJEPA2Model",
 )
 refuse(
     "its detection tokens follow the patches, and only tokens that lead them are kept from merging",

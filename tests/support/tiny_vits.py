@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from tests.support.tiny_vits_base import DEPTH, HEADS, WIDTH, Vit, heads, images
+from tests.support.tiny_vits_placed import PLACED, TIMM_PLACED
 from tests.support.tiny_vits_rotary import EVA, ROTARY
 from tests.support.tiny_vits_towers import TOWERS
 from tests.support.tiny_vits_transformers import ENCODERS
@@ -101,6 +102,6 @@ TIMM = {
     "timm without class token": lambda: _timm(class_token=False, global_pool="avg"),
     "timm with norms after": lambda: _timm(block_fn=ResPostBlock),
 }
-TIMM |= EVA
-TRANSFORMERS = ENCODERS | TOWERS | ROTARY
+TIMM |= EVA | TIMM_PLACED
+TRANSFORMERS = ENCODERS | TOWERS | ROTARY | PLACED
 FAMILIES: dict[str, Callable[..., Vit]] = TIMM | TRANSFORMERS | {"torchvision": _torchvision}

@@ -51,6 +51,11 @@ class Layer:
     def forward(self) -> Forward:
         return self.forwards.current
 
+    @property
+    def idle(self) -> bool:
+        """Whether the block merges within itself, but nothing now."""
+        return self.forward.settings.within_blocks and self.forward.maps[self.index] is None
+
     def install(self, patch: Any, points: HookPoints) -> None:
         """Hook the block.
 
@@ -190,13 +195,15 @@ class Layer:
 
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Add log(size) to the logits of the keys; rotate each merged token like its head."""
+        if self.idle:
+            return args, kwargs
         given = by_name(self.names, args, kwargs)
         x = given.pop(self.names[0])
         bias = self.forward.key_bias(self.index, x, given.get(self.mask))
         given[self.mask] = None if bias is None else bias[:, None, None]
-        so_far = self.forward.maps[self.index]
-        if self.rotary and so_far is not None:
-            given[self.rotary.name] = self.rotary.merged(given.get(self.rotary.name), so_far)
+        if self.rotary:
+            angles = given.get(self.rotary.name)
+            given[self.rotary.name] = self.rotary.merged(angles, self.forward.maps[self.index])
         return (x,), given
 
 

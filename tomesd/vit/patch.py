@@ -80,6 +80,10 @@ class ViTPatch(Patch):
                 settings.within_blocks,
             )
         per_layer = schedule.per_layer(r, len(self.points))
+        if spec.only:
+            per_layer = [
+                r * spec.only(block) for r, block in zip(per_layer, blocks, strict=True)
+            ]
         make = partial(Forward, settings, self.matcher, self.prefix, per_layer)
         self.forwards = Forwards(make)
 
@@ -125,13 +129,16 @@ class ViTPatch(Patch):
         self.forwards.forget()
 
     def rows(self) -> list[ReportRow]:
-        seen = self.forwards.latest.maps[0]
+        seen = next(filter(None, self.forwards.latest.maps), None)
         first = tokens = self.own_tokens if seen is None else seen.n
         rows = []
         for index, r in enumerate(self.forward.schedule):
             merges = schedule.clipped(r, tokens, self.prefix)
             note = f"r clipped from {r} to {merges}" if merges < r else ""
-            left = tokens - merges
+            merged = self.forwards.latest.maps[index] if self.settings.within_blocks else None
+            left = tokens - merges if merged is None else merged.m
+            if self.spec.only and not r:
+                note = "the next block needs the token grid"
             work = ((left if self.settings.within_blocks else tokens) / first) ** 2
             rows.append(ReportRow(f"layer {index}", 1, first, left, work, note))
             if not self.settings.within_blocks:

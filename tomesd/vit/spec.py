@@ -48,6 +48,7 @@ class ViT(Spec):
     layer: the hooks on a block. Another class than `Layer` for attention that takes no such mask,
         or whose projections are not [B, N, heads · head_dim].
     check: raises an error for a model or settings that it does not go with.
+    only: which blocks merge, if not all of them do.
     recorder: the module whose output holds the hidden states of all layers, if the host collects
         them; they are unmerged.
     """
@@ -61,6 +62,7 @@ class ViT(Spec):
     layer: type[Layer] = Layer
     check: Callable[[Any, ViTSettings], None] | None = None
     recorder: Callable[[Any], nn.Module] | None = None
+    only: Callable[[Any], bool] | None = None
 
     def find_blocks(self, model: Any) -> nn.ModuleList:
         """Raises AttributeError if the model has none of the paths."""

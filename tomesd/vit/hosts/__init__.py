@@ -1,5 +1,14 @@
 """The hosts whose Vision Transformers merge; importing a module registers its classes."""
 
-from tomesd.vit.hosts import biased_keys, rotary, timm, torchvision, towers, transformers
+from tomesd.vit.hosts import (
+    biased_keys,
+    grids,
+    placed,
+    rotary,
+    timm,
+    torchvision,
+    towers,
+    transformers,
+)
 
-__all__ = ["biased_keys", "rotary", "timm", "torchvision", "towers", "transformers"]
+__all__ = ["biased_keys", "grids", "placed", "rotary", "timm", "torchvision", "towers", "transformers"]

@@ -104,7 +104,7 @@ class _VJEPA2(BiasedKeys):
         return by_heads
 
     def tell_positions(self, attention: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        so_far = self.forward.so_far(self.index)
+        so_far = self.forward.maps[self.index]
         merged = so_far is not None and so_far.m < so_far.n
         return args, kwargs | {"position_mask": so_far.head if merged else None}
 

@@ -49,7 +49,7 @@ def _check_attention(model: Any, settings: Any) -> None:
 _KEYS = {"q": "attn.q_norm", "k": "attn.k_norm"}
 _FEATURES = {**_KEYS, "v": "attn.qkv"}
 
-_VIT = ViT(
+TIMM = ViT(
     {
         "Block": Places("norm1", "attn", "norm2", "mlp", **_FEATURES),
         # It normalizes the output of a branch instead of its input.
@@ -62,11 +62,11 @@ _VIT = ViT(
     layer=_Layer,
     check=_check_attention,
 )
-register(_VIT, "timm.VisionTransformer")
+register(TIMM, "timm.VisionTransformer")
 # With rotary positions. Its attention may have no module that gives its values.
 register(
     replace(
-        _VIT,
+        TIMM,
         places={
             "EvaBlock": Places("norm1", "attn", "norm2", "mlp", **_KEYS),
             "EvaBlockPostNorm": Places("attn", "attn", "mlp", "norm2", **_KEYS),
@@ -81,9 +81,4 @@ refuse(
     "timm.SwinTransformer",
     "timm.SwinTransformerV2",
     "timm.SwinTransformerV2Cr",
-)
-refuse(
-    "its attention adds a bias by token positions in every layer",
-    "timm.Beit",
-    "timm.VisionTransformerRelPos",
 )

@@ -17,6 +17,8 @@ from tomesd.vit.spec import Places, ViT
 
 class _Layer(Layer):
     def weigh_keys(self, attention: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.idle:
+            return args, kwargs
         x = args[0]
         for name in self.forward.matcher.needs:
             if name in ("q", "k", "v"):

@@ -147,12 +147,6 @@ refuse(
     "transformers.Swinv2Backbone",
 )
 refuse(
-    "its attention adds a bias by token positions in every layer",
-    "transformers.BeitModel",
-    "transformers.BeitBackbone",
-    "transformers.Data2VecVisionModel",
-)
-refuse(
     "its detection tokens follow the patches, and only tokens that lead them are kept from merging",
     "transformers.YolosModel",
 )

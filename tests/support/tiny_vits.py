@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from tests.support.tiny_vits_base import DEPTH, HEADS, WIDTH, Vit, heads, images
+from tests.support.tiny_vits_more import MORE
 from tests.support.tiny_vits_placed import PLACED, TIMM_PLACED
 from tests.support.tiny_vits_rotary import EVA, ROTARY
 from tests.support.tiny_vits_towers import TOWERS
@@ -103,5 +104,5 @@ TIMM = {
     "timm with norms after": lambda: _timm(block_fn=ResPostBlock),
 }
 TIMM |= EVA | TIMM_PLACED
-TRANSFORMERS = ENCODERS | TOWERS | ROTARY | PLACED
+TRANSFORMERS = ENCODERS | TOWERS | ROTARY | PLACED | MORE
 FAMILIES: dict[str, Callable[..., Vit]] = TIMM | TRANSFORMERS | {"torchvision": _torchvision}

@@ -16,7 +16,7 @@ class Vit:
     """A model, an input for it, and what the tests need to know about it.
 
     blocks, reference: its transformer blocks, and what they compute, for vit_reference. prefix: its
-    class, distillation and register tokens.
+    class, distillation and register tokens. suffix: tokens at the end that never merge.
     """
 
     model: Any
@@ -24,6 +24,7 @@ class Vit:
     blocks: list[nn.Module]
     reference: list[Block]
     prefix: int
+    suffix: int = 0
 
     def output(self) -> Tensor:
         out = self.model(**self.inputs)

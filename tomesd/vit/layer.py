@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tomesd.hooks import argument_names, by_name
-from tomesd.vit.forward import Forward, Forwards
+from tomesd.vit.forward import Forward
+from tomesd.vit.forwards import Forwards
 from tomesd.vit.rotary import Rotary
 
 Args = tuple[Any, ...]
@@ -121,13 +122,12 @@ class Layer:
         self.forwards.enter_within(args[0])
 
     def unmerge_within(self, block: nn.Module, args: Args, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.unmerge_within(block, args, output[0]), *output[1:])
+        tokens, rest = split(output)
         x = self.forwards.thread.inputs.pop(self.index, None)
         if x is None:
             return output
-        change = self.tokens(output) - self.tokens(args[0])
-        return x + self.like(x, self.forward.maps[self.index].unmerge(change))
+        change = self.tokens(tokens) - self.tokens(args[0])
+        return join(x + self.like(x, self.forward.maps[self.index].unmerge(change)), rest)
 
     def tokens(self, x: Tensor) -> Tensor:
         """A block's input as [B, N, C]."""
@@ -166,17 +166,17 @@ class Layer:
         return output if step is None else step.unmerge(output)
 
     def leave(self, block: nn.Module, args: Args, output: Any) -> Any:
-        if isinstance(output, tuple):  # Tokens, and attention where it is asked for.
-            return (self.leave(block, args, output[0]), *output[1:])
-        return self.finish(block, self.forward.merge(self.index, output))
+        tokens, rest = split(output)
+        return self.finish(block, join(self.forward.merge(self.index, tokens), rest))
 
-    def finish(self, block: nn.Module, merged: Tensor) -> Tensor:
-        """merged: what the block gives. Returns it with all tokens where somebody may keep it."""
+    def finish(self, block: nn.Module, output: Any) -> Any:
+        """output: what the block gives. Returns it with all tokens where somebody may keep it."""
+        merged, rest = split(output)
         forward, after = self.forward, self.index + 1
         last = after == len(forward.schedule)
         if forward.settings.unmerge and (last or forward.collected or _is_watched(block)):
             merged = forward.all_tokens(after, merged)
-        return merged if last else self.forwards.record(merged)
+        return join(merged if last else self.forwards.record(merged), rest)
 
     # Bound methods, since hooks are pickled with their model.
     def record_q(self, module: nn.Module, args: Args, output: Tensor) -> None:
@@ -201,10 +201,19 @@ class Layer:
         x = given.pop(self.names[0])
         bias = self.forward.key_bias(self.index, x, given.get(self.mask))
         given[self.mask] = None if bias is None else bias[:, None, None]
-        if self.rotary:
+        if self.rotary and self.rotary.name in self.names:
             angles = given.get(self.rotary.name)
             given[self.rotary.name] = self.rotary.merged(angles, self.forward.maps[self.index])
         return (x,), given
+
+
+def split(output: Any) -> tuple[Any, Any]:
+    """What a block gives: its tokens, and what comes after them in a tuple, such as attention."""
+    return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+
+
+def join(tokens: Tensor, rest: Any) -> Any:
+    return tokens if rest is None else (tokens, *rest)
 
 
 def refuse_tracing(x: Any) -> None:

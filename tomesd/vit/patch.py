@@ -32,7 +32,8 @@ from tomesd.core.token_map import TokenMap
 from tomesd.hooks import Patch, argument_names
 from tomesd.reports import ReportRow
 from tomesd.vit import schedule
-from tomesd.vit.forward import Forward, Forwards
+from tomesd.vit.forward import Forward
+from tomesd.vit.forwards import Forwards
 from tomesd.vit.matcher import Matcher
 from tomesd.vit.schedule import Cost
 from tomesd.vit.settings import ViTSettings
@@ -68,6 +69,8 @@ class ViTPatch(Patch):
         blocks = spec.find_blocks(model)
         self.points = [spec.hook_points(index, block) for index, block in enumerate(blocks)]
         self.prefix = spec.prefix(model)
+        suffix = spec.suffix(model) if spec.suffix else 0
+        self.protected = self.prefix + suffix
         self.own_tokens = spec.tokens(model)
         r = settings.r
         if settings.speedup is not None:
@@ -76,7 +79,7 @@ class ViTPatch(Patch):
                 self.cost(),
                 len(self.points),
                 self.own_tokens,
-                self.prefix,
+                self.protected,
                 settings.within_blocks,
             )
         per_layer = schedule.per_layer(r, len(self.points))
@@ -84,7 +87,7 @@ class ViTPatch(Patch):
             per_layer = [
                 r * spec.only(block) for r, block in zip(per_layer, blocks, strict=True)
             ]
-        make = partial(Forward, settings, self.matcher, self.prefix, per_layer)
+        make = partial(Forward, settings, self.matcher, self.prefix, suffix, per_layer)
         self.forwards = Forwards(make)
 
     @property
@@ -95,8 +98,9 @@ class ViTPatch(Patch):
     def install(self) -> None:
         if not any(self.forward.schedule):
             return
-        self.before(self.model, self._call)
-        self.after(self.model, self.forwards.end, always=True)
+        if not (self.spec.changes and self.spec.changes(self.model)):
+            self.before(self.model, self._call)
+            self.after(self.model, self.forwards.end, always=True)
         # A Sequential runs its blocks and keeps nothing; other methods of the model run them singly
         # to collect what they give.
         self.before(self.spec.find_blocks(self.model), self.forwards.call)
@@ -115,6 +119,8 @@ class ViTPatch(Patch):
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
 
     def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training and self.spec.check:
+            self.spec.check(model, self.settings)
         blocks = self.spec.find_blocks(model)
         if not isinstance(blocks, nn.Sequential) or getattr(model, "grad_checkpointing", False):
             self.forwards.call()
@@ -133,7 +139,7 @@ class ViTPatch(Patch):
         first = tokens = self.own_tokens if seen is None else seen.n
         rows = []
         for index, r in enumerate(self.forward.schedule):
-            merges = schedule.clipped(r, tokens, self.prefix)
+            merges = schedule.clipped(r, tokens, self.protected)
             note = f"r clipped from {r} to {merges}" if merges < r else ""
             merged = self.forwards.latest.maps[index] if self.settings.within_blocks else None
             left = tokens - merges if merged is None else merged.m
@@ -175,10 +181,11 @@ class ViTPatch(Patch):
         """states: the inputs of the blocks and the last output, which is unmerged already; None for
         those that the caller skips. Anything else (attentions) stays as it is."""
         forward = self.forward
-        if len(states) != len(forward.maps):
+        last = len(forward.maps) - 1
+        if len(states) <= last:
             return states
-        into = enumerate(states[:-1])
-        return (*(None if x is None else forward.all_tokens(i, x) for i, x in into), states[-1])
+        into = enumerate(states[:last])
+        return (*(None if x is None else forward.all_tokens(i, x) for i, x in into), *states[last:])
 
 
 def _matrices(module: nn.Module) -> int:

@@ -41,7 +41,8 @@ class ViT(Spec):
     places: by the class of the block.
     prefix: how many class, distillation and register tokens lead the sequence.
     tokens: how many tokens, with the prefix, an input of the model's own size has.
-    blocks: paths to the list of blocks in the model; the first one that exists counts.
+    blocks: paths to the list of blocks in the model; the first one that exists counts. Or a
+        function that gives the blocks, if only some of them merge.
     attention_mask: the argument of the attention that takes a mask to add to the logits,
         [B, 1, 1, N].
     rotary: how the attention gets the angles by which it rotates queries and keys, if it does.
@@ -49,6 +50,8 @@ class ViT(Spec):
         or whose projections are not [B, N, heads · head_dim].
     check: raises an error for a model or settings that it does not go with.
     only: which blocks merge, if not all of them do.
+    suffix: how many tokens at the end of the sequence never merge, if any.
+    changes: whether the model itself changes what a block gives before the next one gets it.
     recorder: the module whose output holds the hidden states of all layers, if the host collects
         them; they are unmerged.
     """
@@ -56,16 +59,20 @@ class ViT(Spec):
     places: Mapping[str, Places]
     prefix: Callable[[Any], int]
     tokens: Callable[[Any], int]
-    blocks: tuple[str, ...] = ("blocks", "layers", "encoder.layers", "encoder.layer")
+    blocks: tuple[str, ...] | Callable[[Any], nn.ModuleList] = ("blocks", "layers", "encoder.layers", "encoder.layer")
     attention_mask: str = "attention_mask"
     rotary: Rotary | None = None
     layer: type[Layer] = Layer
     check: Callable[[Any, ViTSettings], None] | None = None
     recorder: Callable[[Any], nn.Module] | None = None
     only: Callable[[Any], bool] | None = None
+    suffix: Callable[[Any], int] | None = None
+    changes: Callable[[Any], bool] | None = None
 
     def find_blocks(self, model: Any) -> nn.ModuleList:
         """Raises AttributeError if the model has none of the paths."""
+        if callable(self.blocks):
+            return self.blocks(model)
         for path in self.blocks:
             found: nn.ModuleList | None = _get(model, path)
             if found is not None:

@@ -5,10 +5,11 @@ from tomesd.vit.hosts import (
     grids,
     placed,
     rotary,
+    sound,
     timm,
     torchvision,
     towers,
     transformers,
 )
 
-__all__ = ["biased_keys", "grids", "placed", "rotary", "timm", "torchvision", "towers", "transformers"]
+__all__ = ["biased_keys", "grids", "placed", "rotary", "sound", "timm", "torchvision", "towers", "transformers"]

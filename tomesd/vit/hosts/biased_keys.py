@@ -1,4 +1,5 @@
-"""Layers whose attention takes no mask: VideoMAE and DPT of transformers, BLIP and its variants.
+"""Layers whose attention takes no mask, or whose MLP adds the residual stream itself: VideoMAE, DPT,
+FLAVA, YOLOS and ViTPose of transformers, BLIP and its variants.
 
 The keys carry log(size) to where the logits are computed.
 """
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tomesd.registry import register
 from tomesd.vit.carriers import Carrier, plain_output
-from tomesd.vit.hosts.transformers import TRANSFORMERS
+from tomesd.vit.hosts.transformers import TRANSFORMERS, check_backbone
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.spec import Places
 
@@ -24,14 +25,8 @@ class BiasedKeys(Layer):
         return output if bias is None else Carrier(output, bias[:, None, None])
 
 
-class _VideoMAE(BiasedKeys):
-    """The MLP ends in a module that adds the residual stream itself: the residual is merged, and
-    nothing has to be unmerged."""
-
-    def install_merging(self, patch: Any, points: HookPoints) -> None:
-        patch.before(points.merge, self.merge)
-        patch.before(points.unmerge, self.merge_residual)
-        patch.first_after(points.block, self.leave)
+class SplitAttention(BiasedKeys):
+    """The attention is a module inside another one, which has the output projection."""
 
     @staticmethod
     def whole_attention(points: HookPoints) -> nn.Module:
@@ -41,12 +36,29 @@ class _VideoMAE(BiasedKeys):
         by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
         return by_heads
 
+
+class _VideoMAE(SplitAttention):
+    """The MLP ends in a module that adds the residual stream itself: the residual is merged, and
+    nothing has to be unmerged."""
+
+    def install_merging(self, patch: Any, points: HookPoints) -> None:
+        patch.before(points.merge, self.merge)
+        patch.before(points.unmerge, self.merge_residual)
+        patch.first_after(points.block, self.leave)
+
     def merge_residual(self, output: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden, residual = args
         return (hidden, self.forward.merge(self.index, residual)), kwargs
 
-    def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
+    def leave(self, block: nn.Module, args: Args, output: Any) -> Any:
         return self.finish(block, output)
+
+
+class _Flava(_VideoMAE):
+    """Its attention takes a mask."""
+
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
+        patch.before(points.attention, self.weigh_keys)
 
 
 class _Blip(BiasedKeys):
@@ -84,6 +96,38 @@ register(_VIDEOMAE, "transformers.VideoMAEModel")
 register(
     replace(_VIDEOMAE, tokens=lambda model: model.embeddings.position_embeddings.shape[1]),
     "transformers.DPTModel",
+)
+
+register(
+    replace(
+        _VIDEOMAE,
+        places={"FlavaLayer": _BLOCK},
+        layer=_Flava,
+        recorder=lambda model: model.encoder,
+    ),
+    "transformers.FlavaImageModel",
+)
+register(
+    replace(
+        _VIDEOMAE,
+        places={"YolosLayer": _BLOCK},
+        suffix=lambda model: model.config.num_detection_tokens,
+        tokens=lambda model: model.embeddings.position_embeddings.shape[1],
+        changes=lambda model: model.config.use_mid_position_embeddings,
+    ),
+    "transformers.YolosModel",
+)
+register(
+    replace(
+        _VIDEOMAE,
+        places={"VitPoseBackboneLayer": _BLOCK._replace(unmerge="mlp")},
+        prefix=lambda model: 0,
+        tokens=lambda model: model.embeddings.patch_embeddings.num_patches,
+        layer=SplitAttention,
+        check=check_backbone,
+        recorder=lambda model: model.encoder,
+    ),
+    "transformers.VitPoseBackbone",
 )
 
 _QKV = "self_attn.qkv"

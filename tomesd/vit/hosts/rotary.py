@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tomesd.core.token_map import TokenMap
 from tomesd.registry import refuse, register
-from tomesd.vit.hosts.biased_keys import BiasedKeys
+from tomesd.vit.hosts.biased_keys import SplitAttention
 from tomesd.vit.hosts.transformers import (
     TRANSFORMERS,
+    before_queries,
     check_attention,
     check_backbone,
     places,
@@ -41,6 +42,16 @@ _DINOV3 = replace(
     recorder=lambda model: model.model,
 )
 register(_DINOV3, "transformers.DINOv3ViTModel", "transformers.Sapiens2Model")
+register(
+    replace(
+        _DINOV3,
+        places={"EomtDinov3Layer": _BLOCK},
+        blocks=before_queries,
+        check=check_backbone,
+        recorder=lambda model: model,
+    ),
+    "transformers.EomtDinov3ForUniversalSegmentation",
+)
 register(
     replace(_DINOV3, check=check_backbone),
     "transformers.DINOv3ViTBackbone",
@@ -92,16 +103,12 @@ register(
 )
 
 
-class _VJEPA2(BiasedKeys):
+class _VJEPA2(SplitAttention):
     """Its attention is told which of the places of a video its tokens have."""
 
     def install_attention(self, patch: Any, points: HookPoints) -> None:
         super().install_attention(patch, points)
         patch.before(points.attention, self.tell_positions)
-
-    def by_heads(self, name: str, output: Tensor) -> Tensor:
-        by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
-        return by_heads
 
     def tell_positions(self, attention: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         so_far = self.forward.maps[self.index]

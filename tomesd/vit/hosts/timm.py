@@ -64,17 +64,24 @@ TIMM = ViT(
 )
 register(TIMM, "timm.VisionTransformer")
 # With rotary positions. Its attention may have no module that gives its values.
-register(
-    replace(
-        TIMM,
-        places={
-            "EvaBlock": Places("norm1", "attn", "norm2", "mlp", **_KEYS),
-            "EvaBlockPostNorm": Places("attn", "attn", "mlp", "norm2", **_KEYS),
-        },
-        rotary=Rotary("rope"),
-    ),
-    "timm.Eva",
+_EVA = replace(
+    TIMM,
+    places={
+        "EvaBlock": Places("norm1", "attn", "norm2", "mlp", **_KEYS),
+        "EvaBlockPostNorm": Places("attn", "attn", "mlp", "norm2", **_KEYS),
+    },
+    rotary=Rotary("rope"),
 )
+register(_EVA, "timm.Eva")
+
+
+def _naflex_tokens(model: Any) -> int:
+    height, width = model.embeds.pos_embed_grid_size or (16, 16)
+    return int(height * width + model.num_prefix_tokens)
+
+
+# Of any size and aspect; tokens that fill up a batch are masked.
+register(replace(_EVA, places={**TIMM.places, **_EVA.places}, tokens=_naflex_tokens), "timm.NaFlexVit")
 
 refuse(
     "its attention is in windows of the token grid, in every layer",

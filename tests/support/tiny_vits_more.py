@@ -174,6 +174,8 @@ MORE = {
     "EoMT": _eomt,
     "EoMT DINOv3": _eomt_dinov3,
     "X-CLIP": _x_clip,
+}
+SPEECH = {
     "wav2vec 2.0": partial(_speech, hf.Wav2Vec2Model),
     "wav2vec 2.0 with norms before": partial(_speech, hf.Wav2Vec2Model, True),
     "HuBERT": partial(_speech, hf.HubertModel),

@@ -72,9 +72,13 @@ def encode(
 
 def features(tokens: Tensor, block: Block) -> dict[str, Tensor]:
     """What can tell a block's tokens apart, [heads, N, D] each (one head for whole tokens)."""
-    q, k, v = block.qkv(block.before_attention(tokens))
-    attended = block.logits(q, k, list(range(len(tokens)))).softmax(-1) @ v
-    after = tokens + block.after_attention(attended.transpose(0, 1).flatten(1))
+    n = len(tokens)
+    seen = tokens if block.extra is None else torch.cat([tokens, block.extra(tokens)])
+    q, k, v = block.qkv(block.before_attention(seen))
+    attended = block.logits(q, k, list(range(n))).softmax(-1) @ v
+    branch = block.after_attention(attended.transpose(0, 1).flatten(1))[:n]
+    after = block.after[0](tokens + branch)
+    q, k, v = (x[:, :n] for x in (q, k, v))
     return {"x_pre": tokens[None], "x": after[None], "q": q, "k": k, "v": v}
 
 

@@ -27,7 +27,15 @@ def expected_after_each_block(vit: Vit, first: Tensor) -> list[Tensor]:
     return [
         torch.stack(
             [
-                unmerge(*encode(tokens, vit.reference[:depth], R[:depth], vit.prefix))
+                unmerge(
+                    *encode(
+                        tokens,
+                        vit.reference[:depth],
+                        R[:depth],
+                        vit.prefix,
+                        suffix=vit.suffix,
+                    )
+                )
                 for tokens in first
             ]
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tomesd
 from tests.support.recorders import count_hooks
-from tests.support.tiny_vits import FAMILIES, Vit, build
+from tests.support.tiny_vits import FAMILIES, SPEECH, Vit, build
 from tests.support.tiny_vits_base import tokens_of
 from tests.support.vit_reference import encode, unmerge
 
@@ -62,12 +62,12 @@ def test_merged_blocks_compute_what_the_paper_says(name):
     vit = build(name)
     first, last = run_patched(vit, r=R)
     for tokens, got in zip(first, last, strict=True):
-        merged, groups = encode(tokens, vit.reference, R, vit.prefix)
+        merged, groups = encode(tokens, vit.reference, R, vit.prefix, suffix=vit.suffix)
         assert len(groups) < len(tokens) - 3
         torch.testing.assert_close(got, unmerge(merged, groups), atol=1e-4, rtol=1e-4)
 
 
-NEED_ALL = ("ViTMAE", *(name for name in FAMILIES if "backbone" in name))
+NEED_ALL = ("ViTMAE", "EoMT", "EoMT DINOv3", *(name for name in FAMILIES if "backbone" in name))
 
 
 # What decodes or maps patches needs them all.
@@ -77,7 +77,9 @@ def test_without_unmerge_the_output_has_the_merged_tokens(name):
     vit = build(name)
     first, last = run_patched(vit, r=R, unmerge=False, prop_attn=False)
     for tokens, got in zip(first, last, strict=True):
-        merged, _ = encode(tokens, vit.reference, R, vit.prefix, prop_attn=False)
+        merged, _ = encode(
+            tokens, vit.reference, R, vit.prefix, prop_attn=False, suffix=vit.suffix
+        )
         torch.testing.assert_close(got, merged, atol=1e-4, rtol=1e-4)
 
 
@@ -101,9 +103,10 @@ def test_class_distillation_and_register_tokens_never_merge(name):
     vit.output()
     assert patched_encoder(vit)._tomesd_patch.prefix == vit.prefix
     for group in groups_of_last_run(vit):
-        for special in range(vit.prefix):
+        end = len(group) - vit.suffix
+        for special in (*range(vit.prefix), *range(end, len(group))):
             assert group.count(group[special]) == 1
-        assert len(set(group[vit.prefix :])) < len(group) - vit.prefix
+        assert len(set(group[vit.prefix : end])) < end - vit.prefix
 
 
 def assert_has_its_own_patch(twin: Vit, expected: Tensor, plain: Tensor) -> None:
@@ -123,8 +126,11 @@ def test_deep_copies_have_patches_of_their_own(name):
     assert torch.equal(vit.output(), expected)
 
 
-# The hooks with which transformers' backbones collect feature maps do not pickle.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "backbone" not in name])
+# The hooks with which transformers' backbones collect feature maps do not pickle, nor do the
+# convolutions of speech encoders.
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if "backbone" not in name and name not in SPEECH]
+)
 @torch.no_grad()
 def test_pickles_have_patches_of_their_own(name):
     vit = build(name)
@@ -206,7 +212,7 @@ def test_bfloat16_models_merge_in_bfloat16(name):
     assert out.isfinite().all()
     run = patched_encoder(vit)._tomesd_patch.forward
     assert run.maps[-1].m == run.maps[0].n - 9
-    assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * len(out)
+    assert run.maps[-1].size.sum(1).flatten().tolist() == [run.maps[0].n] * len(run.maps[0].size)
 
 
 @families

@@ -103,7 +103,9 @@ class ViTPatch(Patch):
             self.after(self.model, self.forwards.end, always=True)
         # A Sequential runs its blocks and keeps nothing; other methods of the model run them singly
         # to collect what they give.
-        self.before(self.spec.find_blocks(self.model), self.forwards.call)
+        blocks = self.spec.find_blocks(self.model)
+        if isinstance(blocks, nn.Sequential):
+            self.before(blocks, self.forwards.call)
         for index, points in enumerate(self.points):
             names = argument_names(points.attention)
             layer = self.spec.layer(

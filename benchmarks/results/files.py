@@ -68,6 +68,15 @@ def _read_benchmark(file: Path) -> Record:
     }
 
 
+def _read_coverage(file: Path) -> Record:
+    found = _json(file)
+    return {
+        "command": found["command"],
+        "environment": _environment(found["environment"]),
+        "rows": [{**row, "why": ""} for row in found["rows"] if row["merges"]],
+    }
+
+
 def _read_classifier(file: Path) -> Record:
     settings = _json(file.with_name("settings.json"))
     rows = [row for row in read_records(file) if not row["name"].startswith("random ")]
@@ -102,6 +111,7 @@ _SCHEDULES = (
 )
 
 RESULTS: dict[str, Result] = {
+    "coverage": Result("python scripts/coverage.py", _read_coverage),
     "frontier": Result(
         f"python scripts/frontier.py --num-images 32 --rounds 5 --only {_FRONTIER}",
         _read_frontier,

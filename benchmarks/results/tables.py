@@ -5,6 +5,7 @@
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
+- coverage: models of transformers and timm that merge
 - fid: distances of merging and of random pruning
 - cost:levels, cost:shares, cost:ideal, cost:budget: the cost model
 """
@@ -17,6 +18,8 @@ from typing import Any
 from benchmarks.common import markdown
 from benchmarks.common.markdown import MISSING, figure, spread
 from benchmarks.cost import command as cost
+from benchmarks.coverage.models import Covered
+from benchmarks.coverage.models import table as coverage_table
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.results import paper
@@ -162,6 +165,10 @@ def vit_speed(result: Record) -> str:
     )
 
 
+def coverage(result: Record) -> str:
+    return coverage_table([Covered(**row) for row in result["rows"]])
+
+
 def fid(result: Record) -> str:
     lines = fid_table(result["rows"], Features(result["settings"]["features"])).splitlines()
     lines[0] += " the paper's FID ↓ | the paper's s/im ↓ |"
@@ -193,6 +200,7 @@ TABLES: dict[str, Table] = {
     "classifier-ablation": Table("classifier", classifier_ablation),
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
+    "coverage": Table("coverage", coverage),
     "fid": Table("fid", fid),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.

@@ -196,7 +196,7 @@ def test_a_loop_over_the_blocks_gets_all_tokens_even_after_a_call_that_failed(na
         hook.remove()
     tomesd.apply_patch(vit.model, r=R)
     (name, right), *_ = vit.inputs.items()
-    vit.inputs[name] = right[..., :-3].flatten(1)  # Neither pictures nor sound.
+    vit.inputs[name] = right[..., :-3].flatten(1)[..., None, None]  # Neither pictures nor sound.
     with pytest.raises((ValueError, RuntimeError, AssertionError, IndexError)):
         vit.output()
     x = calls[0][0][0]

@@ -29,7 +29,7 @@ def test_hidden_states_hold_all_tokens_of_every_layer(name):
     assert [x.shape for x in merged] == [x.shape for x in plain]
     assert torch.equal(merged[0], plain[0])
     left = tokens_after(R, plain[0].shape[1], build(name).prefix)
-    assert [len(x[0].unique(dim=0)) for x in merged[1:]] == left
+    assert [len(x[0].unique(dim=0)) for x in merged[1 : len(left) + 1]] == left
 
 
 @torch.no_grad()

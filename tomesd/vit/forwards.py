@@ -106,9 +106,10 @@ class Forwards:
 
     def within(self, layer: int) -> Forward:
         """The forward of a block that merges within itself, and that nothing else depends on."""
-        if layer == 0 or _in_backward():
+        compiling = torch.compiler.is_compiling()
+        if layer == 0 or not compiling and _in_backward():
             self.begin()
-        elif not torch.compiler.is_compiling():
+        elif not compiling:
             self.thread.current = self.begun
         return self.current
 

@@ -108,7 +108,7 @@ class Layer:
     def merge_within(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         refuse_tracing(args[0])
         forward, x = self.forwards.within(self.index), self.tokens(args[0])
-        mask = by_name(self.block_names, args, kwargs).get(self.mask)
+        mask = self.hiding(by_name(self.block_names, args, kwargs).get(self.mask))
         merged = forward.merge_within(self.index, x, mask, self.keep(args[0]))
         if merged is x:
             return args, kwargs
@@ -128,6 +128,10 @@ class Layer:
             return output
         change = self.tokens(tokens) - self.tokens(args[0])
         return join(x + self.like(x, self.forward.maps[self.index].unmerge(change)), rest)
+
+    def hiding(self, mask: Tensor | None) -> Tensor | None:
+        """The block's mask, if it hides tokens."""
+        return mask
 
     def tokens(self, x: Tensor) -> Tensor:
         """A block's input as [B, N, C]."""

@@ -33,7 +33,7 @@ class _Argument(Layer):
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         given = by_name(self.names, args, kwargs)
         bias = given.get(self.mask)
-        if self.idle or bias is None or bias.shape[1] == 1:
+        if self.idle or bias is None or self.hiding(bias) is not None:
             return super().weigh_keys(attention, args, kwargs)
         if self.index == 0 and not torch.compiler.is_compiling() and (bias < -1e4).any():
             raise ValueError(
@@ -47,14 +47,18 @@ class _Argument(Layer):
         return (x,), given
 
 
+    def hiding(self, mask: Tensor | None) -> Tensor | None:
+        return mask if mask is not None and mask.shape[1] == 1 else None
+
+
 class _Module(_Argument):
     """A module of the attention gives the bias of all places."""
 
     def install_attention(self, patch: Any, points: HookPoints) -> None:
         super().install_attention(patch, points)
-        attention: Any = points.attention
-        if attention.relative_position_bias is not None:
-            patch.after(attention.relative_position_bias, self.place)
+        bias = getattr(points.attention, "relative_position_bias", None)
+        if bias is not None:
+            patch.after(bias, self.place)
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
         by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))

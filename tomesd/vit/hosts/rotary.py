@@ -6,10 +6,11 @@ A merged token has the position of its head.
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomesd.core.token_map import TokenMap
 from tomesd.registry import refuse, register
+from tomesd.vit.carriers import Carrier
 from tomesd.vit.hosts.biased_keys import SplitAttention
 from tomesd.vit.hosts.transformers import (
     TRANSFORMERS,
@@ -104,11 +105,25 @@ register(
 
 
 class _VJEPA2(SplitAttention):
-    """Its attention is told which of the places of a video its tokens have."""
+    """Its attention is told which of the places of a video its tokens have.
+
+    The bias of the keys is carried by the values where they meet in one function: keys are rotated
+    before, which no graph can be compiled of while they carry something.
+    """
 
     def install_attention(self, patch: Any, points: HookPoints) -> None:
-        super().install_attention(patch, points)
         patch.before(points.attention, self.tell_positions)
+        patch.after(points.features["k"], self.carry_on_keys)
+        patch.after(points.features["v"], self.carry_on_values)
+
+    def carry_on_keys(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | Carrier:
+        return output if self._is_fused() else self.carry_bias(key, args, output)
+
+    def carry_on_values(self, value: nn.Module, args: Args, output: Tensor) -> Tensor | Carrier:
+        return self.carry_bias(value, args, output) if self._is_fused() else output
+
+    def _is_fused(self) -> bool:
+        return bool(self.attention.config._attn_implementation == "sdpa")
 
     def tell_positions(self, attention: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         so_far = self.forward.maps[self.index]

@@ -11,11 +11,11 @@ from benchmarks.common.arguments import Command, number
 from benchmarks.common.device import cpu_name
 from benchmarks.common.files import check_folder, versions, write_json
 from benchmarks.common.markdown import figure
-from benchmarks.dense.measurements import RotaryClassifier, angles_by_r, ways_by_speedup
+from benchmarks.dense.measurements import SIDE, RotaryClassifier, angles_by_r, ways_by_speedup
 from benchmarks.training import architectures
 from benchmarks.training.data import MASK_CELLS, draw_pictures, labelled_pictures, to_unit
-from benchmarks.training.losses import classifier_loss
 from benchmarks.training.loop import Stage, train
+from benchmarks.training.losses import classifier_loss
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, scene
 
@@ -27,13 +27,15 @@ def prepare(args: Namespace) -> Namespace:
 
 def run(args: Namespace) -> None:
     indices = HELD_OUT[: args.num_images]
-    pixels = to_unit(draw_pictures(indices, 128))
     labels = torch.tensor([scene(index).labels for index in indices])
     config = architectures.build_classifier().config
+    pixels = to_unit(draw_pictures(indices, config.image_size))
+    ways = ways_by_speedup(shapes.load_classifier().eval(), args.speedup, pixels, labels, 32)
+    config.image_size = SIDE
     drawn = labelled_pictures(args.pictures, config, args.output / "pictures", "cpu")
     torch.manual_seed(0)
     rotary = RotaryClassifier(config.num_labels, MASK_CELLS)
-    stage = Stage("rotary", args.steps, 32, 1e-3, args.steps // 10)
+    stage = Stage("rotary", args.steps, 16, 2e-3, args.steps // 10)
     rotary.train()
     train(
         stage,
@@ -42,9 +44,8 @@ def run(args: Namespace) -> None:
         args.output / f"rotary-{args.steps}.pt",
         {"pictures": args.pictures},
     )
-    measured = pixels, labels, 32
-    angles = angles_by_r(rotary.eval(), args.r, *measured)
-    ways = ways_by_speedup(shapes.load_classifier().eval(), args.speedup, *measured)
+    pixels = to_unit(draw_pictures(indices, SIDE))
+    angles = angles_by_r(rotary.eval(), args.r, pixels, labels, 32)
     record = {
         "command": args.command,
         "environment": {
@@ -87,10 +88,10 @@ def ways_table(rows: list[dict[str, Any]]) -> str:
 
 def add_options(parser: ArgumentParser) -> None:
     whole = number(int, 1, 1_000_000)
-    parser.add_argument("--steps", type=whole, default=1000, help="training steps (1000)")
+    parser.add_argument("--steps", type=whole, default=600, help="training steps (600)")
     parser.add_argument("--pictures", type=whole, default=4096, help="to train on (4096)")
     parser.add_argument("--num-images", type=whole, default=256, help="to measure on (256)")
-    parser.add_argument("--r", type=whole, nargs="+", default=[8, 16, 24, 32])
+    parser.add_argument("--r", type=whole, nargs="+", default=[4, 8, 12])
     parser.add_argument("--speedup", type=float, nargs="+", default=[1.2, 1.5, 1.8])
     parser.add_argument("--output", type=Path, default=Path("runs/dense"))
 

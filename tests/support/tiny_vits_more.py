@@ -27,7 +27,11 @@ def _flava(**config) -> Vit:
 
 
 def _yolos(**config) -> Vit:
-    family = {"image_size": [24, 24], "num_detection_tokens": 5, "use_mid_position_embeddings": False}
+    family = {
+        "image_size": [24, 24],
+        "num_detection_tokens": 5,
+        "use_mid_position_embeddings": False,
+    }
     model = hf.YolosModel(hf.YolosConfig(**configured(config, **family)))
     layers = model.encoder.layer
     vit = described(model, layers, {"pixel_values": images()}, 1, like_videomae)
@@ -94,7 +98,6 @@ def _eomt_dinov3(**config) -> Vit:
     kind = hf.EomtDinov3ForUniversalSegmentation
     model = kind(hf.EomtDinov3Config(**_eomt_config(config)))
 
-    @torch.no_grad()
     def rotate(x: Tensor, places: list[int]) -> Tensor:
         cos, sin = model.rope_embeddings(torch.zeros(1, 3, 24, 24))
         return rotating(cos, sin, 3)(x, places)
@@ -138,6 +141,7 @@ def _speech(kind: Any, norms_before: bool = False, **config) -> Vit:
         "adapter_attn_dim": 8 if norms_before and kind is hf.Wav2Vec2Model else None,
         "feat_extract_norm": "layer",
         "apply_spec_augment": False,
+        "layerdrop": 0.0,
         "vocab_size": 8,
     }
     if kind is hf.SEWModel:

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import torch
 import transformers as hf
 from timm.models.beit import Beit
 from timm.models.vision_transformer_relpos import (
@@ -20,7 +19,6 @@ from tests.support.vit_reference import Block
 def _of_places(bias: Any) -> Any:
     """bias: gives that of all places, [1, heads, N, N]."""
 
-    @torch.no_grad()
     def at(places: list[int]) -> Tensor:
         return bias()[0][:, places][:, :, places]
 
@@ -70,8 +68,9 @@ def _data2vec(**config) -> Vit:
             block.layernorm_before,
             qkv(block.attention.attention),
             lambda x: block.lambda_1 * block.attention.output.dense(x),
-            lambda x: block.lambda_2
-            * block.output.dense(block.intermediate(block.layernorm_after(x))),
+            lambda x: (
+                block.lambda_2 * block.output.dense(block.intermediate(block.layernorm_after(x)))
+            ),
             bias=_of_places(lambda: sum(bias((6, 6), False, 37) for bias in biases)),
         )
 

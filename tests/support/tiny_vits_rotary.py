@@ -38,10 +38,13 @@ def rotating(cos: Tensor, sin: Tensor, prefix: int = 0, halves: bool = True) -> 
 
 
 def _dinov3(kind: Any = hf.DINOv3ViTModel, **config) -> Vit:
-    family = {"num_register_tokens": 2, "layerscale_value": 0.7, "out_features": ["stage1", "stage3"]}
+    family = {
+        "num_register_tokens": 2,
+        "layerscale_value": 0.7,
+        "out_features": ["stage1", "stage3"],
+    }
     model = kind(hf.DINOv3ViTConfig(**configured(config, **family)))
 
-    @torch.no_grad()
     def rotate(x: Tensor, places: list[int]) -> Tensor:
         cos, sin = model.rope_embeddings(torch.zeros(1, 3, 24, 24))
         return rotating(cos, sin, 3)(x, places)
@@ -55,7 +58,6 @@ def _dinov3(kind: Any = hf.DINOv3ViTModel, **config) -> Vit:
 def _mlcd(**config) -> Vit:
     model = hf.MLCDVisionModel(hf.MLCDVisionConfig(**configured(config)))
 
-    @torch.no_grad()
     def rotate(x: Tensor, places: list[int]) -> Tensor:
         at = torch.tensor([[i // 6, i % 6] for i in range(36)])
         cos, sin = model.vision_rotary_embedding(torch.zeros(1), at)
@@ -160,7 +162,6 @@ def eva(**config) -> Vit:
             q, k, v = map(heads, parts)
             return attention.q_norm(q), attention.k_norm(k), v
 
-        @torch.no_grad()
         def rotate(x: Tensor, places: list[int]) -> Tensor:
             table = model.rope.get_embed((6, 6))
             sin, cos = (table[index] if model.rope_mixed else table).chunk(2, dim=-1)

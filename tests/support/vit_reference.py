@@ -48,7 +48,8 @@ def encode(
 ) -> tuple[Tensor, Groups]:
     """The tokens [N, C] of one sample through all blocks: the groups' tokens and their members.
 
-    suffix: how many tokens at the end never merge. hidden: bool [N], tokens that nobody may look at and that count for nothing.
+    suffix: how many tokens at the end never merge. hidden: bool [N], tokens that nobody may look at
+    and that count for nothing.
     """
     groups = [[i] for i in range(len(tokens))]
     hidden = torch.zeros(len(tokens), dtype=torch.bool) if hidden is None else hidden

@@ -77,9 +77,7 @@ def test_without_unmerge_the_output_has_the_merged_tokens(name):
     vit = build(name)
     first, last = run_patched(vit, r=R, unmerge=False, prop_attn=False)
     for tokens, got in zip(first, last, strict=True):
-        merged, _ = encode(
-            tokens, vit.reference, R, vit.prefix, prop_attn=False, suffix=vit.suffix
-        )
+        merged, _ = encode(tokens, vit.reference, R, vit.prefix, prop_attn=False, suffix=vit.suffix)
         torch.testing.assert_close(got, merged, atol=1e-4, rtol=1e-4)
 
 

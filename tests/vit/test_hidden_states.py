@@ -138,6 +138,40 @@ def test_whisper_with_skipped_layers_is_refused():
         tomesd.apply_patch(model, r=9)
 
 
+def test_speech_models_with_skipped_layers_are_refused_in_training_only():
+    vit = build("HuBERT", layerdrop=0.1)
+    tomesd.apply_patch(vit.model, r=3)
+    vit.output()
+    vit.model.train()
+    with pytest.raises(ValueError, match=r"layerdrop must be 0, .* got 0\.1"):
+        vit.output()
+    with pytest.raises(ValueError, match=r"layerdrop must be 0, .* got 0\.1"):
+        tomesd.apply_patch(vit.model, r=3)
+
+
+@torch.no_grad()
+def test_mid_position_embeddings_of_yolos_are_added_to_each_token():
+    vit = build("YOLOS", use_mid_position_embeddings=True)
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=[0, 0, 9])
+    merged = vit.output()
+    assert merged.shape == plain.shape
+    tomesd.apply_patch(vit.model, r=9)
+    assert vit.output().isfinite().all()
+    (rows,) = tomesd.report(vit.model).rows.values()
+    assert [row.merged for row in rows] == [33, 24, 15]
+
+
+@torch.no_grad()
+def test_eomt_masks_and_classes_are_those_of_all_patches():
+    vit = build("EoMT")
+    plain = vit.model(**vit.inputs)
+    tomesd.apply_patch(vit.model, r=R)
+    merged = vit.model(**vit.inputs)
+    assert merged.masks_queries_logits.shape == plain.masks_queries_logits.shape
+    assert not torch.equal(merged.masks_queries_logits, plain.masks_queries_logits)
+
+
 @pytest.mark.parametrize("name", ["SigLIP 2", "Idefics 2", "Idefics 3", "SmolVLM"])
 @torch.no_grad()
 def test_patches_that_only_fill_up_a_batch_count_for_nothing(name):

@@ -118,8 +118,6 @@ def test_torchvision_s_windows_are_refused_with_the_reason():
     ("name", "why"),
     [
         ("swin_tiny_patch4_window7_224", "windows"),
-        ("beit_base_patch16_224", "bias by token positions"),
-        ("eva02_tiny_patch14_224", "rotates"),
     ],
 )
 def test_models_that_need_token_positions_in_every_layer_are_refused_with_the_reason(name, why):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tomesd
 from tests.support.recorders import count_hooks
 from tests.support.slow import slow
-from tests.support.tiny_vits import FAMILIES, Vit, build, enable_checkpointing
+from tests.support.tiny_vits import FAMILIES, build, enable_checkpointing
 from tests.support.tiny_vits_base import HEADS, WIDTH, heads, tokens_of
 from tests.support.vit_reference import Block, merge_into, merged, unmerge
 from tests.vit.test_families import patched_encoder
@@ -79,7 +79,9 @@ def test_r_0_within_blocks_changes_nothing_bit_for_bit(name):
     assert torch.equal(vit.output(), expected)
 
 
-@pytest.mark.parametrize("name", ["ViT", "timm", "torchvision", "VideoMAE", "timm EVA-02", "timm BEiT"])
+@pytest.mark.parametrize(
+    "name", ["ViT", "timm", "torchvision", "VideoMAE", "timm EVA-02", "timm BEiT"]
+)
 def test_training_with_checkpointing_gives_the_same_gradients_within_blocks(name):
     def gradients(checkpointing: bool) -> list[Tensor]:
         vit = build(name)
@@ -235,9 +237,7 @@ def build_grid(name: str) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
 def describe_grid(block: Any, width: int) -> Block:
     """A block of global attention on tokens [N, C] of a square grid."""
     attention = getattr(block, "attn", None) or block.attention
-    norms = [
-        getattr(block, f"norm{i}", None) or getattr(block, f"layer_norm{i}") for i in (1, 2)
-    ]
+    norms = [getattr(block, f"norm{i}", None) or getattr(block, f"layer_norm{i}") for i in (1, 2)]
 
     def qkv(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(heads(part) for part in attention.qkv(x).chunk(3, dim=-1))

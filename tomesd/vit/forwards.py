@@ -107,7 +107,7 @@ class Forwards:
     def within(self, layer: int) -> Forward:
         """The forward of a block that merges within itself, and that nothing else depends on."""
         compiling = torch.compiler.is_compiling()
-        if layer == 0 or not compiling and _in_backward():
+        if layer == 0 or (not compiling and _in_backward()):
             self.begin()
         elif not compiling:
             self.thread.current = self.begun

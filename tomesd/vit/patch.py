@@ -84,9 +84,7 @@ class ViTPatch(Patch):
             )
         per_layer = schedule.per_layer(r, len(self.points))
         if spec.only:
-            per_layer = [
-                r * spec.only(block) for r, block in zip(per_layer, blocks, strict=True)
-            ]
+            per_layer = [r * spec.only(block) for r, block in zip(per_layer, blocks, strict=True)]
         make = partial(Forward, settings, self.matcher, self.prefix, suffix, per_layer)
         self.forwards = Forwards(make)
 

@@ -59,7 +59,12 @@ class ViT(Spec):
     places: Mapping[str, Places]
     prefix: Callable[[Any], int]
     tokens: Callable[[Any], int]
-    blocks: tuple[str, ...] | Callable[[Any], nn.ModuleList] = ("blocks", "layers", "encoder.layers", "encoder.layer")
+    blocks: tuple[str, ...] | Callable[[Any], nn.ModuleList] = (
+        "blocks",
+        "layers",
+        "encoder.layers",
+        "encoder.layer",
+    )
     attention_mask: str = "attention_mask"
     rotary: Rotary | None = None
     layer: type[Layer] = Layer

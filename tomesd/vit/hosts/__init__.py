@@ -12,4 +12,14 @@ from tomesd.vit.hosts import (
     transformers,
 )
 
-__all__ = ["biased_keys", "grids", "placed", "rotary", "sound", "timm", "torchvision", "towers", "transformers"]
+__all__ = [
+    "biased_keys",
+    "grids",
+    "placed",
+    "rotary",
+    "sound",
+    "timm",
+    "torchvision",
+    "towers",
+    "transformers",
+]

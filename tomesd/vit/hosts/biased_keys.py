@@ -1,5 +1,6 @@
-"""Layers whose attention takes no mask, or whose MLP adds the residual stream itself: VideoMAE, DPT,
-FLAVA, YOLOS and ViTPose of transformers, BLIP and its variants.
+"""Layers whose attention takes no mask, or whose MLP adds the residual stream itself.
+
+VideoMAE, DPT, FLAVA, YOLOS and ViTPose of transformers, BLIP and its variants.
 
 The keys carry log(size) to where the logits are computed.
 """

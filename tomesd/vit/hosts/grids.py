@@ -1,7 +1,7 @@
 """Blocks of tokens on a grid: SAM, SAM-HQ and ViTDet.
 
-Blocks of global attention merge within themselves, since the next block needs the grid; blocks whose
-attention is in windows do not merge. Attention adds products of its queries with tables of relative
+Blocks of global attention merge within themselves, since the next block needs the grid; blocks
+whose attention is in windows do not merge. Attention adds products of its queries with tables of relative
 rows and columns; a merged token has the place of its head.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tomesd.registry import register
 from tomesd.vit.carriers import Carrier
@@ -104,7 +104,9 @@ def _check(model: Any, settings: ViTSettings) -> None:
 def _is_global(block: Any) -> bool:
     """Whether all tokens of a block see each other, and it has no convolutions."""
     has_rope = getattr(getattr(block, "attn", None), "rope", None) is not None
-    return block.window_size == 0 and not getattr(block, "use_residual_block", False) and not has_rope
+    return (
+        block.window_size == 0 and not getattr(block, "use_residual_block", False) and not has_rope
+    )
 
 
 _SAM = ViT(

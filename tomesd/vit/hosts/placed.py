@@ -46,7 +46,6 @@ class _Argument(Layer):
         given[self.mask] = bias if size is None else bias + size[:, None, None]
         return (x,), given
 
-
     def hiding(self, mask: Tensor | None) -> Tensor | None:
         return mask if mask is not None and mask.shape[1] == 1 else None
 

@@ -32,7 +32,9 @@ def _refuse_skipping(option: str, value: float) -> None:
 _WHISPER = replace(
     TRANSFORMERS,
     places={
-        "WhisperEncoderLayer": places("self_attn_layer_norm", "self_attn", "final_layer_norm", "fc2")
+        "WhisperEncoderLayer": places(
+            "self_attn_layer_norm", "self_attn", "final_layer_norm", "fc2"
+        )
     },
     prefix=lambda model: 0,
     tokens=lambda model: model.max_source_positions,
@@ -61,7 +63,9 @@ class _Speech(Layer):
         return (self.forward.merge(self.index, args[0]), *args[1:]), kwargs
 
     def leave(self, block: nn.Module, args: Args, output: Any) -> Any:
-        return self.finish(block, output) if self.norms_after else super().leave(block, args, output)
+        return (
+            self.finish(block, output) if self.norms_after else super().leave(block, args, output)
+        )
 
 
 _KIN = ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "Data2VecAudio", "SEW")

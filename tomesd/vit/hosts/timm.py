@@ -81,7 +81,9 @@ def _naflex_tokens(model: Any) -> int:
 
 
 # Of any size and aspect; tokens that fill up a batch are masked.
-register(replace(_EVA, places={**TIMM.places, **_EVA.places}, tokens=_naflex_tokens), "timm.NaFlexVit")
+register(
+    replace(_EVA, places={**TIMM.places, **_EVA.places}, tokens=_naflex_tokens), "timm.NaFlexVit"
+)
 
 refuse(
     "its attention is in windows of the token grid, in every layer",

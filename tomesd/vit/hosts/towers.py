@@ -100,7 +100,6 @@ register(
 )
 
 
-
 class _XCLIP(Layer):
     """A message from the other frames is the last token of its attention, and none of its own."""
 

@@ -34,9 +34,9 @@ class Covered:
 def cover(host: str, name: str, model: nn.Module) -> Covered:
     """Patch a model, which may be on the meta device: nothing runs."""
     why = ""
-    for merges, options in (("for good", {}), ("within blocks", {"within_blocks": True})):
+    for merges, within in (("for good", False), ("within blocks", True)):
         try:
-            tomesd.apply_patch(model, r=1, **options)
+            tomesd.apply_patch(model, r=1, within_blocks=within)
         except (TypeError, ValueError) as error:
             why = why or str(error)
         else:
@@ -52,9 +52,10 @@ def transformers_models() -> Iterator[Covered]:
 
     transformers.logging.set_verbosity_error()
     for name in dir(transformers):
-        kind: Any = getattr(transformers, name, None)
-        if not inspect.isclass(kind) or not issubclass(kind, transformers.PreTrainedModel):
+        found = getattr(transformers, name, None)
+        if not inspect.isclass(found) or not issubclass(found, transformers.PreTrainedModel):
             continue
+        kind: Any = found
         # Speech encoders of the oldest code name the argument only.
         senses = set(getattr(kind, "input_modalities", None) or ())
         hears = getattr(kind, "main_input_name", "") == "input_values"

@@ -77,6 +77,11 @@ def _read_coverage(file: Path) -> Record:
     }
 
 
+def _read_dense(file: Path) -> Record:
+    found = _json(file)
+    return {**found, "environment": _environment(found["environment"])}
+
+
 def _read_classifier(file: Path) -> Record:
     settings = _json(file.with_name("settings.json"))
     rows = [row for row in read_records(file) if not row["name"].startswith("random ")]
@@ -112,6 +117,7 @@ _SCHEDULES = (
 
 RESULTS: dict[str, Result] = {
     "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "dense": Result("python scripts/dense.py", _read_dense),
     "frontier": Result(
         f"python scripts/frontier.py --num-images 32 --rounds 5 --only {_FRONTIER}",
         _read_frontier,

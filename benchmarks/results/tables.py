@@ -6,6 +6,7 @@
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
 - coverage: models of transformers and timm that merge
+- dense-angles, dense-ways: how close merged features stay
 - fid: distances of merging and of random pruning
 - cost:levels, cost:shares, cost:ideal, cost:budget: the cost model
 """
@@ -20,6 +21,7 @@ from benchmarks.common.markdown import MISSING, figure, spread
 from benchmarks.cost import command as cost
 from benchmarks.coverage.models import Covered
 from benchmarks.coverage.models import table as coverage_table
+from benchmarks.dense.command import angles_table, ways_table
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.results import paper
@@ -201,6 +203,8 @@ TABLES: dict[str, Table] = {
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
     "coverage": Table("coverage", coverage),
+    "dense-angles": Table("dense", lambda result: angles_table(result["rows"])),
+    "dense-ways": Table("dense", lambda result: ways_table(result["rows"])),
     "fid": Table("fid", fid),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.

@@ -275,6 +275,17 @@ def test_blocks_of_global_attention_merge_whole_rows_within_them(name):
             torch.testing.assert_close(y.flatten(0, 1), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["SAM", "ViTDet"])
+@torch.no_grad()
+def test_blocks_on_a_grid_merge_without_proportional_attention(name):
+    model, _, call = build_grid(name)
+    tomesd.apply_patch(model, r=12, within_blocks=True)
+    weighed = call()
+    tomesd.apply_patch(model, r=12, within_blocks=True, prop_attn=False)
+    assert call().isfinite().all()
+    assert not torch.equal(call(), weighed)
+
+
 @grids
 def test_blocks_on_a_grid_are_refused_without_within_blocks(name):
     model, _, _ = build_grid(name)

@@ -41,6 +41,7 @@ class Carrier:
     reshape_as = _carrying("reshape_as")
     flatten, unflatten = _carrying("flatten"), _carrying("unflatten")
     permute, transpose = _carrying("permute"), _carrying("transpose")
+    unsqueeze, to, float = _carrying("unsqueeze"), _carrying("to"), _carrying("float")
     contiguous, unbind = _carrying("contiguous"), _carrying("unbind")
     __getitem__, __neg__ = _carrying("__getitem__"), _carrying("__neg__")
     __add__, __mul__ = _carrying("__add__"), _carrying("__mul__")
@@ -62,7 +63,8 @@ class Carrier:
         return self.tensor.shape
 
     def softmax(self, dim: int) -> Tensor:
-        return F.softmax(self, dim=dim)
+        logits: Any = self
+        return F.softmax(logits, dim=dim)
 
     def carry(self, result: Any) -> Any:
         """What was computed from this, with the bias."""

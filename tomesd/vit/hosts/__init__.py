@@ -3,6 +3,7 @@
 from tomesd.vit.hosts import (
     biased_keys,
     grids,
+    packed,
     placed,
     rotary,
     sound,
@@ -15,6 +16,7 @@ from tomesd.vit.hosts import (
 __all__ = [
     "biased_keys",
     "grids",
+    "packed",
     "placed",
     "rotary",
     "sound",

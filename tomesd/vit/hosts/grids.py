@@ -1,8 +1,8 @@
 """Blocks of tokens on a grid: SAM, SAM-HQ and ViTDet.
 
 Blocks of global attention merge within themselves, since the next block needs the grid; blocks
-whose attention is in windows do not merge. Attention adds products of its queries with tables of relative
-rows and columns; a merged token has the place of its head.
+whose attention is in windows do not merge. Attention adds products of its queries with tables of
+relative rows and columns; a merged token has the place of its head.
 """
 
 from dataclasses import replace
@@ -20,24 +20,31 @@ from tomesd.vit.spec import Places, ViT
 
 
 class _OnGrid(Placed):
+    layer: "_Grid"
+
     def unbind(self, dim: int) -> Any:
         """Queries, keys and values, [B · heads, M, D], with the bias of their places."""
         parts = self.carry(self.tensor.unbind(dim))
         q, so_far, attention = parts[0].tensor, self.so_far, self.layer.attention
         q = q.unflatten(0, (len(so_far.size), -1))
-        bias = self.bias.expand(-1, q.shape[1], so_far.m, -1)
+        bias: Any = self.bias
+        if bias is not None:
+            bias = bias.expand(-1, q.shape[1], so_far.m, -1)
         if hasattr(attention, "rel_pos_h"):
             width = self.layer.grid_width()
             row, column = so_far.head // width, so_far.head % width
-            bias = bias + _relative(q, attention.rel_pos_h, row, so_far.n // width)
-            bias = bias + _relative(q, attention.rel_pos_w, column, width)
+            placed = _relative(q, attention.rel_pos_h, row, so_far.n // width)
+            placed = placed + _relative(q, attention.rel_pos_w, column, width)
+            bias = placed if bias is None else placed + bias
         for part in parts:
             part.bias = bias
         return parts
 
     def total(self, mask: Tensor | None) -> Tensor | None:
         """mask: the host's own bias, of other places: zero, by `__torch_function__`."""
-        return self.bias.flatten(0, 1) if self.tensor.dim() == 3 else self.bias
+        if self.bias is None or self.tensor.dim() == 4:
+            return self.bias
+        return self.bias.flatten(0, 1)
 
     __add__ = Carrier.__add__
 
@@ -55,7 +62,8 @@ def _relative(q: Tensor, table: Tensor, at: Tensor, size: int) -> Tensor:
         table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
     offsets = at[:, :, None] - torch.arange(size, device=q.device) + size - 1
     products = torch.einsum("bhmd,bmkd->bhmk", q, table[offsets])
-    return products.gather(3, at[:, None, None].expand(*products.shape[:3], -1))
+    relative: Tensor = products.gather(3, at[:, None, None].expand(*products.shape[:3], -1))
+    return relative
 
 
 class _Grid(PlacedInput):
@@ -74,9 +82,10 @@ class _Grid(PlacedInput):
 
     def keep(self, x: Tensor) -> int:
         """Attention takes whole rows."""
-        return x.shape[2]
+        return int(x.shape[2])
 
     def grid_width(self) -> int:
+        """Of the block that the thread is in."""
         return self.keep(self.forwards.thread.inputs[self.index])
 
 
@@ -90,7 +99,7 @@ class _ChannelsFirst(_Grid):
         return super().like(x, tokens).permute(0, 3, 1, 2)
 
     def keep(self, x: Tensor) -> int:
-        return x.shape[3]
+        return int(x.shape[3])
 
 
 def _check(model: Any, settings: ViTSettings) -> None:

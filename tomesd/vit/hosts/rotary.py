@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomesd.core.token_map import TokenMap
-from tomesd.registry import refuse, register
+from tomesd.registry import register
 from tomesd.vit.carriers import Carrier
 from tomesd.vit.hosts.biased_keys import SplitAttention
 from tomesd.vit.hosts.transformers import (
@@ -151,8 +151,4 @@ register(
         check=check_attention,
     ),
     "transformers.VJEPA2Model",
-)
-refuse(
-    "its attention is in windows of the token grid, in most layers",
-    "transformers.Qwen2_5_VisionTransformerPretrainedModel",
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomesd.hooks import by_name
-from tomesd.registry import refuse, register
+from tomesd.registry import register
 from tomesd.vit.hosts.transformers import TRANSFORMERS, places, prefix
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.spec import Places
@@ -119,9 +119,4 @@ class _XCLIP(Layer):
 register(
     replace(_TOWERS, places={"XCLIPVisionEncoderLayer": _CLIP._replace(enter="")}, layer=_XCLIP),
     "transformers.XCLIPVisionModel",
-)
-
-refuse(
-    "its attention rotates queries and keys by token positions in every layer",
-    "transformers.Qwen2VisionTransformerPretrainedModel",
 )

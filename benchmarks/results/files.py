@@ -116,8 +116,6 @@ _SCHEDULES = (
 )
 
 RESULTS: dict[str, Result] = {
-    "coverage": Result("python scripts/coverage.py", _read_coverage),
-    "dense": Result("python scripts/dense.py", _read_dense),
     "frontier": Result(
         f"python scripts/frontier.py --num-images 32 --rounds 5 --only {_FRONTIER}",
         _read_frontier,
@@ -156,6 +154,8 @@ RESULTS: dict[str, Result] = {
         "--methods prune:0.1,0.2 tome:0.1,0.2,0.3,0.4,0.5",
         _read_fid,
     ),
+    "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "dense": Result("python scripts/dense.py", _read_dense),
 }
 
 

@@ -202,10 +202,10 @@ TABLES: dict[str, Table] = {
     "classifier-ablation": Table("classifier", classifier_ablation),
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
+    "fid": Table("fid", fid),
     "coverage": Table("coverage", coverage),
     "dense-angles": Table("dense", lambda result: angles_table(result["rows"])),
     "dense-ways": Table("dense", lambda result: ways_table(result["rows"])),
-    "fid": Table("fid", fid),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.
 COST_TABLES: dict[str, str] = {

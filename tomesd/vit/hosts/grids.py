@@ -78,7 +78,8 @@ class _Grid(PlacedInput):
         return x.flatten(1, 2)
 
     def like(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(1, (-1, self.keep(x)))
+        on_grid: Tensor = tokens.unflatten(1, (-1, self.keep(x)))
+        return on_grid
 
     def keep(self, x: Tensor) -> int:
         """Attention takes whole rows."""

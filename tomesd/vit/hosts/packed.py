@@ -66,7 +66,8 @@ class _Packed(Layer):
         return output if bias is None else _PackedKeys(output, bias[:, None, None])
 
     def tokens(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.forwards.thread.pictures, -1))
+        tokens: Tensor = x.unflatten(0, (self.forwards.thread.pictures, -1))
+        return tokens
 
     def like(self, x: Tensor, tokens: Tensor) -> Tensor:
         return tokens.flatten(0, 1)

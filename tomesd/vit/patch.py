@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from tomesd.core.token_map import TokenMap
@@ -119,7 +120,8 @@ class ViTPatch(Patch):
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
 
     def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and self.spec.check:
+        # Some hosts skip layers in training.
+        if model.training and self.spec.check and not torch.compiler.is_compiling():
             self.spec.check(model, self.settings)
         blocks = self.spec.find_blocks(model)
         if not isinstance(blocks, nn.Sequential) or getattr(model, "grad_checkpointing", False):

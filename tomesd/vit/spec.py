@@ -1,6 +1,6 @@
 """What `tomesd.register` needs to know of a Vision Transformer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,14 +85,16 @@ class ViT(Spec):
         raise AttributeError(f"{type(model).__name__} has none of {', '.join(self.blocks)}")
 
     def hook_points(self, index: int, block: Any) -> HookPoints:
-        """Raises TypeError for a block of another class than `places` names."""
-        name = type(block).__name__
-        if name not in self.places:
+        """Raises TypeError for a block of another class than `places` names, or of one that
+        inherits from it and has a forward of its own."""
+        kind = known_class(block, self.places)
+        if kind is None:
             raise TypeError(
                 f"model must have blocks of type {' or '.join(self.places)}, in which tokens can "
-                f"merge between attention and MLP, got {name} as block {index}"
+                f"merge between attention and MLP, or of a class that keeps their forward, got "
+                f"{type(block).__name__} as block {index}"
             )
-        places = self.places[name]
+        places = self.places[kind]
         enter, attention, merge, unmerge = map(block.get_submodule, places[:4])
         features = {
             feature: block.get_submodule(path)
@@ -100,6 +102,14 @@ class ViT(Spec):
             if path
         }
         return HookPoints(block, enter, attention, merge, unmerge, features)
+
+
+def known_class(module: Any, names: Collection[str]) -> str | None:
+    """The name of a module's class, or of the nearest one that it inherits its forward from, if it
+    is among the names."""
+    kind = type(module)
+    found = next((base for base in kind.__mro__ if base.__name__ in names), None)
+    return found.__name__ if found and kind.forward is found.forward else None  # type: ignore[attr-defined]
 
 
 def _get(module: Any, path: str) -> Any:

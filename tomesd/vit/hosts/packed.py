@@ -41,8 +41,9 @@ class _Packed(Layer):
         given = by_name(self.block_names, args, kwargs)
         ends = given["cu_seqlens"]
         lengths = ends.diff()
-        # A graph with pictures cannot be compiled anyway: the host reads their lengths too.
-        if not torch.compiler.is_compiling() and (lengths != lengths[0]).any():
+        # The host reads their lengths too, in every block.
+        read = self.index == 0 and not torch.compiler.is_compiling()
+        if read and (lengths != lengths[0]).any():
             raise ValueError(
                 "grid_thw must have equally many tokens for each picture where tokens merge, got "
                 f"{lengths.tolist()}; remove_patch first, or pass them one at a time"

@@ -12,7 +12,7 @@ from tomesd.hooks import by_name
 from tomesd.registry import refuse, register
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.rotary import Rotary
-from tomesd.vit.spec import Places, ViT
+from tomesd.vit.spec import Places, ViT, known_class
 
 
 class _Layer(Layer):
@@ -38,11 +38,12 @@ _ATTENTION = ("Attention", "AttentionRope", "EvaAttention")
 
 def _check_attention(model: Any, settings: Any) -> None:
     for index, block in enumerate(model.blocks):
-        attention = type(getattr(block, "attn", None)).__name__
-        if attention not in _ATTENTION:
+        attention = getattr(block, "attn", None)
+        if known_class(attention, _ATTENTION) is None:
             raise TypeError(
                 f"model must have blocks with {' or '.join(_ATTENTION)}, whose keys can be "
-                f"weighed, got {type(block).__name__} with {attention} as block {index}"
+                "weighed, or with a class that keeps their forward, got "
+                f"{type(block).__name__} with {type(attention).__name__} as block {index}"
             )
 
 

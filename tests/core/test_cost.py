@@ -99,16 +99,16 @@ def test_the_operators_that_are_charged_for_are_those_that_are_called():
     matcher, x = Matcher(DiffusionSettings()), torch.randn(2, 16, 8)
     made = matcher.token_map(x, 4, 4, 0.5, None)
     merged = made.merge(x)
-    refined, norms = Matcher(DiffusionSettings(refine=2)), merging_work.NORM_CALLS
+    refined, norms = Matcher(DiffusionSettings(refine=2)), merging_work.PYTORCH.norms
     for charged, call in (
-        (merging_work.MATCH_CALLS, lambda: matcher.token_map(x, 4, 4, 0.5, None)),
+        (merging_work.PYTORCH.match, lambda: matcher.token_map(x, 4, 4, 0.5, None)),
         (
-            merging_work.MATCH_CALLS + 2 * merging_work.REFINE_CALLS,
+            merging_work.PYTORCH.match + 2 * merging_work.PYTORCH.refine,
             lambda: refined.token_map(x, 4, 4, 0.5, None),
         ),
-        (merging_work.MERGE_CALLS, lambda: made.merge(x)),
-        (merging_work.MERGE_CALLS + norms, lambda: made.merge(x, how="direction")),
-        (merging_work.UNMERGE_CALLS, lambda: made.unmerge(merged)),
+        (merging_work.PYTORCH.merge, lambda: made.merge(x)),
+        (merging_work.PYTORCH.merge + norms, lambda: made.merge(x, how="direction")),
+        (merging_work.PYTORCH.unmerge, lambda: made.unmerge(merged)),
     ):
         with _Calls() as seen:
             call()

@@ -17,12 +17,13 @@ def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     # Frames follow one another in memory, so the row numbers do not change.
     return TokenMap(
         *(
-            part.unflatten(0, (-1, frames)).flatten(1, 2)
+            None if part is None else part.unflatten(0, (-1, frames)).flatten(1, 2)
             for part in (
                 token_map.group_rows,
                 token_map.head_rows,
                 token_map.moved_rows,
                 token_map.size,
+                token_map.first,
             )
         )
     )

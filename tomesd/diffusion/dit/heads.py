@@ -53,4 +53,5 @@ def first_samples(token_map: TokenMap, count: int) -> TokenMap:
     if count == token_map.size.shape[0]:
         return token_map
     rows = token_map.group_rows, token_map.head_rows, token_map.moved_rows, token_map.size
-    return TokenMap(*(part[:count] for part in rows))
+    first = None if token_map.first is None else token_map.first[:count]
+    return TokenMap(*(part[:count] for part in rows), first)

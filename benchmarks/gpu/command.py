@@ -85,7 +85,10 @@ def _slug(name: str) -> str:
 
 
 def run(job: Job) -> None:
-    """Run the cases that have not run yet, as long as there is time."""
+    """Run the cases that have not run yet, as long as there is time.
+
+    Raises OSError after an error that leaves the device useless to this process.
+    """
     end = time.monotonic() + 60 * job.minutes
     left_out = 0
     print(f"{job.record['environment']['device']}, {job.output}", flush=True)
@@ -102,6 +105,8 @@ def run(job: Job) -> None:
             job.context.free()
             job.record["command"] = job.command
             write_json(job.output, job.record)
+            if "CUDA error" in done[case.name].get("error", ""):
+                raise OSError(f"{part.name}: {case.name}: {done[case.name]['error']}")
             taken = time.monotonic() - started
             print(
                 f"[{taken:5.1f} s] {part.name}: {case.name}: {summary(done[case.name])}", flush=True

@@ -11,7 +11,14 @@ from tomesd.kernels import launches, operators
 
 def call(name: str, *args: Any) -> Any:
     """Launch a kernel now, or put it into the graph that is being made."""
-    return getattr(operators if torch.compiler.is_compiling() else launches, name)(*args)
+    if torch.compiler.is_compiling():
+        return getattr(operators, name)(*args)
+    device = args[0].device
+    # Triton launches on the current GPU, where the tensors need not be.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return getattr(launches, name)(*args)
+    return getattr(launches, name)(*args)
 
 
 def _sums(ctx: Any, grad: Tensor) -> Tensor:

@@ -5,10 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import GridExecutor
+from triton import language as tl
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpreterBuilder,
+    TensorHandle,
+    _convert_float,
+)
 
 from tomesd import TokenMap, kernels
 
@@ -16,8 +23,26 @@ from tomesd import TokenMap, kernels
 @contextmanager
 def with_kernels() -> Iterator[None]:
     """Kernels run on tensors of the CPU, as the interpreter lets them."""
-    with patch.object(kernels, "available", lambda device: True):
+    with (
+        patch.object(kernels, "available", lambda device: True),
+        patch.object(InterpreterBuilder, "create_dot", _dot),
+    ):
         yield
+
+
+_interpreted_dot = InterpreterBuilder.create_dot
+
+
+def _dot(self, a, b, *others):
+    """The interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
+
+    def wide(x):
+        if x.dtype.scalar is not tl.bfloat16:
+            return x
+        values = _convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return TensorHandle(values, tl.float32)
+
+    return _interpreted_dot(self, wide(a), wide(b), *others)
 
 
 def both(run: Callable[[], Any]) -> tuple[Any, Any]:

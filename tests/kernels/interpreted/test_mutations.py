@@ -10,6 +10,7 @@ from tests.kernels.interpreted import test_matching, test_merging
 from tests.kernels.interpreted.support import with_kernels
 from tests.support.slow import slow
 from tomesd.core import partition
+from tomesd.core.matching import bipartite_soft_matching
 from tomesd.kernels import matching, merging
 
 pytestmark = slow
@@ -24,7 +25,12 @@ def match() -> None:
 
 
 def several_tiles() -> None:
-    test_matching.test_tokens_and_sources_of_several_tiles_give_the_map_of_pytorch()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        test_matching.test_tokens_and_sources_of_several_tiles_give_the_map_of_pytorch(monkeypatch)
+        sides = partition.strided(12, 13, 3, 3)  # The last source that merges is in a later tile.
+        with with_kernels():
+            token_map = bipartite_soft_matching(torch.ones(1, 156, 4), sides, 90)
+        assert token_map.moved.sort().values.tolist() == [sorted(sides.src.tolist()[:90])]
 
 
 def merge() -> None:
@@ -96,7 +102,5 @@ def test_a_deliberate_error_is_noticed(kernel, right, wrong, notices, tmp_path, 
 
 
 def test_without_an_error_nothing_is_noticed():
-    for notices in (match, merge, backward, unmerge):
+    for notices in (match, several_tiles, merge, backward, unmerge):
         notices()
-    with with_kernels():
-        assert torch.is_grad_enabled()

@@ -89,6 +89,23 @@ def test_of_equal_tokens_the_first_sources_merge_into_the_first_destination_of_t
         assert into == [0] * 12 + [4] * 3
 
 
+def test_of_equal_destinations_in_several_tiles_the_first_wins():
+    with with_kernels():
+        token_map = bipartite_soft_matching(
+            torch.ones(1, 96, 4), partition.strided(8, 12, 1, 2), 48
+        )
+    assert token_map.size[0, 0] == 49
+
+
+def test_a_destination_with_nan_is_none():
+    metric, sides = noise(4, 1, 24, 8).abs(), partition.strided(4, 6)
+    metric[0, sides.dst[2]] = 0  # All other similarities are above 0.
+    expected = bipartite_soft_matching(metric, sides, len(sides.src))
+    metric[0, sides.dst[2]] = float("nan")
+    with with_kernels():
+        assert_same_map(expected, bipartite_soft_matching(metric, sides, len(sides.src)))
+
+
 def test_zero_tokens_and_nan_give_a_map_and_read_nothing_outside_of_it():
     metric = noise(2, 2, 7 * 9, 12)
     metric[0, :20] = 0

@@ -107,6 +107,15 @@ def test_gradients_of_merging_are_those_of_pytorch(maps, how):
     torch.testing.assert_close(*both(gradient))
 
 
+def test_gradients_of_merging_tiny_tokens_in_one_direction_are_those_of_pytorch():
+    def gradient() -> Tensor:
+        x = (1e-7 * noise(13, BATCH, N, 20)).requires_grad_()
+        (made().merge(x, how="direction") * noise(12, BATCH, M, 20)).sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(*both(gradient))
+
+
 def test_gradients_of_merging_in_one_direction_stay_finite_for_zero_tokens():
     def gradient() -> Tensor:
         x = torch.zeros(BATCH, N, 20, requires_grad=True)

@@ -34,7 +34,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["default", "branches"], SETTINGS))
+@pytest.mark.parametrize("name", slow_but(["default"], SETTINGS))
 def test_a_unet_gives_with_kernels_what_it_gives_without(name):
     unet = tomesd.apply_patch(tiny_unets.sd_unet(), **SETTINGS[name])
     inputs = tiny_unets.unet_inputs(unet, 2, 16, 16)
@@ -105,7 +105,7 @@ def test_the_cost_model_charges_the_launches_that_there_are():
             assert (len(launches.kernels), launches.operators) == (charged, [])
 
 
-@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("trains", slow_but([False], [False, True]))
 def test_a_compiled_unet_is_one_graph_with_the_kernels_in_it(trains):
     torch.compiler.reset()
     unet = tomesd.apply_patch(tiny_unets.sd_unet())

@@ -60,7 +60,6 @@ def unmerge() -> None:
 ERRORS = [
     ("match_kernel", "tl.where(top > best, found", "tl.where(top >= best, found", match),
     ("match_kernel", "(dst >= 0)[None, :] & (scores == scores)", "(scores == scores)", match),
-    ("match_kernel", "(dst >= 0)[None, :] & (scores == scores)", "(dst >= 0)[None, :]", match),
     ("match_kernel", "dots = tl.dot(a, tl.trans(b), dots", "dots = tl.dot(a, tl.trans(b)", match),
     ("match_kernel", "dst_squares += tl.sum(wide_b", "dst_squares = tl.sum(wide_b", match),
     ("cut_kernel", "(above >= wanted)", "(above >= wanted - 1)", match),

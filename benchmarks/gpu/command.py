@@ -63,7 +63,7 @@ def find_peers(folders: Iterable[Path]) -> dict[str, Path]:
 
     Raises FileNotFoundError for a folder with neither.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for folder in folders:
         places = [folder, *sorted(folder.glob("*/"))]
         here = {

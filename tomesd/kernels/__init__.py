@@ -82,7 +82,7 @@ def available(device: torch.device) -> bool:
         and _HAS_TRITON
         and device.type == "cuda"
         and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and runs_kernels(device.index or 0)
     )
 

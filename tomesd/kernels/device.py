@@ -26,4 +26,4 @@ def _described(index: int) -> tuple[str, tuple[int, int]]:
 # While compiling they are called, not traced, as torch.compiler.assume_constant_result does it,
 # which would import the compiler.
 for _function in (runs_kernels, gpu_name):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010

@@ -27,7 +27,7 @@ def direct(kernel: Any) -> Any:
 _TILE = 2048
 
 # Tokens or sources of a tile of building, and warps and tiles of two of its kernels.
-BLOCK, CUT_WARPS, LINK_TILE, LINK_BLOCK = 1024, 8, 64, 128
+BLOCK, CUT_WARPS, LINK_TILE, LINK_BLOCK = 1024, 8, 64, 64
 
 
 def match(metric: Tensor, order: Tensor, n_src: int, wrap: Wrap = direct) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,9 @@ def add_residual(
     return out
 
 
-def tiles(rows: int, channels: int, whole_rows: bool = False) -> tuple[tuple[int, int], tuple]:
+def tiles(
+    rows: int, channels: int, whole_rows: bool = False
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """The rows and channels of one tile, and the grid of all."""
     wide = max(16, min(256, triton.next_power_of_2(channels)))
     high = min(_TILE // wide, 32)

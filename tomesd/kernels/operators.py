@@ -20,7 +20,7 @@ def _operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     signature = inspect.signature(function)
     parameters = [each for each in signature.parameters.values() if each.name != "wrap"]
     traced.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    operator = triton_op(f"tomesd::{function.__name__}", traced, mutates_args=())
+    operator: Any = triton_op(f"tomesd::{function.__name__}", traced, mutates_args=())
     operator.register_fake(fake)
     return operator
 

@@ -13,7 +13,7 @@ TEXT_TOKENS = 77
 
 # Operators that compute tensors in a diffusers block, as a torch dispatch mode counts them: of
 # BasicTransformerBlock and of JointTransformerBlock.
-OPERATORS, JOINT_OPERATORS = 30, 59
+OPERATORS, JOINT_OPERATORS = 28, 57
 
 
 class Work(NamedTuple):

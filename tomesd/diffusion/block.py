@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tomesd import kernels
 from tomesd.core.token_map import TokenMap
 
 # Frames, height and width of the tokens of one image or video; several may follow one another.
@@ -73,5 +74,7 @@ class ThreadState:
 
 def add_residual(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) -> Tensor:
     """x + unmerge(y − merged): what a block added to the merged tokens is added to all tokens."""
+    if kernels.usable(x, y, merged):
+        return kernels.add_residual(x, y, merged, token_map)
     # Into the unmerged copy, so that no more memory is kept than in the unpatched block.
     return token_map.unmerge(y - merged).add_(x)

@@ -176,7 +176,7 @@ class BlockHooks:
             part = x[:, start : start + frames * h * w]
             start += frames * h * w
             reason = matcher.why_not(
-                ratio, x.device.type, batch * frames, h, w, channels, joint=kind.text is not None
+                ratio, x.device, batch * frames, h, w, channels, joint=kind.text is not None
             )
             reasons.append(reason)
             if reason:

@@ -67,7 +67,7 @@ class BlockHooks:
         check_caches(block, self.settings)
         self.state.leave_block()  # An interrupted forward may have left a map.
         (_, h, w), ratio = place.grids[0], self.transformer.ratio.at(place.stage)
-        if self.matcher.why_not(ratio, x.device.type, x.shape[0], h, w, x.shape[2]):
+        if self.matcher.why_not(ratio, x.device, x.shape[0], h, w, x.shape[2]):
             return (x,), given
         key = None
         if self.matcher.is_random:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from tomesd.diffusion.block import Place, ThreadState, has_place, pop_place
@@ -21,7 +22,7 @@ class Transformer:
 
     model_threads: the state of threads in the whole model. carrier: the argument in which the place
     travels to the blocks, or "". skipped: why nothing merges here, or "". last: batch, height and
-    width of its tokens and the kind of device in the last forward pass of any thread; zeros before
+    width of its tokens and the device in the last forward pass of any thread; zeros before
     the first. last_place: the same for a block that autograd calls again in a thread of its own.
     threads: the state of threads in this transformer.
     """
@@ -34,7 +35,7 @@ class Transformer:
     matcher: Matcher
     ratio: LevelRatio
     skipped: str = ""
-    last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
+    last: tuple[int, int, int, torch.device] = (0, 0, 0, torch.device("cpu"))
     last_place: Place | None = None
     threads: PerThread[ThreadState] = field(default_factory=lambda: PerThread(ThreadState))
 
@@ -60,7 +61,7 @@ class Transformer:
         """Hand the place to the blocks."""
         x = args[0] if args else kwargs["hidden_states"]
         h, w = x.shape[-2:]
-        self.last = x.shape[0], h, w, x.device.type
+        self.last = x.shape[0], h, w, x.device
         if self.skipped:
             return None
         settings = self.matcher.settings

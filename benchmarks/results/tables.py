@@ -5,6 +5,8 @@
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
+- coverage: models of transformers and timm that merge
+- dense-angles, dense-ways: how close merged features stay
 - fid: distances of merging and of random pruning
 - cost:levels, cost:shares, cost:ideal, cost:budget, cost:cards: the cost model
 - gpu: a section for each GPU that was measured; kernels: what they take of one
@@ -19,6 +21,9 @@ from typing import Any
 from benchmarks.common import markdown
 from benchmarks.common.markdown import MISSING, figure, spread
 from benchmarks.cost import command as cost
+from benchmarks.coverage.models import Covered
+from benchmarks.coverage.models import table as coverage_table
+from benchmarks.dense.command import angles_table, ways_table
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.results import gpu, paper
@@ -164,6 +169,10 @@ def vit_speed(result: Record) -> str:
     )
 
 
+def coverage(result: Record) -> str:
+    return coverage_table([Covered(**row) for row in result["rows"]])
+
+
 def fid(result: Record) -> str:
     lines = fid_table(result["rows"], Features(result["settings"]["features"])).splitlines()
     lines[0] += " the paper's FID ↓ | the paper's s/im ↓ |"
@@ -196,6 +205,9 @@ TABLES: dict[str, Table] = {
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
     "fid": Table("fid", fid),
+    "coverage": Table("coverage", coverage),
+    "dense-angles": Table("dense", lambda result: angles_table(result["rows"])),
+    "dense-ways": Table("dense", lambda result: ways_table(result["rows"])),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.
 COST_TABLES: dict[str, str] = {

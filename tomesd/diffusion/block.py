@@ -45,9 +45,10 @@ class ThreadState:
 
     stage, timestep, grids, place: of the forward pass; grids only until it begins, where a hook
         reads them from its data.
-    map, x, merged, bias: of the block that is running: its token map or None where nothing merges,
-        its tokens before and after merging where all of it runs on merged tokens, and log(size) of
-        its keys.
+    map, x, merged, bias, keys: of the block that is running: its token map or None where nothing
+        merges, its tokens before and after merging where all of it runs on merged tokens, log(size)
+        of its keys, and the tokens from which attention projects them, where they are unmerged
+        because others compute it.
     """
 
     stage: int = 0
@@ -58,6 +59,7 @@ class ThreadState:
     x: Tensor | None = None
     merged: Tensor | None = None
     bias: Tensor | None = None
+    keys: Tensor | None = None
 
     def merge_block(self, x: Tensor, token_map: TokenMap) -> Tensor:
         """Let a whole block run on merged tokens."""
@@ -67,7 +69,7 @@ class ThreadState:
     def leave_block(self) -> tuple[TokenMap, Tensor, Tensor] | None:
         """Forget the block: its map, x and merged, or None if it did not merge as a whole."""
         token_map, x, merged = self.map, self.x, self.merged
-        self.map = self.x = self.merged = self.bias = None
+        self.map = self.x = self.merged = self.bias = self.keys = None
         return None if token_map is None or x is None or merged is None else (token_map, x, merged)
 
 

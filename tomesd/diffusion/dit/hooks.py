@@ -1,6 +1,6 @@
 """The hooks on a diffusion transformer and its blocks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,13 @@ from tomesd.diffusion.conflicts import check_guidance, is_cached, is_skipped
 from tomesd.diffusion.dit.heads import first_samples, head_entries, mask_of_heads
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
+from tomesd.diffusion.processors import (
+    KeyProjections,
+    explain,
+    foreign_keys_error,
+    is_perturbed,
+    is_stock,
+)
 from tomesd.diffusion.ratio_plan import LevelRatio
 from tomesd.hooks import PerThread, by_name
 
@@ -69,6 +76,7 @@ class BlockHooks:
     counts: of image tokens and of query–key pairs, before and after merging, in the last forward.
     why_not: why nothing merged in it; empty if something did.
     text_first: whether text tokens came before those of the image in it.
+    projections: of keys and values, where they can be unmerged.
     """
 
     index: int
@@ -81,6 +89,7 @@ class BlockHooks:
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     why_not: str = ""
     text_first: bool = True
+    projections: dict[nn.Module, KeyProjections] = field(default_factory=dict)
 
     @property
     def weighs_keys(self) -> bool:
@@ -217,6 +226,8 @@ class BlockHooks:
         mask = given.get(how.argument)
         if mask is not None and not self.kind.mask:
             raise ValueError(_MASKED)
+        if attention in self.projections and not is_stock(attention):
+            return self.note_keys(attention, args, kwargs)
         if mask is not None and bias is not None:
             mask = mask.view(mask.shape[0], *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
@@ -226,14 +237,27 @@ class BlockHooks:
         given[how.argument] = mask
         return _as_called(self.attention_names, args, given)
 
-    def unmerge_keys(self, keys: Tensor) -> Tensor:
+    def note_keys(self, attention: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
+        """Keys and values of this attention are unmerged: from which tokens they must be made."""
+        self.projections[attention].follow(attention, args, kwargs)
+        given = by_name(self.attention_names, args, kwargs)
+        self.model.state.keys = given[self.attention_names[0]]
+        return args, kwargs
+
+    def unmerge_keys(self, attention: Any, tokens: Tensor, keys: Tensor) -> Tensor:
         """Keys or values of all samples, or of the first."""
-        token_map = self.model.state.map
-        return keys if token_map is None else first_samples(token_map, len(keys)).unmerge(keys)
+        token_map, given = self.model.state.map, self.model.state.keys
+        if token_map is None or given is None:
+            return keys
+        if not is_stock(attention) and tokens is not given:
+            raise foreign_keys_error(attention, given, tokens)
+        return first_samples(token_map, len(keys)).unmerge(keys)
 
     def finish(self, block: nn.Module, args: Args, output: Any) -> Any:
         merged, index = self.model.state.leave_block(), self.kind.output
-        # There is no output after an error.
+        if merged is not None and output is None:  # There is no output after an error.
+            token_map = merged[0]
+            explain(self.kind.attentions(block), token_map.n, token_map.m)
         if merged is None or output is None:
             return output
         if not self.kind.batch_first:
@@ -257,10 +281,6 @@ _CACHED = (
 def _beside(text: int, first: bool) -> tuple[int, int]:
     """How many text tokens come before and after the image tokens among the keys."""
     return (text, 0) if first else (0, text)
-
-
-def is_perturbed(attention: Any) -> bool:
-    return type(attention.processor).__name__.startswith("PAG")
 
 
 def attending(attention: Any, batch: int) -> int:

@@ -11,64 +11,24 @@ stays at full resolution: small differences between merged tokens survive. Text 
 What differs between models is in the records of `tomesd.diffusion.dit.spec`.
 """
 
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import Grid, ThreadState
 from tomesd.diffusion.conflicts import fused_projections_error
-from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks, is_perturbed
+from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
+from tomesd.diffusion.processors import KeyProjections, is_stock
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import BlockTrace, DenoiserPatch, Patch, PerThread, argument_names
+from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, argument_names
 from tomesd.reports import ReportRow
 
 _NO_BIAS = "without proportional attention: its processors take no bias"
-
-
-@dataclass(eq=False)
-class _KeyProjections:
-    """Keeps the hooks that unmerge keys and values on the projections that an attention has now.
-
-    Loading or unloading a LoRA adapter replaces them by other modules.
-
-    used: those that the attention has used since it began. Perturbed-attention guidance uses them
-        first for the samples that attend, then for those of which each token attends to itself
-        alone, which need no keys of others.
-    """
-
-    patch: Patch
-    block: BlockHooks
-    attention: Any
-    names: tuple[str, ...]
-    used: PerThread[set[nn.Module]] = field(default_factory=lambda: PerThread(set))
-    hooked: dict[str, tuple[nn.Module, RemovableHandle]] = field(default_factory=dict)
-
-    def follow(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(attention, "fused_projections", False):
-            raise fused_projections_error("prop_attn", True)
-        for name in self.names:
-            projection = getattr(attention, name)
-            self.used.state.discard(projection)
-            before, handle = self.hooked.get(name, (None, None))
-            if projection is not before:
-                if handle is not None:
-                    handle.remove()
-                self.patch.after(projection, self.unmerge)
-                self.hooked[name] = projection, self.patch.handles[-1]
-
-    def unmerge(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if is_perturbed(self.attention):
-            if projection in self.used.state:
-                return output
-            self.used.state.add(projection)
-        return self.block.unmerge_keys(output)
 
 
 class DiTPatch(DenoiserPatch):
@@ -122,7 +82,8 @@ class DiTPatch(DenoiserPatch):
                 continue
             for block in kind.split(self.model)[0]:
                 for attention in kind.attentions(block):
-                    check_takes_bias(attention)
+                    if is_stock(attention) or not kind.can_unmerge_keys:
+                        check_takes_bias(attention)
 
     def install(self) -> None:
         if not self.plan.merges:
@@ -162,11 +123,19 @@ class DiTPatch(DenoiserPatch):
         for attention in attentions:
             if isinstance(kind.proportional, Bias):
                 self.before(attention, hooks.weigh_keys)
-            if isinstance(kind.proportional, UnmergeKeys) and hooks.unmerges_keys:
-                projections = _KeyProjections(self, hooks, attention, kind.proportional.projections)
-                projections.follow(attention, (), {})
-                self.before(attention, projections.follow)
+            if hooks.weighs_keys and kind.can_unmerge_keys:
+                self._unmerge_keys(hooks, attention)
         self.after(block, hooks.finish, always=True)
+
+    def _unmerge_keys(self, hooks: BlockHooks, attention: Any) -> None:
+        how = hooks.kind.proportional
+        names = how.projections if isinstance(how, UnmergeKeys) else UnmergeKeys().projections
+        projections = KeyProjections(self, attention, names, hooks.unmerge_keys)
+        hooks.projections[attention] = projections
+        if isinstance(how, UnmergeKeys):
+            self.before(attention, hooks.note_keys)
+        if isinstance(how, UnmergeKeys) or not is_stock(attention):
+            projections.follow(attention, (), {})
 
     def remove(self) -> None:
         super().remove()

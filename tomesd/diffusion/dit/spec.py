@@ -105,6 +105,15 @@ class Blocks:
     unless: str = ""
     carrier: str = ""
 
+    @property
+    def can_unmerge_keys(self) -> bool:
+        """Whether keys can be unmerged: rotary positions are of merged ones, and so is a bias for
+        text tokens among them."""
+        plain = self.rotary is None and self.text is None and not self.mask
+        return isinstance(self.proportional, UnmergeKeys) or (
+            isinstance(self.proportional, Bias) and plain
+        )
+
     def split(self, model: Any) -> tuple[list[Any], list[Any]]:
         """The blocks that merge, and those that do not because of `unless`."""
         blocks = [

@@ -9,6 +9,7 @@ from torch import nn
 from tomesd.diffusion.block import Place, ThreadState, has_place, pop_place
 from tomesd.diffusion.conflicts import check_guidance, fused_projections_error
 from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.processors import is_stock, why_whole
 from tomesd.diffusion.ratio_plan import LevelRatio, RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.spec import UNet
@@ -51,8 +52,17 @@ class Transformer:
         """Why nothing merges here in an image like the last one; empty if something does."""
         batch, h, w, device = self.last
         if self.skipped or not h:
-            return self.skipped
-        return self.matcher.why_not(self.ratio.largest, device, batch, h, w, self.module.inner_dim)
+            return self.skipped or self.why_whole()
+        why_not = self.matcher.why_not(
+            self.ratio.largest, device, batch, h, w, self.module.inner_dim
+        )
+        return why_not or self.why_whole()
+
+    def why_whole(self) -> str:
+        """Why none of its blocks merge, for who computes their attention; empty if one does."""
+        settings = self.matcher.settings
+        reasons = [why_block_whole(block, settings) for block in self.blocks]
+        return reasons[0] if all(reasons) and reasons else ""
 
     def announce(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,6 +102,18 @@ class Transformer:
                 "the model runs at another size"
             )
         return place
+
+
+def why_block_whole(block: Any, settings: DiffusionSettings) -> str:
+    """Why a block does not merge, for who computes its attention; empty if it may."""
+    if not block.only_cross_attention:
+        keys_only = not settings.merge_queries
+        return why_whole(block.attn1, keys_only) if settings.merge_attn else ""
+    others = [attn for attn in (block.attn1, block.attn2) if not is_stock(attn)]
+    if not settings.merge_block or not others:
+        return ""
+    name = type(others[0].processor).__name__
+    return f"{name} may need all tokens in cross-attention, and there is no self-attention"
 
 
 def find_transformers(

@@ -1,7 +1,7 @@
 """Attention processors that are not diffusers' own: of its pipelines, or of the user.
 
-They may take keys of another sample or another pass, keep attention maps, or read the mask in their
-own way. Beside them merging is right, which means: tokens that are equal may merge without a change.
+They may take keys of another sample or another pass, keep attention maps, or read the mask in
+their own way. Merging is right beside them if tokens that are equal merge without a change.
 """
 
 import pytest
@@ -303,7 +303,9 @@ def test_one_learns_that_nothing_merges_since_every_attention_has_another_forwar
     if when == "before":
         for attention in attentions:
             _edit(attention)
-        with pytest.raises(ValueError, match=r"nothing would be merged .* forward of its attention"):
+        with pytest.raises(
+            ValueError, match=r"nothing would be merged .* forward of its attention"
+        ):
             tomesd.apply_patch(unet)
         return
     tomesd.apply_patch(unet)

@@ -28,15 +28,20 @@ class Place(NamedTuple):
         return (carrier or {}) | {_PLACE: self}
 
 
-def has_place(carrier: dict[str, Any] | None) -> bool:
-    return _PLACE in (carrier or {})
+def pop_place(given: dict[str, Any], carrier: str) -> Place | None:
+    """Take the place out of a block's arguments, which are then as the host made them.
 
-
-def pop_place(given: dict[str, Any], carrier: str) -> Place:
-    """Take the place out of a block's arguments, which are then as the host made them."""
-    given[carrier] = dict(given[carrier])
-    place: Place = given[carrier].pop(_PLACE)
-    return place
+    None if there is none: another model, which shares the block, is calling it.
+    """
+    held = given.get(carrier)
+    if isinstance(held, dict):
+        given[carrier] = dict(held)
+        return given[carrier].pop(_PLACE, None)
+    if isinstance(held, tuple) and held and isinstance(held[-1], Place):
+        *tables, place = held
+        given[carrier] = tuple(tables)
+        return place
+    return None
 
 
 @dataclass(eq=False)
@@ -45,6 +50,7 @@ class ThreadState:
 
     stage, timestep, grids, place: of the forward pass; grids only until it begins, where a hook
         reads them from its data.
+    inside: whether that is running.
     map, x, merged, bias, keys: of the block that is running: its token map or None where nothing
         merges, its tokens before and after merging where all of it runs on merged tokens, log(size)
         of its keys, and the tokens from which attention projects them, where they are unmerged
@@ -55,6 +61,7 @@ class ThreadState:
     timestep: Any = 0
     grids: tuple[Grid, ...] | None = None
     place: Place | None = None
+    inside: bool = False
     map: TokenMap | None = None
     x: Tensor | None = None
     merged: Tensor | None = None

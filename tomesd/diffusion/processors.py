@@ -1,8 +1,8 @@
 """Whose code computes attention: the host's own, which is known, or a processor of somebody else.
 
-Diffusers' own processors let each token attend to its own sample and add a bias to the logits. Others
-may take keys from another sample or from another pass, so their keys and values are unmerged: each
-then counts as often as its group has tokens, wherever it goes, and no bias is needed.
+Diffusers' own processors let each token attend to its own sample and add a bias to the logits.
+Others may take keys from another sample or from another pass, so their keys and values are
+unmerged: each then counts as often as its group has tokens, wherever it goes, without a bias.
 """
 
 import inspect
@@ -26,8 +26,15 @@ _WRAPPERS = {"accelerate", "diffusers", "torch"}
 
 
 def is_perturbed(attention: Any) -> bool:
-    """Whether it is for perturbed-attention guidance: the last samples attend to themselves alone."""
+    """Whether it is for perturbed-attention guidance: the last samples attend to nobody else."""
     return type(attention.processor).__name__.startswith("PAG")
+
+
+def attending(attention: Any, batch: int) -> int:
+    """How many samples attend to others' tokens: of the last ones, each attends to itself alone."""
+    if not is_perturbed(attention):
+        return batch
+    return batch * 2 // 3 if "CFG" in type(attention.processor).__name__ else batch // 2
 
 
 def is_stock(attention: Any) -> bool:
@@ -38,8 +45,7 @@ def is_stock(attention: Any) -> bool:
     processor = getattr(attention, "processor", None)
     if processor is None or is_perturbed(attention):
         return True
-    home = type(attention).__module__.partition(".")[0]
-    return _is_replaced(attention) is False and _is_from(home, type(processor))
+    return not _is_replaced(attention) and _is_of_host(type(attention), type(processor))
 
 
 def why_whole(attention: Any, keys_only: bool) -> str:
@@ -81,17 +87,18 @@ def _is_replaced(attention: Any) -> bool:
     return module.partition(".")[0] not in _WRAPPERS | {home}
 
 
-def _is_from(home: str, kind: type) -> bool:
-    """Whether a package, other than its pipelines, has the code of a class of processors."""
-    call: Any = kind.__call__
+def _is_of_host(attention: type, processor: type) -> bool:
+    """Whether the package of an attention has the code of a processor; but not in its pipelines."""
+    call: Any = processor.__call__
     if call is nn.Module.__call__:
-        call = kind.forward  # type: ignore[attr-defined]
+        call = processor.forward  # type: ignore[attr-defined]
     module = getattr(call, "__module__", None) or ""
+    home = attention.__module__.partition(".")[0]
     return module.partition(".")[0] == home and not module.startswith("diffusers.pipelines.")
 
 
 # What torch.compiler.assume_constant_result does, which would import all of the compiler.
-setattr(_is_from, "_dynamo_marked_constant", True)  # noqa: B010
+setattr(_is_of_host, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @dataclass(eq=False)

@@ -11,14 +11,16 @@ stays at full resolution: small differences between merged tokens survive. Text 
 What differs between models is in the records of `tomesd.diffusion.dit.spec`.
 """
 
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import Grid, ThreadState
-from tomesd.diffusion.conflicts import fused_projections_error
+from tomesd.diffusion.conflicts import check_cache, check_guidance, fused_projections_error
 from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
@@ -60,16 +62,28 @@ class DiTPatch(DenoiserPatch):
                 "whole, got False: leave out merge_attn, merge_crossattn, merge_mlp, "
                 "merge_queries, keep_norm and the presets that set them"
             )
-        if not any(kind.split(model)[0] for kind in spec.lists):
-            raise ValueError(
-                f"nothing would be merged in {type(model).__name__}: none of its blocks can merge"
-            )
+        why_not = spec.why_not(model)
+        if not why_not and not any(kind.split(model)[0] for kind in spec.lists):
+            why_not = "none of its blocks can merge"
+        if why_not:
+            raise ValueError(f"nothing would be merged in {type(model).__name__}: {why_not}")
+        if self.plan.merges:
+            self._check_caches()
         if self.matcher.frame.weighs_keys:
             self._check_attention()
 
     @property
     def spec(self) -> DiT:
         return self.hooks.spec
+
+    def _check_caches(self) -> None:
+        """Raise ValueError if something keeps or perturbs what merges; it may still come later."""
+        check_cache(self.model)
+        for kind in self.spec.lists:
+            for block in kind.split(self.model)[0]:
+                check_cache(block, *block.children())
+                for attention in kind.attentions(block):
+                    check_guidance(attention, merges_queries=True, merges_keys=True)
 
     def _check_attention(self) -> None:
         """Raise ValueError if some attention cannot weigh its keys."""
@@ -98,7 +112,9 @@ class DiTPatch(DenoiserPatch):
             from tomesd.diffusion.dit.grid_hook import record_grids
 
             self.before(self.model, record_grids)
+        self.before(self.model, self._check_blocks)
         self.before(self.model, hooks.record_place)
+        self.after(self.model, hooks.leave, always=True)
         if spec.rope:
             self.after(self.model.get_submodule(spec.rope), hooks.append_place)
         for kind in spec.lists:
@@ -106,6 +122,18 @@ class DiTPatch(DenoiserPatch):
                 self._install_block(block, kind)
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self.warn_if_idle)
+
+    def _check_blocks(self, model: Any, args: Any, kwargs: Any) -> None:
+        """Raise ValueError if blocks were replaced: new ones could not read what hooks pass on."""
+        if torch.compiler.is_compiling():
+            return
+        for block in self.all_blocks():
+            # It may be wrapped, for checkpointing or sharding.
+            if block not in self.blocks and self.blocks.keys().isdisjoint(block.children()):
+                raise ValueError(
+                    f"the blocks of {type(model).__name__} must be those that were patched, got a "
+                    f"{type(block).__name__} that came later: call apply_patch again"
+                )
 
     def _install_block(self, block: Any, kind: Blocks) -> None:
         attentions = kind.attentions(block)
@@ -121,21 +149,22 @@ class DiTPatch(DenoiserPatch):
         self.blocks[block] = hooks
         self.before(block, hooks.merge)
         for attention in attentions:
-            if isinstance(kind.proportional, Bias):
-                self.before(attention, hooks.weigh_keys)
-            if hooks.weighs_keys and kind.can_unmerge_keys:
-                self._unmerge_keys(hooks, attention)
+            can_unmerge = hooks.weighs_keys and kind.can_unmerge_keys
+            self._install_attention(attention, hooks, can_unmerge)
         self.after(block, hooks.finish, always=True)
 
-    def _unmerge_keys(self, hooks: BlockHooks, attention: Any) -> None:
-        how = hooks.kind.proportional
-        names = how.projections if isinstance(how, UnmergeKeys) else UnmergeKeys().projections
-        projections = KeyProjections(self, attention, names, hooks.unmerge_keys)
-        hooks.projections[attention] = projections
-        if isinstance(how, UnmergeKeys):
-            self.before(attention, hooks.note_keys)
-        if isinstance(how, UnmergeKeys) or not is_stock(attention):
-            projections.follow(attention, (), {})
+    def _install_attention(self, attention: Any, hooks: BlockHooks, can_unmerge: bool) -> None:
+        how, projections = hooks.kind.proportional, None
+        always = isinstance(how, UnmergeKeys)
+        if can_unmerge:
+            names = how.projections if isinstance(how, UnmergeKeys) else UnmergeKeys().projections
+            projections = KeyProjections(self, attention, names, hooks.unmerge_keys)
+            if always or not is_stock(attention):
+                projections.follow(attention, (), {})
+        if isinstance(how, Bias):
+            self.before(attention, partial(hooks.weigh_keys, projections))
+        elif always and projections is not None:
+            self.before(attention, partial(hooks.note_keys, projections))
 
     def remove(self) -> None:
         super().remove()
@@ -165,6 +194,7 @@ class DiTPatch(DenoiserPatch):
         n = sum(f * h * w for f, h, w in self._grids())
         for kind in self.spec.lists:
             merging, others = kind.split(self.model)
+            merging = [block for block in merging if block in self.blocks or not self.plan.merges]
             if merging:
                 rows.append(self._row(kind, merging))
             if others:

@@ -153,6 +153,7 @@ class DiT(Spec):
     reads_data: whether `grids` reads the values of tensors, which a graph cannot.
     timestep: the model's argument with the timestep.
     unmerged: other lists of blocks, and why they do not merge: for reports.
+    why_not: what in a model prevents merging, though others of its class merge; "" if nothing.
     """
 
     blocks: Blocks | tuple[Blocks, ...]
@@ -162,6 +163,7 @@ class DiT(Spec):
     reads_data: bool = False
     timestep: str = "timestep"
     unmerged: tuple[tuple[str, str], ...] = ()
+    why_not: Callable[[Any], str] = lambda model: ""
 
     @property
     def lists(self) -> tuple[Blocks, ...]:

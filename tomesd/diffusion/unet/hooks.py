@@ -125,10 +125,9 @@ class BlockHooks:
         given_keys = kwargs.get("encoder_hidden_states") is not None
         if given_keys and self.state.merged is not None and self.matcher.weighs_keys:
             raise ValueError(
-                "encoder_hidden_states of self-attention must be None while whole blocks merge, got "
-                f"{list(kwargs['encoder_hidden_states'].shape)}: how many tokens each of them is "
-                "cannot be known; apply_patch(..., merge_attn=True) leaves keys that are given as "
-                "they are"
+                "encoder_hidden_states of self-attention must be None while whole blocks merge, "
+                f"got {list(kwargs['encoder_hidden_states'].shape)}: how many tokens each of them "
+                "is cannot be known; apply_patch(..., merge_attn=True) leaves such keys as they are"
             )
         if self.state.merged is None:
             x, *rest = args
@@ -185,9 +184,9 @@ class BlockHooks:
             return args, kwargs
         if not is_stock(attn):
             raise ValueError(
-                "the processor of GLIGEN's attention must be diffusers' own while tokens merge, got "
-                f"{type(attn.processor).__name__}: apply_patch(..., merge_attn=True) leaves that "
-                "attention as it is"
+                "the processor of GLIGEN's attention must be diffusers' own while tokens merge, "
+                f"got {type(attn.processor).__name__}: apply_patch(..., merge_attn=True) leaves "
+                "that attention as it is"
             )
         bias = _log_size(token_map, attn, args[0].dtype)
         bias = nn.functional.pad(bias, (0, args[0].shape[1] - bias.shape[2]))

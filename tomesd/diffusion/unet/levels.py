@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tomesd.diffusion.block import Place, ThreadState, has_place, pop_place
+from tomesd.diffusion.block import Place, ThreadState, pop_place
 from tomesd.diffusion.conflicts import check_guidance, fused_projections_error
 from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.processors import is_stock, why_whole
@@ -87,12 +87,13 @@ class Transformer:
     def place(self, given: dict[str, Any]) -> Place:
         """The place of a block with these arguments, which are then as the host made them."""
         if self.carrier:
-            if not has_place(given.get(self.carrier)):
+            found = pop_place(given, self.carrier)
+            if found is None:
                 raise ValueError(
                     f"{self.carrier} of a block in {self.where} must hold the token grid, which "
                     "the model puts there: call the model, or remove_patch to call single blocks"
                 )
-            return pop_place(given, self.carrier)
+            return found
         place = self.threads.state.place or self.last_place
         tokens = given["hidden_states"].shape[1]
         if place is None or tokens != place.grids[0][1] * place.grids[0][2]:
@@ -164,8 +165,14 @@ def _stages(model: Any) -> Iterator[tuple[str, int, Any]]:
 
 
 def _why_impossible(module: Any, spec: UNet, settings: DiffusionSettings) -> str:
-    if type(module).__name__ not in spec.transformers:
-        return f"{type(module).__name__} is not a spatial transformer"
+    name = type(module).__name__
+    if name == "Attention":
+        return (
+            "its attention has no transformer around it, and is too small a share of its work for "
+            "merging to pay (docs/performance.md)"
+        )
+    if name not in spec.transformers:
+        return f"{name} is none of the transformers that its class is known to have"
     for block in module.transformer_blocks:
         name = "merge_block" if settings.merge_block else "merge_mlp"
         if getattr(settings, name) and block._chunk_size is not None:

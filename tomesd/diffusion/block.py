@@ -34,14 +34,14 @@ def pop_place(given: dict[str, Any], carrier: str) -> Place | None:
     None if there is none: another model, which shares the block, is calling it.
     """
     held = given.get(carrier)
+    place: Place | None = None
     if isinstance(held, dict):
         given[carrier] = dict(held)
-        return given[carrier].pop(_PLACE, None)
-    if isinstance(held, tuple) and held and isinstance(held[-1], Place):
+        place = given[carrier].pop(_PLACE, None)
+    elif isinstance(held, tuple) and held and isinstance(held[-1], Place):
         *tables, place = held
         given[carrier] = tuple(tables)
-        return place
-    return None
+    return place
 
 
 @dataclass(eq=False)

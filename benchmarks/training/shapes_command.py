@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import choose_device
 from benchmarks.common.files import check_folder
 from benchmarks.training.loop import CheckpointError, check_checkpoint
 from benchmarks.training.shapes_models import (
@@ -16,6 +15,7 @@ from benchmarks.training.shapes_models import (
     train_classifier,
     train_denoiser,
 )
+from tomesd.pictures.device import choose_device
 
 TRAIN = {
     "autoencoder": train_autoencoder,

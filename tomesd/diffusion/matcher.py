@@ -1,12 +1,13 @@
 """From `DiffusionSettings` to token maps: which tokens of a denoiser's block merge, and whether."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tomesd.core import partition
-from tomesd.core.cost import balance
+from tomesd.core.cost import Balance, balance
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
 from tomesd.core.partition import Partition, Windows
 from tomesd.core.token_map import TokenMap
@@ -85,7 +86,23 @@ class Matcher:
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
-        pays = estimate(
+        pays = self.balance(ratio, device_kind, batch, h, w, channels, joint, estimate).pays
+        return "" if pays else "would cost more time than it saves"
+
+    def balance(
+        self,
+        ratio: float,
+        device_kind: str,
+        batch: int,
+        h: int,
+        w: int,
+        channels: int,
+        joint: bool = False,
+        estimate: Callable[..., Balance] = balance,
+    ) -> Balance:
+        """What merging saves and costs in one block with h·w tokens, by the cost model."""
+        settings = self.settings
+        return estimate(
             device_kind,
             batch,
             h * w,
@@ -97,8 +114,7 @@ class Matcher:
             refine=settings.refine,
             keep_norm=settings.keep_norm,
             joint=joint,
-        ).pays
-        return "" if pays else "would cost more time than it saves"
+        )
 
     def token_map(
         self, features: Tensor, h: int, w: int, ratio: float, key: Tensor | None

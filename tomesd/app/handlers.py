@@ -107,14 +107,15 @@ class Playground:
             drawn = self.studio.sweep(scene, names, _ticker(progress), stop)
             for (name, ratio), (_, result) in zip(SETTINGS, drawn, strict=True):
                 rows.append([name, ratio, round(result.speedup, 2), round(result.psnr, 1)])
+                # The plot waits for all of them: its colors are those of its first rows.
                 table = pd.DataFrame(rows, columns=COLUMNS)
-                yield table, table, f"{len(rows)} of {len(SETTINGS)}"
+                yield gr.skip(), table, f"{len(rows)} of {len(SETTINGS)}"
         except StoppedError:
             yield gr.skip(), gr.skip(), "Stopped."
         except MISTAKES as error:
             yield gr.skip(), gr.skip(), f"⚠️ {_sentence(error)}"
         else:
-            yield gr.skip(), gr.skip(), "Done."
+            yield pd.DataFrame(rows, columns=COLUMNS), gr.skip(), "Done."
 
     def read(self, upload: str | None, seed: float, r: float, layer: float) -> tuple[Any, str]:
         """The merged patches of a picture and what it shows."""
@@ -145,7 +146,8 @@ def figures(result: Result) -> str:
         peak = "–" if shot.peak is None else f"{shot.peak / 2**30:.2f} GiB"
         near = "–" if name == "unpatched" else f"{result.psnr:.1f} dB"
         lines.append(f"| {name} | {shot.seconds:.2f} | {peak} | {near} |")
-    return "\n".join(lines)
+    note = "\n\nThe merged time includes recording the map below." if result.maps else ""
+    return "\n".join(lines) + note
 
 
 def _scene(prompt: str, model: str, seed: float | None, steps: float | None) -> Scene:

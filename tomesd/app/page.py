@@ -205,8 +205,8 @@ def _frontier(play: Playground, scene: list[Any]) -> None:
 
 def _classifier(play: Playground) -> None:
     gr.Markdown(
-        "The embedded Vision Transformer says which shape is in a picture. Patches of one color and "
-        "one border are one token."
+        "The embedded Vision Transformer says which shape is in a picture. Patches of one color "
+        "and one border are one token."
     )
     with gr.Row():
         with gr.Column(min_width=240):

@@ -150,11 +150,13 @@ class Studio:
         self,
         scene: Scene,
         merging: Merging,
-        tick: Tick = lambda i, n: None,
+        tick: Tick = lambda done, steps: None,
         stop: Event | None = None,
+        with_maps: bool = True,
     ) -> Result:
         """The image without and with merged tokens.
 
+        with_maps: record which tokens merge, which takes a little time.
         Raises StoppedError once `stop` is set, ValueError or OSError for what cannot be drawn.
         """
         scene.check()
@@ -162,8 +164,9 @@ class Studio:
         with self._lock:
             pipe = self._load(scene.model, tick)
             unpatched = self._draw_unpatched(pipe, scene, tick, stop)
+            tracing = with_maps and merging.ratio > 0
             with tomesd.patched(pipe, **options):
-                merged, maps = self._shoot(pipe, scene, tick, stop, tracing=merging.ratio > 0)
+                merged, maps = self._shoot(pipe, scene, tick, stop, tracing)
         return Result(unpatched, merged, maps)
 
     def sweep(
@@ -171,7 +174,7 @@ class Studio:
     ) -> Iterator[tuple[str, Result]]:
         """The image with each of some settings, as soon as it is drawn."""
         for name, merging in settings.items():
-            yield name, self.draw(scene, merging, tick, stop)
+            yield name, self.draw(scene, merging, tick, stop, with_maps=False)
 
     def _load(self, model: str, tick: Tick) -> Any:
         if self.model is not None and model != self.model:

@@ -21,7 +21,8 @@ from benchmarks.pictures.reference import drawn, from_folder
 from tomesd.diffusion.settings import PRESETS as PATCH_PRESETS
 from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 from tomesd.pictures.files import atomic_write, save_image, versions
-from tomesd.pictures.sampling import SCHEDULERS, check_model, choose, native_side
+from tomesd.pictures.names import SCHEDULERS
+from tomesd.pictures.sampling import check_model, choose, native_side
 
 
 @dataclass(frozen=True)

@@ -48,4 +48,4 @@ def serve(
         mcp_server=False,
         enable_monitoring=False,
     )
-    return address
+    return str(address)

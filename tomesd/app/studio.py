@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import Event, Lock
 from typing import Any
@@ -210,13 +210,16 @@ class Studio:
             return {}
 
         def run() -> Image.Image:
-            more = {"callback_on_step_end": after_step}
+            more: dict[str, Any] = {"callback_on_step_end": after_step}
             (image,) = sampling.sample(pipe, [scene.prompt], [scene.seed], how, **more)
             return image
 
         if stop is not None and stop.is_set():
             raise StoppedError
-        with tomesd.trace(pipe) if tracing else nullcontext([]) as traced:
+        traced: list[tomesd.TokenGroups] = []
+        with ExitStack() as stack:
+            if tracing:
+                traced = stack.enter_context(tomesd.trace(pipe))
             start = time.perf_counter()
             image, peak = with_peak(run, self.device)
             seconds = time.perf_counter() - start

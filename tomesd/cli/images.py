@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ class Images:
         for index, (prompt, seed) in enumerate(pairs):
             if len(pairs) > 1:
                 self.job.pipe.set_progress_bar_config(desc=f"{index + 1} of {len(pairs)}")
-            tracing = tomesd.trace(self.job.pipe) if self.given["save_map"] else nullcontext([])
+            traced: list[tomesd.TokenGroups] = []
             start = time.perf_counter()
-            with tracing as traced:
+            with ExitStack() as stack:
+                if self.given["save_map"]:
+                    traced = stack.enter_context(tomesd.trace(self.job.pipe))
                 how = self.job.sampling
                 (image,) = sampling.sample(self.job.pipe, [prompt], [seed], how, **self.more)
             seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ if _TYPE_CHECKING:
     from tomesd.core.token_map import TokenMap
     from tomesd.diffusion.ratio_schedule import RatioSchedule
     from tomesd.diffusion.settings import DiffusionSettings
+    from tomesd.kernels import use_kernels
     from tomesd.registry import register, supported
     from tomesd.reports import Report
     from tomesd.tracing import TokenGroups, trace
@@ -37,6 +38,7 @@ __all__ = [
     "report",
     "supported",
     "trace",
+    "use_kernels",
 ]
 
 # Imported when they are first used: torch takes seconds, and `tomesd --help` can do without it.
@@ -49,6 +51,7 @@ _MODULES = {
     "Report": "reports",
     "TokenMap": "core.token_map",
     "ViTSettings": "vit.settings",
+    "use_kernels": "kernels",
 }
 
 # Not for type checkers, to which every name would then be right.

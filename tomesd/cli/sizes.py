@@ -161,7 +161,7 @@ def _rows(denoiser: Denoiser, width: int, height: int, device_kind: str) -> list
 def _unet_rows(patch: UNetPatch, h: int, w: int, device_kind: str) -> Iterator[Row]:
     for found in patch.transformers:
         grid = -(-h // found.downsample), -(-w // found.downsample)
-        found.last = BATCH, *grid, device_kind
+        found.last = BATCH, *grid, torch.device("cpu")
         blocks = len(getattr(found.module, "transformer_blocks", []))
         tokens = grid[0] * grid[1]
         # Blocks of one level do the same work.
@@ -171,7 +171,10 @@ def _unet_rows(patch: UNetPatch, h: int, w: int, device_kind: str) -> Iterator[R
             continue
         ratio = found.ratio.largest
         channels = found.module.inner_dim
-        balance = patch.matcher.balance(ratio, device_kind, BATCH, *grid, channels)
+        shape = (BATCH, *grid, channels)
+        balance = patch.matcher.balance(
+            ratio, device_kind, *shape, joint=False, fused=device_kind != "cpu"
+        )
         merged = tokens - patch.matcher.merged(ratio, *grid)
         yield Row(where, blocks, tokens, merged, balance)
 
@@ -184,14 +187,17 @@ def _dit_rows(patch: DiTPatch, h: int, w: int, device_kind: str) -> Iterator[Row
     for kind in patch.spec.lists:
         blocks = len(kind.split(patch.model)[0])
         joint = kind.text is not None
-        shape = (device_kind, BATCH, height, width, channels)
+        shape = (BATCH, height, width, channels)
         ratio = patch.plan.of_level(1).largest
-        note = matcher.why_not(ratio, *shape, joint=joint)
+        note = matcher.why_not(ratio, torch.device("cpu"), *shape, joint=joint)
         if note:
             yield Row(kind.name, blocks, tokens, tokens, Balance(0, 0), note)
             continue
         merged = tokens - patch.matcher.merged(ratio, (frames, height, width))
-        yield Row(kind.name, blocks, tokens, merged, matcher.balance(ratio, *shape, joint=joint))
+        balance = matcher.balance(
+            ratio, device_kind, *shape, joint=joint, fused=device_kind != "cpu"
+        )
+        yield Row(kind.name, blocks, tokens, merged, balance)
 
 
 def _grid(patch: DiTPatch, h: int, w: int) -> tuple[int, int, int]:

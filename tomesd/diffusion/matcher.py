@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tomesd import kernels
 from tomesd.core import partition
 from tomesd.core.cost import Balance, balance
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
@@ -64,7 +65,7 @@ class Matcher:
     def why_not(
         self,
         ratio: float,
-        device_kind: str,
+        device: torch.device,
         batch: int,
         h: int,
         w: int,
@@ -86,7 +87,19 @@ class Matcher:
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
-        pays = self.balance(ratio, device_kind, batch, h, w, channels, joint, estimate).pays
+        pays = self.balance(
+            ratio,
+            kernels.device_kind(device),
+            batch,
+            h,
+            w,
+            channels,
+            joint=joint,
+            fused=kernels.available(device),
+            # In a graph nothing waits for Python.
+            eager=not torch.compiler.is_compiling(),
+            estimate=estimate,
+        ).pays
         return "" if pays else "would cost more time than it saves"
 
     def balance(
@@ -97,7 +110,10 @@ class Matcher:
         h: int,
         w: int,
         channels: int,
-        joint: bool = False,
+        *,
+        joint: bool,
+        fused: bool,
+        eager: bool = True,
         estimate: Callable[..., Balance] = balance,
     ) -> Balance:
         """What merging saves and costs in one block with h·w tokens, by the cost model."""
@@ -114,6 +130,8 @@ class Matcher:
             refine=settings.refine,
             keep_norm=settings.keep_norm,
             joint=joint,
+            fused=fused,
+            eager=eager,
         )
 
     def token_map(

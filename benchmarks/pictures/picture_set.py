@@ -15,10 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import tomesd
-from benchmarks.common.files import digest, save_image, versions
+from benchmarks.common.files import digest
 from benchmarks.pictures.reference import BrokenPictureError
-from benchmarks.pictures.sampling import Sampling, embedded_folder, load_pipeline, sample
 from tomesd.diffusion.settings import METHODS, DiffusionSettings, diffusion_settings
+from tomesd.pictures.files import save_image, versions
+from tomesd.pictures.sampling import Sampling, embedded_folder, load_pipeline, sample
 
 UNPATCHED = "unpatched"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import choose_device
 from benchmarks.common.files import check_folder
 from benchmarks.training.few_step import train_few_step
 from benchmarks.training.loop import CheckpointError, check_checkpoint
@@ -18,6 +17,7 @@ from benchmarks.training.shapes_models import (
     train_denoiser,
 )
 from benchmarks.training.transformer import train_transformer
+from tomesd.pictures.device import choose_device
 
 TRAIN = {
     "autoencoder": train_autoencoder,

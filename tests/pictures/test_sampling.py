@@ -5,8 +5,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline, PNDMScheduler, StableDiffusion3Pipeline
 
-from benchmarks.common.device import choose_device, choose_precision
-from benchmarks.pictures.sampling import (
+from benchmarks.training import architectures
+from tests.support.tiny_shapes import untrained_pipeline
+from tests.support.tiny_transformers import TINY
+from tomesd.pictures.device import choose_device, choose_precision
+from tomesd.pictures.sampling import (
     SCHEDULERS,
     Sampling,
     check_model,
@@ -15,9 +18,6 @@ from benchmarks.pictures.sampling import (
     native_side,
     sample,
 )
-from benchmarks.training import architectures
-from tests.support.tiny_shapes import untrained_pipeline
-from tests.support.tiny_transformers import TINY
 from tomesd.shapes import pipeline as shapes
 
 HOW = Sampling(steps=2, guidance=3.0, width=64, height=64)

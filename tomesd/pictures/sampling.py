@@ -1,7 +1,7 @@
 """Making pictures with a text-to-image pipeline: the embedded one, or any other.
 
-diffusers takes seconds to import, so it is imported where a pipeline is loaded: a script's --help
-and its errors for wrong options come at once.
+diffusers takes seconds to import, so it is imported where a pipeline is loaded: errors for wrong
+options come at once.
 """
 
 import inspect
@@ -14,15 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# The class of each scheduler, and its settings beside the pipeline's own noise schedule.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    # ToMe, Appendix F: pseudo linear multistep, without the Runge-Kutta steps at the start.
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
+from tomesd.pictures.names import SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -96,8 +88,9 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     scheduler: str | None = None,
+    from_image: bool = False,
 ) -> Any:
-    """A text-to-image pipeline on a device.
+    """A pipeline that makes an image of a prompt, on a device.
 
     >>> pipe = load_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", "cuda", torch.float16)
 
@@ -105,6 +98,7 @@ def load_pipeline(
         other embedded ones; a folder in diffusers' format; or an id on the Hugging Face hub.
     scheduler: one of SCHEDULERS, with the noise schedule that the model was trained on; None for
         the pipeline's own.
+    from_image: the pipeline starts with an image (img2img).
     Raises ValueError for an unknown scheduler or what cannot be a model, and OSError if it cannot
     be read or downloaded.
     """
@@ -123,6 +117,8 @@ def load_pipeline(
             pipe = diffusers.AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
         except OSError as error:
             raise OSError(f"model {model!r} cannot be loaded: {error}") from error
+    if from_image:
+        pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe, dtype=dtype)
     if scheduler is not None:
         name, settings = SCHEDULERS[scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
@@ -179,7 +175,12 @@ def native_side(pipe: Any) -> int:
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch: int = 1
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    batch: int = 1,
+    **more: Any,
 ) -> Iterator[Image.Image]:
     """One picture for each prompt and seed, as soon as it is finished.
 
@@ -188,6 +189,7 @@ def sample(
     seeds: a picture's noise depends on its own seed alone and is drawn on the CPU. So it is the
         same on every device and in any batch, up to the rounding of matrix products.
     batch: how many are sampled at once. 1 needs the least memory.
+    more: further arguments of the pipeline, such as image and strength.
     Raises ValueError if there are not as many seeds as prompts or batch is below 1, and
     FloatingPointError for a picture that overflowed, which would be black.
     """
@@ -197,10 +199,21 @@ def sample(
         )
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
-    return _sample(pipe, prompts, seeds, sampling, batch)
+    # Pipelines that start with an image take its size and have no such arguments.
+    size = {"width": sampling.width, "height": sampling.height}
+    return _sample(
+        pipe, prompts, seeds, sampling, batch, {k: v for k, v in size.items() if v} | more
+    )
 
 
-def _sample(pipe, prompts, seeds, sampling: Sampling, batch: int) -> Iterator[Image.Image]:
+def _sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    batch: int,
+    more: dict[str, Any],
+) -> Iterator[Image.Image]:
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         pixels = pipe(
@@ -208,9 +221,8 @@ def _sample(pipe, prompts, seeds, sampling: Sampling, batch: int) -> Iterator[Im
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
-            width=sampling.width,
-            height=sampling.height,
             output_type="np",
+            **more,
         ).images
         if not np.isfinite(pixels).all():
             raise FloatingPointError(

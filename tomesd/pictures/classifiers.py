@@ -67,10 +67,11 @@ def _names(library: str) -> list[str]:
     if library == "timm":
         import timm
 
-        return timm.list_models() + timm.list_models(pretrained=True)
+        names: list[str] = timm.list_models() + timm.list_models(pretrained=True)
+        return names
     from torchvision import models
 
-    return models.list_models(module=models)
+    return list(models.list_models(module=models))
 
 
 def load_classifier(model: str | None = None, pretrained: bool = True) -> Classifier:
@@ -139,6 +140,7 @@ def _classifier(
 
     def prepare(images: Sequence[Image.Image]) -> Tensor:
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        scaled: Tensor = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return scaled
 
     return Classifier(name, model, sides, fit, prepare)

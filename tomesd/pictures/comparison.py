@@ -9,8 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import tomesd
-from benchmarks.pictures.grid import grid
-from benchmarks.pictures.sampling import Sampling, sample
+from tomesd.pictures.grid import grid
+from tomesd.pictures.sampling import Sampling, sample
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 NAMES = {"tome": "ToMe", "prune": "pruning"}

@@ -1,9 +1,7 @@
-"""scripts/generate.py makes the picture that was asked for, or says in one line why not."""
+"""`tomesd generate` makes the image that was asked for, or says in one line why not."""
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from benchmarks.pictures.generate_command import main
-from tests.benchmarks.support import ROOT
 from tests.support.tiny_shapes import untrained_pipeline
+from tomesd.cli.main import main
 
 PROMPT = "a photo of a red heart on a blue striped background"
 
@@ -30,11 +27,14 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def run(model):
-    """Run the script on the tiny model; gives the picture, if `path` is one afterwards."""
+    """Run the command on the tiny model; gives the image, if `path` is one afterwards."""
 
-    def generate(path: Path, *options: str) -> Image.Image | None:
+    def generate(path: Path, *options: str, command: str = "generate") -> Image.Image | None:
         common = ["--model", model, "--device", "cpu", "--steps", "2", "--size", "32"]
-        main([PROMPT, *common, "--output", str(path), *options])
+        with pytest.raises(SystemExit) as stop:
+            main([command, PROMPT, *common, "--output", str(path), *options])
+        if stop.value.code:
+            raise stop.value
         return Image.open(path) if path.is_file() else None
 
     return generate
@@ -42,7 +42,7 @@ def run(model):
 
 @pytest.fixture
 def generate(run, tmp_path):
-    return lambda *options, output="out.png": run(tmp_path / output, *options)
+    return lambda *options, output="out.png", **more: run(tmp_path / output, *options, **more)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_report_says_where_tokens_merged(generate, capsys):
 
 
 def test_comparing_shows_both_methods_at_every_ratio_with_their_times(generate):
-    about = (image := generate("--compare", "--steps", "1")).text
+    about = (image := generate("--steps", "1", command="compare")).text
     assert json.loads(about["ratios"]) == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     tome, prune = (json.loads(about[f"seconds_{method}"]) for method in ("tome", "prune"))
     assert len(tome) == len(prune) == 7
@@ -156,7 +156,7 @@ def test_comparing_shows_both_methods_at_every_ratio_with_their_times(generate):
 
 
 def test_comparing_the_papers_preset_stops_at_its_largest_ratio(generate):
-    about = generate("--compare", "--steps", "1", "--preset", "paper").text
+    about = generate("--steps", "1", "--preset", "paper", command="compare").text
     assert json.loads(about["ratios"])[-1] == 0.5
 
 
@@ -166,21 +166,50 @@ def test_comparing_the_papers_preset_stops_at_its_largest_ratio(generate):
         (("--ratio", "0.8"), r"ratio must be at most 0.75, got 0.8"),
         (("--ratio", "1"), r"ratio must be at least 0 and below 1, got 1.0"),
         (("--ratio", "0.6", "--preset", "paper"), r"ratio must be at most 0.5, got 0.6"),
-        (("--method", "keep"), r"--method: invalid choice: 'keep'"),
-        (("--scheduler", "fast"), r"--scheduler: invalid choice: 'fast'"),
-        (("--precision", "int8"), r"--precision: invalid choice: 'int8'"),
+        (("--method", "keep"), r".*'--method': 'keep' is not one of 'tome'"),
+        (("--scheduler", "fast"), r".*'--scheduler': 'fast' is not one of 'ddim'"),
+        (("--precision", "int8"), r".*'--precision': 'int8' is not one of 'fp32'"),
         (("--device", "tpu"), r"device must be one of cuda, mps, cpu, got 'tpu'"),
-        (("--steps", "0"), r"--steps: must be a whole number from 1 to 1000, got '0'"),
-        (("--steps", "2.5"), r"--steps: must be a whole number from 1 to 1000, got '2.5'"),
-        (("--guidance", "nan"), r"--guidance: must be a number from 0 to 100, got 'nan'"),
-        (("--seed", "-1"), r"--seed: must be a whole number from 0 to \d+, got '-1'"),
-        (("--num-images", "0"), r"--num-images: must be a whole number from 1 to \d+, got '0'"),
-        (("--size", "100"), r"--size: must be one side or WxH in positive multiples of 8 .*'100'"),
-        (("--size", "64x64x64"), r"--size: must be one side or WxH .*got '64x64x64'"),
+        (
+            ("--steps", "0"),
+            r".*'--steps': must be a whole number from 1 to 1000, got '0'",
+        ),
+        (
+            ("--steps", "2.5"),
+            r".*'--steps': must be a whole number from 1 to 1000, got '2.5'",
+        ),
+        (
+            ("--guidance", "nan"),
+            r".*'--guidance': must be a number from 0 to 100, got 'nan'",
+        ),
+        (
+            ("--seed", "-1"),
+            r".*'--seed': must be a whole number from 0 to \d+, got '-1'",
+        ),
+        (
+            ("--num-images", "0"),
+            r".*'--num-images': must be a whole number from 1 to \d+, got '0'",
+        ),
+        (
+            ("--size", "100"),
+            r".*'--size': must be one side or WxH in positive multiples of 8 .*'100'",
+        ),
+        (
+            ("--size", "64x64x64"),
+            r".*'--size': must be one side or WxH .*got '64x64x64'",
+        ),
         (("--output", "a.jpg"), r"output must be a .png file or a folder, got 'a.jpg'"),
         (("--model", "./not/there"), r"model must be a folder or a hub id, got './not/there'"),
-        (("--compare", "--ratio", "0"), r"--ratio is not allowed with --compare"),
-        (("--compare", "--num-images", "2"), r"--num-images is not allowed with --compare"),
+        (("--prompts", "prompts.txt"), r"PROMPT or --prompts FILE must be given, got both"),
+        (
+            ("--since", "1"),
+            r".*'--since': must be a number from 0 to 0.999, got '1'",
+        ),
+        (("--strength", "0.5"), r"strength is allowed with --img2img only, got 0.5"),
+        (("--img2img", "none.png"), r"image must be a file, got 'none.png'"),
+        (("--save-map", "--ratio", "0"), r"save-map needs a ratio above 0 and .*got --ratio 0"),
+        (("--save-map", "--compile"), r"save-map needs .* is not compiled, got --compile"),
+        (("--rato", "0.5"), r"No such option '--rato'. Did you mean '--ratio'\?"),
     ],
 )
 def test_a_bad_argument_is_one_line_before_any_work(generate, tmp_path, capsys, options, message):
@@ -188,8 +217,8 @@ def test_a_bad_argument_is_one_line_before_any_work(generate, tmp_path, capsys, 
         generate(*options)
     assert stop.value.code == 2
     captured = capsys.readouterr()
-    assert re.search(f"error: (argument )?{message}", captured.err.splitlines()[-1])
-    assert "Loading" not in captured.err
+    (line,) = captured.err.splitlines()
+    assert re.match(f"tomesd generate: error: {message}", line)
     assert not list(tmp_path.iterdir())
 
 
@@ -197,46 +226,71 @@ def test_a_model_without_a_denoiser_that_can_be_patched_is_one_line(tmp_path, ca
     index = json.loads((Path(model) / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "DiTPipeline"}))
     with pytest.raises(SystemExit) as stop:
-        main([PROMPT, "--model", str(tmp_path)])
+        main(["generate", PROMPT, "--model", str(tmp_path)])
     assert stop.value.code == 2
     assert "DiTPipeline" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_picture_that_overflows_is_not_written(generate, model, tmp_path):
+def test_a_picture_that_overflows_is_not_written(generate, model, tmp_path, capsys):
     pipe = StableDiffusionPipeline.from_pretrained(model)
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("inf"))
     pipe.save_pretrained(tmp_path / "broken")
-    with pytest.raises(SystemExit, match="the picture is not finite"):
+    with pytest.raises(SystemExit) as stop:
         generate("--model", str(tmp_path / "broken"), output="pictures")
+    assert stop.value.code == 1
+    assert "error: the picture is not finite" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "pictures").exists()
 
 
-def test_help_lists_the_options(capsys):
+def test_each_line_of_a_file_is_a_prompt(generate, model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red heart\na blue star\n")
+    common = ["--model", model, "--steps", "1", "--size", "32", "--output", str(tmp_path / "a.png")]
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["generate", "--prompts", str(prompts), "--num-images", "2", *common])
     assert not stop.value.code
-    printed = capsys.readouterr().out
-    for option in ("--ratio", "--model", "--compare", "--output"):
-        assert option in printed
+    made = [Image.open(tmp_path / f"a-{index}.png").text for index in range(4)]
+    assert [(each["prompt"], each["seed"]) for each in made] == [
+        *(("a red heart", "0"), ("a red heart", "1")),
+        *(("a blue star", "0"), ("a blue star", "1")),
+    ]
 
 
-# What takes seconds to import, and --help and a mistyped option can do without.
-WHAT_THE_SCRIPTS_IMPORT = """
-import runpy, sys
-for name in sys.argv[1:]:
-    runpy.run_path(name)
-slow = {"diffusers", "transformers", "peft", "torchvision", "torch._dynamo", "triton"}
-print(*sorted(slow & sys.modules.keys()))
-"""
+def test_since_leaves_the_first_steps_whole(generate, usual):
+    late = pixels(generate("--since", "0.5"))
+    assert (late != usual).any()
+    assert (late != pixels(generate("--ratio", "0"))).any()
 
 
-def test_help_and_typos_import_no_model_library():
-    scripts = [str(ROOT / "scripts" / f"{name}.py") for name in ("generate", "benchmark")]
-    done = subprocess.run(
-        [sys.executable, "-c", WHAT_THE_SCRIPTS_IMPORT, *scripts],
-        capture_output=True,
-        text=True,
-        check=True,
+def test_levels_are_how_many_of_them_merge(generate, capsys):
+    generate("--levels", "2", "--report")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1/2", "down_blocks.1", "1", "16", "8", "75.0%"] in rows
+
+
+def test_an_image_is_the_start_and_the_strength_says_for_how_much(generate, usual, tmp_path):
+    start = tmp_path / "start.png"
+    Image.linear_gradient("L").save(start)
+    little, much = (
+        generate("--img2img", str(start), "--strength", strength, "--steps", "4")
+        for strength in ("0.25", "1.0")
     )
-    assert not done.stdout.split()
+    assert little.size == much.size == (32, 32)
+    assert (little.text["strength"], much.text["strength"]) == ("0.25", "1.0")
+    assert (pixels(little) != pixels(much)).any()
+    Image.new("RGB", (64, 64), "red").save(start)
+    other = generate("--img2img", str(start), "--strength", "0.25", "--steps", "4")
+    assert (pixels(other) != pixels(little)).any()
+
+
+def test_the_map_is_written_beside_the_image_and_does_not_change_it(generate, usual, tmp_path):
+    assert (pixels(generate("--save-map")) == usual).all()
+    page = Image.open(tmp_path / "out-map.png")
+    assert page.text["prompt"] == PROMPT
+    assert page.width > 3 * 32
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_makes_the_same_image(generate, usual):
+    assert abs(pixels(generate("--compile")) - usual).max() <= 1

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import tomesd
-from benchmarks.pictures.comparison import compare, picture
-from benchmarks.pictures.sampling import Sampling, sample
 from tests.support.tiny_shapes import untrained_pipeline
+from tomesd.pictures.comparison import compare, picture
+from tomesd.pictures.sampling import Sampling, sample
 
 HOW = Sampling(steps=2, guidance=3.0, width=32, height=32)
 RATIOS = (0, 0.3, 0.6)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.pictures.grid import grid
+from tomesd.pictures.grid import grid
 
 COLORS = [["red", "lime", "blue"], ["cyan", "magenta", "yellow"]]
 

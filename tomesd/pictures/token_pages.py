@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.pictures.grid import grid
+from tomesd.pictures.grid import grid
 from tomesd.tracing import TokenGroups
 from tomesd.visualize import draw_groups
+
+# A token of this many pixels has a border that is easy to see.
+PIXELS_PER_TOKEN = 12
 
 
 def layers_picture(
@@ -65,6 +68,42 @@ def steps_picture(
         title,
         caption,
     )
+
+
+def denoiser_page(
+    image: Image.Image, traced: Sequence[TokenGroups], title: str = "", caption: str = ""
+) -> Image.Image:
+    """`steps_picture` of the first, the middle and the last step that merge, enlarged as needed.
+
+    >>> denoiser_page(picture, traced)
+
+    Raises ValueError if nothing merged.
+    """
+    steps = sorted({record.step for record in traced})
+    if not steps:
+        raise ValueError("traced must have a step that merges, got none")
+    finest = max((record.grid for record in traced), key=lambda grid: grid[0])
+    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    return steps_picture(enlarged(image, finest), traced, shown, title, caption)
+
+
+def enlarged(image: Image.Image, grid: Sequence[int]) -> Image.Image:
+    """The picture at a whole multiple of its size at which single tokens can be seen.
+
+    >>> enlarged(picture, (28, 28)).size
+    (336, 336)
+    """
+    times = max(1, -(-PIXELS_PER_TOKEN * grid[0] // image.height))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.LANCZOS)
+
+
+def quarters(layers: int) -> list[int]:
+    """The last layer of each quarter, counted from 0.
+
+    >>> quarters(12)
+    [2, 5, 8, 11]
+    """
+    return sorted({layers * i // 4 - 1 for i in (1, 2, 3, 4)} - {-1})
 
 
 def _count(patches: Tensor) -> int:

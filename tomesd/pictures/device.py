@@ -1,12 +1,16 @@
-"""Which device and which precision a script computes with, and what the device is called."""
+"""Which device and which precision a command computes with, and what the device is called."""
 
 import platform
 from pathlib import Path
 
 import torch
 
-DEVICES = ("cuda", "mps", "cpu")
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from tomesd.pictures import names
+from tomesd.pictures.names import DEVICES
+
+PRECISIONS: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype) for name, dtype in names.PRECISIONS.items()
+}
 
 
 def choose_device(name: str | None = None) -> torch.device:

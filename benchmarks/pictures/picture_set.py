@@ -17,9 +17,8 @@ from tqdm import tqdm
 import tomesd
 from benchmarks.common.files import digest, save_image, versions
 from benchmarks.pictures.reference import BrokenPictureError
-from benchmarks.pictures.sampling import Sampling, load_pipeline, sample
+from benchmarks.pictures.sampling import Sampling, embedded_folder, load_pipeline, sample
 from tomesd.diffusion.settings import METHODS, DiffusionSettings, diffusion_settings
-from tomesd.shapes.pipeline import ASSETS
 
 UNPATCHED = "unpatched"
 
@@ -128,7 +127,7 @@ def identity(
     """
     merging = asdict(diffusion_settings(0.0, preset, {}))
     return {
-        "model": digest(spec.name or ASSETS / "pipeline"),
+        "model": digest(embedded_folder(spec.name) or spec.name),
         "scheduler": spec.scheduler,
         "precision": precision,
         "device": torch.device(spec.device).type,

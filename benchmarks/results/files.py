@@ -165,7 +165,7 @@ RESULTS: dict[str, Result] = {
         "--methods prune:0.1,0.2 tome:0.1,0.2,0.3,0.4,0.5",
         _read_fid,
     ),
-    "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "coverage": Result("python scripts/coverage.py --host transformers", _read_coverage),
     "dense": Result("python scripts/dense.py", _read_dense),
 }
 

@@ -61,6 +61,9 @@ ELSEWHERE = {
     "install_peer": "another release, which pip fetches",
     "imagenet/": "a data set",
     "a.png": "a picture of the user's",
+    "photo.jpg": "a picture of the user's",
+    "serve(": "a server that goes on",
+    "main([": "a command, which ends its process",
     "results.csv": "what a run wrote",
     "build_unet(": "gigabytes of weights",
     "with_weights(": "gigabytes of weights",
@@ -85,7 +88,11 @@ def _parameters(package: ModuleType) -> list:
 
 @pytest.mark.parametrize("name", _parameters(tomesd))
 def test_every_example_gives_what_its_docstring_says(name):
-    failed = _failed(examples(importlib.import_module(name)))
+    found = examples(importlib.import_module(name))
+    # What makes and shows images takes models of the hub and files of the user's, too.
+    if name.startswith(("tomesd.app", "tomesd.cli", "tomesd.pictures")):
+        found = [test for test in found if _is_runnable(test)]
+    failed = _failed(found)
     assert not failed, "\n".join(failed)
 
 

@@ -13,7 +13,7 @@ from tomesd import registry
 from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
-from tomesd.diffusion.unet import UNet, UNetPatch
+from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.reports import Report
 from tomesd.vit import ViT, ViTPatch
@@ -22,7 +22,12 @@ from tomesd.vit.settings import ViTSettings, vit_settings
 Model = TypeVar("Model")
 
 # How models of each kind of spec are patched.
-_PATCHES: dict[type, Callable[..., Patch]] = {UNet: UNetPatch, DiT: DiTPatch, ViT: ViTPatch}
+_PATCHES: dict[type, Callable[..., Patch]] = {
+    UNet: UNetPatch,
+    LDMUNet: LDMPatch,
+    DiT: DiTPatch,
+    ViT: ViTPatch,
+}
 
 _DENOISER_PARTS = ("transformer", "unet", "prior", "decoder")
 

@@ -70,8 +70,15 @@ class UNetPatch(DenoiserPatch):
             for block in found.blocks:
                 check_caches(block, settings)
                 weighs = settings.merge_attn and self.matcher.weighs_keys
-                if weighs and not block.only_cross_attention:
-                    check_takes_bias(block.attn1)
+                if weighs and spec.has_self_attention(block):
+                    self.check_weighs_keys(block.attn1)
+
+    def check_weighs_keys(self, attention: Any) -> None:
+        """Raise ValueError if log(size) cannot get onto the logits of this attention's keys."""
+        check_takes_bias(attention)
+
+    def hooks_of(self, block: Any, found: Transformer) -> BlockHooks:
+        return BlockHooks(len(self.blocks), self.matcher, found)
 
     def install(self) -> None:
         if not self.plan.merges:
@@ -87,7 +94,7 @@ class UNetPatch(DenoiserPatch):
         for found in self.transformers:
             self.before(found.module, found.announce)
             for block in found.blocks:
-                self._install_block(block, BlockHooks(len(self.blocks), self.matcher, found))
+                self.install_block(block, self.hooks_of(block, found))
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self.warn_if_idle)
 
@@ -97,11 +104,11 @@ class UNetPatch(DenoiserPatch):
         given = by_name((self.spec.sample, self.spec.timestep), args, kwargs)
         self.threads.state.timestep = given[self.spec.timestep]
 
-    def _install_block(self, block: Any, hooks: BlockHooks) -> None:
+    def install_block(self, block: Any, hooks: BlockHooks) -> None:
         settings = self.settings
         self.blocks[block] = hooks
         self.before(block, hooks.match)
-        if settings.merge_attn and not block.only_cross_attention:
+        if settings.merge_attn and self.spec.has_self_attention(block):
             self.before(block.attn1, hooks.merge_self_attention)
             if settings.merge_queries and not settings.merge_block:
                 self.after(block.attn1, hooks.unmerge)
@@ -136,18 +143,16 @@ class UNetPatch(DenoiserPatch):
     def rows(self) -> list[ReportRow]:
         rows: dict[tuple[str, str], ReportRow] = {}
         for found in self.transformers:
-            row = self._row(found)
+            row = self.row(found)
             same = rows.get((row.where, row.note))
             blocks = row.blocks + (same.blocks if same else 0)
             rows[row.where, row.note] = row._replace(blocks=blocks)
         return list(rows.values())
 
-    def _row(self, found: Transformer) -> ReportRow:
+    def row(self, found: Transformer) -> ReportRow:
         h, w = found.grid
         if not h:
-            # A ControlNet's config does not say for which size it was made.
-            size = self.model.config.get("sample_size") or 0
-            h, w = (size, size) if isinstance(size, int) else size
+            h, w = self.spec.sample_size(self.model)
             h, w = -(-h // found.downsample), -(-w // found.downsample)
         blocks = getattr(found.module, "transformer_blocks", [])
         tokens = merged = h * w
@@ -155,9 +160,13 @@ class UNetPatch(DenoiserPatch):
         note = found.why_not()
         if tokens and not note:
             merged = tokens - self.matcher.merged(found.ratio.largest, h, w)
-            if self.settings.merge_attn and not any(block.only_cross_attention for block in blocks):
-                work = (merged / tokens) ** (2 if self.settings.merge_queries else 1)
+            if self.settings.merge_attn and all(map(self.spec.has_self_attention, blocks)):
+                work = (merged / tokens) ** self.merged_sides(blocks)
         if not note and self.plan.changes:
             note = str(found.ratio)
         where = f"1/{found.downsample} {found.where}"
         return ReportRow(where, len(blocks), tokens, merged, work, note)
+
+    def merged_sides(self, blocks: list[Any]) -> int:
+        """How many sides of the attention matrix get shorter: that of the keys, of queries too."""
+        return 2 if self.settings.merge_queries else 1

@@ -10,6 +10,7 @@ from torch import nn
 
 import tomesd.diffusion.dit.families  # noqa: F401 - registers them
 from tomesd import registry
+from tomesd.diffusion import clones
 from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
@@ -73,14 +74,20 @@ def apply_patch(
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
     targets, chosen = _choose(model, ratio, preset, settings)
-    patches = []
+    clone = clones.clone_of(model)
+    follower = None if clone is None else clones.Follower()
+    patches: dict[nn.Module, Any] = {}
     for target in targets:
         spec = registry.find(target)
         try:
-            patches.append(_PATCHES[type(spec)](spec, target, chosen, model))
+            patches[target] = _PATCHES[type(spec)](spec, target, chosen, follower or model)
         except (AttributeError, KeyError) as error:
             raise TypeError(_why_changed(target, error)) from error
-    for target, patch in zip(targets, patches, strict=True):
+    if follower is not None:
+        follower.patches = patches
+        clones.follow(clone, follower)
+        return model
+    for target, patch in patches.items():
         _remove(target)
         patch.install()
         setattr(target, PATCH, patch)
@@ -95,8 +102,12 @@ def remove_patch(model: Model) -> Model:
 
     Returns the model. A model without a patch is left as it is.
     """
-    patched = patched_modules(model)
-    for target in patched.values():
+    clone = clones.clone_of(model)
+    if clone is not None:
+        clones.leave(clone)
+        return model
+    patched = patches_of(model)
+    for target, _ in patched.values():
         _remove(target)
     if patched:
         _forget_compiled_code()
@@ -114,15 +125,20 @@ def patched(
 
     Takes what apply_patch takes. A patch that was there before comes back afterwards.
     """
-    before = [(target, getattr(target, PATCH)) for target in patched_modules(model).values()]
+    clone = clones.clone_of(model)
+    follower = None if clone is None else clones.follower_of(clone)
+    before = list(patches_of(model).values())
     apply_patch(model, ratio, preset=preset, **settings)
     try:
         yield model
     finally:
         remove_patch(model)
-        for target, patch in before:
-            patch.install()
-            setattr(target, PATCH, patch)
+        if follower is not None:
+            clones.follow(clone, follower)
+        else:
+            for target, patch in before:
+                patch.install()
+                setattr(target, PATCH, patch)
 
 
 def report(model: Any) -> Report:
@@ -134,15 +150,22 @@ def report(model: Any) -> Report:
     "Attention saved" is the share of query–key pairs in self-attention that need not be computed.
     Raises ValueError if nothing in the model is patched.
     """
-    found = {name: getattr(target, PATCH).rows() for name, target in patched_modules(model).items()}
+    found = {name: patch.rows() for name, (_, patch) in patches_of(model).items()}
     if not found:
         raise not_patched_error(model)
     return Report(found)
 
 
-def patched_modules(model: Any) -> dict[str, nn.Module]:
-    """Every patched module of a pipeline or module, by name."""
-    return {name: module for name, module in _modules(model).items() if PATCH in module.__dict__}
+def patches_of(model: Any) -> dict[str, tuple[nn.Module, Any]]:
+    """Every patched module of a pipeline, module or clone, with its patch, by name."""
+    clone = clones.clone_of(model)
+    follower = None if clone is None else clones.follower_of(clone)
+    patches = {} if follower is None else follower.patches
+    return {
+        name: (module, patches.get(module) or module.__dict__[PATCH])
+        for name, module in _modules(model).items()
+        if module in patches or (clone is None and PATCH in module.__dict__)
+    }
 
 
 def not_patched_error(model: Any) -> ValueError:
@@ -151,6 +174,8 @@ def not_patched_error(model: Any) -> ValueError:
 
 def _modules(model: Any) -> dict[str, nn.Module]:
     """Every module of a pipeline or module, by name."""
+    clone = clones.clone_of(model)
+    model = model if clone is None else clone.model
     parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
     return {
         ".".join(filter(None, (part, name))) or type(module).__name__: module

@@ -87,7 +87,6 @@ class LDMBlockHooks(BlockHooks):
     names: of the block's arguments. heads: of its attention. way: how log(size) gets onto the
     logits. recent: the token map of the last forward with gradients, for attention that
     checkpointing runs again. whole: whether all of the block runs on merged tokens in this forward.
-    beside: the patches of other extensions in it.
     """
 
     names: tuple[str, ...] = ()
@@ -95,7 +94,6 @@ class LDMBlockHooks(BlockHooks):
     way: Way = Way.UNMERGE
     recent: TokenMap | None = None
     whole: bool = False
-    beside: tuple[str, ...] = ()
 
     @property
     def block_arguments(self) -> tuple[str, ...]:
@@ -108,10 +106,11 @@ class LDMBlockHooks(BlockHooks):
     def match(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         self.recent = None
         x = args[0]
-        self.beside = _patches_of_others(kwargs.get("transformer_options") or {})
+        beside = _patches_of_others(kwargs.get("transformer_options") or {})
+        self.transformer.beside = beside
         (merged,), given = super().match(block, args, kwargs)
-        self.whole = self.settings.merge_block and not self.beside
-        if self.settings.merge_block and self.beside:
+        self.whole = self.settings.merge_block and not beside
+        if self.settings.merge_block and beside:
             # They may want every token of the block, but self-attention can merge all the same.
             self.state.x = self.state.merged = None
             merged = x
@@ -225,7 +224,8 @@ class LDMPatch(UNetPatch):
             self.before(block.attn1, hooks.merge_self_attention)
             self._install_projections(block.attn1, hooks, weighs)
             self.after(block.attn1, hooks.leave_self_attention)
-        if (settings.merge_block or settings.merge_crossattn) and weighs and block.attn2 is not None:
+        crosses = settings.merge_block or settings.merge_crossattn
+        if crosses and weighs and block.attn2 is not None:
             self.before(block.attn2, hooks.weigh_without_context)
             self._install_projections(block.attn2, hooks, weighs)
             self.after(block.attn2, hooks.leave_attention)
@@ -243,11 +243,10 @@ class LDMPatch(UNetPatch):
 
     def row(self, found: Transformer) -> ReportRow:
         row = super().row(found)
-        beside = {name for block in found.blocks for name in self.blocks[block].beside}
-        if not row.note and beside:
-            names = ", ".join(sorted(beside))
-            return row._replace(note=f"self-attention only, beside other patches: {names}")
-        return row
+        if row.note or not found.beside or not self.settings.merge_block:
+            return row
+        note = f"self-attention only, beside patches of others: {', '.join(found.beside)}"
+        return row._replace(note=note)
 
 
 def _transformers(block: Any) -> list[Any]:

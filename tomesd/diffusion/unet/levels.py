@@ -22,8 +22,9 @@ class Transformer:
     where nothing merges. carrier: the argument in which the place travels to the blocks, or "".
     skipped: why nothing merges here, or "". last: batch, height and width of its tokens and the
     kind of device in the last forward pass of any thread; zeros before the first. last_place: the
-    same for a block that autograd calls again in a thread of its own. threads: the state of threads
-    in this transformer.
+    same for a block that autograd calls again in a thread of its own. beside: patches of other
+    extensions in its blocks, which leave only self-attention to merge. threads: the state of
+    threads in this transformer.
     """
 
     model_threads: PerThread[ThreadState]
@@ -37,6 +38,7 @@ class Transformer:
     skipped: str = ""
     last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
     last_place: Place | None = None
+    beside: tuple[str, ...] = ()
     threads: PerThread[ThreadState] = field(default_factory=lambda: PerThread(ThreadState))
 
     @property

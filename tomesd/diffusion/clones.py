@@ -18,8 +18,8 @@ from tomesd.diffusion.dit import DiTPatch
 from tomesd.diffusion.unet import UNetPatch
 from tomesd.hooks import PATCH, BlockTrace
 
-# The names of ComfyUI's wrappers around `BaseModel.apply_model` and of its callbacks after sampling,
-# and our key among them.
+# ComfyUI's names of the wrappers around `BaseModel.apply_model` and of callbacks after sampling, and
+# our key among them.
 _APPLY_MODEL, _ON_CLEANUP, _KEY = "apply_model", "on_cleanup", "tomesd"
 
 # The attribute in which a model keeps the follower whose hooks it has.

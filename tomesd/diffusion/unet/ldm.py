@@ -263,7 +263,7 @@ def _patches_of_others(options: Mapping[str, Any]) -> tuple[str, ...]:
     They are of ComfyUI's form: lists by name, and replacements by block.
     """
     patches = options.get("patches", {})
-    found = [name for name in _PATCHES if patches.get(name)]
+    found = [name for name in _PATCHES if name in patches]
     block = options.get("block")
     if block is not None:
         blocks = block, (block[0], block[1], options.get("block_index", 0))

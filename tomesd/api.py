@@ -30,6 +30,12 @@ _PATCHES: dict[type, Callable[..., Patch]] = {
     ViT: ViTPatch,
 }
 
+# The arguments of apply_patch in tomesd 0.1.3 after the ratio, in order.
+_OLD_ORDER = (
+    *("max_downsample", "sx", "sy"),
+    *("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
+)
+
 _DENOISER_PARTS = ("transformer", "unet", "prior", "decoder")
 
 # The releases of each host that the tests pass with.
@@ -42,17 +48,23 @@ _TESTED = {
 
 
 def apply_patch(
-    model: Model, ratio: Ratio | None = None, *, preset: str | None = None, **settings: Any
+    model: Model,
+    ratio: Ratio | None = None,
+    *positional: Any,
+    preset: str | None = None,
+    **settings: Any,
 ) -> Model:
     """Merge tokens in every supported model of a pipeline or module, from its next call on.
 
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
     >>> vit = tomesd.apply_patch(vit, r=4)
 
-    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; or a
-        Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
-        is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
-        hooks and returned. A model that is patched already gets the new settings instead.
+    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; the
+        original UNet (ldm, sgm and what copied it) or a model around it; a ModelPatcher of ComfyUI
+        or Forge, where it holds for that clone of the model only; or a Vision Transformer of
+        transformers, timm or torchvision (`tomesd.supported`), also one that is wrapped (by
+        torch.compile, DistributedDataParallel). It is changed in place by forward hooks and
+        returned. A model that is patched already gets the new settings instead.
     ratio: for denoisers, the share of the tokens to merge, from 0 (changes nothing) to below 1; 0.5
         by default, as in the papers. How much faster that is depends on the model and the size of
         the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for
@@ -62,6 +74,8 @@ def apply_patch(
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
         whole blocks at every level where it pays, "paper" is exactly ToMe's Appendix F. Options
         that are given override it.
+    positional: what tomesd 0.1.3 took by position after the ratio, so that its calls still run:
+        max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup is
         required, and denoisers are then left as they are.
@@ -73,6 +87,7 @@ def apply_patch(
     all would be merged. The model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
+    settings = _by_name(positional, settings)
     targets, chosen = _choose(model, ratio, preset, settings)
     clone = clones.clone_of(model)
     follower = None if clone is None else clones.Follower()
@@ -183,6 +198,18 @@ def _modules(model: Any) -> dict[str, nn.Module]:
         if isinstance(root, nn.Module)
         for name, module in root.named_modules()
     }
+
+
+def _by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with those that are given by position as tomesd 0.1.3 takes them."""
+    if len(positional) > len(_OLD_ORDER):
+        raise TypeError(
+            f"settings by position must be at most {', '.join(_OLD_ORDER)}, got {len(positional)}"
+        )
+    given = dict(zip(_OLD_ORDER, positional, strict=False))
+    for name in given.keys() & settings.keys():
+        raise TypeError(f"{name} must be given once, got it by position and by name")
+    return given | settings
 
 
 def _choose(

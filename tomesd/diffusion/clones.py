@@ -18,7 +18,7 @@ from tomesd.diffusion.dit import DiTPatch
 from tomesd.diffusion.unet import UNetPatch
 from tomesd.hooks import PATCH, BlockTrace
 
-# ComfyUI's names of the wrappers around `BaseModel.apply_model` and of callbacks after sampling, and
+# ComfyUI's names of wrappers around `BaseModel.apply_model` and of callbacks after sampling, and
 # our key among them.
 _APPLY_MODEL, _ON_CLEANUP, _KEY = "apply_model", "on_cleanup", "tomesd"
 

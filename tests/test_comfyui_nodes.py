@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tomesd
-from tests.support.stand_in_comfyui import UNetModel, build, sample
+from tests.support.stand_in_comfyui import build, sample
 
 FOLDER = Path(__file__).parents[1] / "integrations" / "comfyui"
 
@@ -122,9 +122,10 @@ def test_the_node_of_old_workflows_has_its_inputs_and_is_replaced(nodes):
         sample(old)
 
 
-def test_a_model_that_cannot_merge_is_a_clear_error(nodes):
+@pytest.mark.parametrize("name", ["Flux", "MMDiT", "QwenImageTransformer2DModel", "WanModel"])
+def test_a_transformer_of_comfyui_is_refused_with_the_reason(nodes, name):
     model = build()
-    model.model.diffusion_model = torch.nn.Linear(1, 1)
-    with pytest.raises(TypeError, match="model must be or contain a class"):
+    kind = type(name, (torch.nn.Module,), {"__module__": "comfy.ldm.a_model"})
+    model.model.diffusion_model = kind()
+    with pytest.raises(TypeError, match=f"must not be a {name}: the transformers of ComfyUI"):
         _run(nodes, "TokenMerging", model=model)
-    assert isinstance(build().model.diffusion_model, UNetModel)

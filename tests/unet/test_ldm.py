@@ -1,6 +1,8 @@
 """The original UNet merges as diffusers' does: CompVis's own class, and ComfyUI's conventions."""
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -282,3 +284,24 @@ def test_it_compiles_to_one_graph():
     eager = call(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(call(compiled), eager, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_copy_or_pickle_of_a_patched_model_merges_by_itself(model):
+    tomesd.apply_patch(model, ratio=0.5)
+    merged = call(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        tomesd.remove_patch(model)
+        assert torch.equal(call(copied), merged)
+        plain = call(model)
+        tomesd.remove_patch(copied)
+        assert torch.equal(call(copied), plain)
+        tomesd.apply_patch(model, ratio=0.5)
+
+
+@torch.no_grad()
+def test_it_merges_under_autocast(model):
+    exact = call(tomesd.apply_patch(model, ratio=0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = call(model)
+    assert (half.float() - exact).norm() < 0.1 * exact.norm()

@@ -207,8 +207,9 @@ class LDMPatch(UNetPatch):
 
     def hooks_of(self, block: Any, found: Transformer) -> BlockHooks:
         names = "hidden_states", *argument_names(block)[1:]
+        heads, way = block.attn1.heads, way_of(block.attn1)
         return LDMBlockHooks(
-            len(self.blocks), self.matcher, found, names, block.attn1.heads, way_of(block.attn1)
+            len(self.blocks), self.matcher, found, names=names, heads=heads, way=way
         )
 
     def install_block(self, block: Any, hooks: LDMBlockHooks) -> None:  # type: ignore[override]

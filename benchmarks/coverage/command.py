@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.arguments import Command
-from benchmarks.common.device import cpu_name
-from benchmarks.common.files import versions, write_json
+from benchmarks.common.files import write_json
 from benchmarks.coverage.models import HOSTS, table
+from tomesd.pictures.device import cpu_name
+from tomesd.pictures.files import versions
 
 
 def prepare(args: Namespace) -> Namespace:

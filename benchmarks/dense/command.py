@@ -8,14 +8,15 @@ import torch
 
 from benchmarks.common import markdown
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import cpu_name
-from benchmarks.common.files import check_folder, versions, write_json
+from benchmarks.common.files import check_folder, write_json
 from benchmarks.common.markdown import figure
 from benchmarks.dense.measurements import SIDE, RotaryClassifier, angles_by_r, ways_by_speedup
 from benchmarks.training import architectures
 from benchmarks.training.data import MASK_CELLS, draw_pictures, labelled_pictures, to_unit
 from benchmarks.training.loop import Stage, train
 from benchmarks.training.losses import classifier_loss
+from tomesd.pictures.device import cpu_name
+from tomesd.pictures.files import versions
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, scene
 

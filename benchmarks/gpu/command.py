@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import choose_device, device_name
 from benchmarks.common.files import check_file, read_json, write_json
 from benchmarks.common.memory import first_line
 from benchmarks.gpu import attention, compiled, cost, forwards, limits, rates, right, vits
 from benchmarks.gpu.context import Case, Context, Part
+from tomesd.pictures.device import choose_device, device_name
 
 PARTS = {
     part.name: part

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 import tomesd
-from benchmarks.common.device import PRECISIONS, device_name
-from benchmarks.common.files import versions
 from benchmarks.models import transformers, unets
 from benchmarks.models.unets import Denoiser
 from tomesd import kernels
+from tomesd.pictures.device import PRECISIONS, device_name
+from tomesd.pictures.files import versions
 
 Row = dict[str, Any]
 

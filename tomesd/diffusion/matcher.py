@@ -1,5 +1,6 @@
 """From `DiffusionSettings` to token maps: which tokens of a denoiser's block merge, and whether."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from tomesd import kernels
 from tomesd.core import partition
-from tomesd.core.cost import balance
+from tomesd.core.cost import Balance, balance
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
 from tomesd.core.partition import Partition, Windows
 from tomesd.core.token_map import TokenMap
@@ -86,8 +87,39 @@ class Matcher:
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
-        pays = estimate(
+        pays = self.balance(
+            ratio,
             kernels.device_kind(device),
+            batch,
+            h,
+            w,
+            channels,
+            joint=joint,
+            fused=kernels.available(device),
+            # In a graph nothing waits for Python.
+            eager=not torch.compiler.is_compiling(),
+            estimate=estimate,
+        ).pays
+        return "" if pays else "would cost more time than it saves"
+
+    def balance(
+        self,
+        ratio: float,
+        device_kind: str,
+        batch: int,
+        h: int,
+        w: int,
+        channels: int,
+        *,
+        joint: bool,
+        fused: bool,
+        eager: bool = True,
+        estimate: Callable[..., Balance] = balance,
+    ) -> Balance:
+        """What merging saves and costs in one block with h·w tokens, by the cost model."""
+        settings = self.settings
+        return estimate(
+            device_kind,
             batch,
             h * w,
             self.merged(ratio, h, w),
@@ -98,11 +130,9 @@ class Matcher:
             refine=settings.refine,
             keep_norm=settings.keep_norm,
             joint=joint,
-            fused=kernels.available(device),
-            # In a graph nothing waits for Python.
-            eager=not torch.compiler.is_compiling(),
-        ).pays
-        return "" if pays else "would cost more time than it saves"
+            fused=fused,
+            eager=eager,
+        )
 
     def token_map(
         self, features: Tensor, h: int, w: int, ratio: float, key: Tensor | None

@@ -11,10 +11,11 @@ from torch import nn
 
 import tomesd.diffusion.dit.families  # noqa: F401 - registers them
 from tomesd import registry
+from tomesd.diffusion import clones
 from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
-from tomesd.diffusion.unet import UNet, UNetPatch
+from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.reports import Report, ReportRow
 from tomesd.vit import ViT, ViTPatch
@@ -23,7 +24,18 @@ from tomesd.vit.settings import ViTSettings, vit_settings
 Model = TypeVar("Model")
 
 # How models of each kind of spec are patched.
-_PATCHES: dict[type, Callable[..., Patch]] = {UNet: UNetPatch, DiT: DiTPatch, ViT: ViTPatch}
+_PATCHES: dict[type, Callable[..., Patch]] = {
+    UNet: UNetPatch,
+    LDMUNet: LDMPatch,
+    DiT: DiTPatch,
+    ViT: ViTPatch,
+}
+
+# The arguments of apply_patch in tomesd 0.1.3 after the ratio, in order.
+_OLD_ORDER = (
+    *("max_downsample", "sx", "sy"),
+    *("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
+)
 
 _DENOISER_PARTS = ("transformer", "unet", "prior", "decoder")
 
@@ -37,17 +49,23 @@ _TESTED = {
 
 
 def apply_patch(
-    model: Model, ratio: Ratio | None = None, *, preset: str | None = None, **settings: Any
+    model: Model,
+    ratio: Ratio | None = None,
+    *positional: Any,
+    preset: str | None = None,
+    **settings: Any,
 ) -> Model:
     """Merge tokens in every supported model of a pipeline or module, from its next call on.
 
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
     >>> vit = tomesd.apply_patch(vit, r=4)
 
-    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; or a
-        Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
-        is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
-        hooks and returned. A model that is patched already gets the new settings instead.
+    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; the
+        original UNet (ldm, sgm and what copied it) or a model around it; a ModelPatcher of ComfyUI
+        or Forge, where it holds for that clone of the model only; or a Vision Transformer of
+        transformers, timm or torchvision (`tomesd.supported`), also one that is wrapped (by
+        torch.compile, DistributedDataParallel). It is changed in place by forward hooks and
+        returned. A model that is patched already gets the new settings instead.
     ratio: for denoisers, the share of the tokens to merge, from 0 (changes nothing) to below 1; 0.5
         by default, as in the papers. How much faster that is depends on the model and the size of
         the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for
@@ -58,6 +76,8 @@ def apply_patch(
         whole blocks at every level where it pays, "late" the same in a pipeline, but not in the
         first fifth of the steps, which is closer to the unpatched image for the work that it saves
         (docs/results.md), "paper" is exactly ToMe's Appendix F. Options that are given override it.
+    positional: what tomesd 0.1.3 took by position after the ratio, so that its calls still run:
+        max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup is
         required, and denoisers are then left as they are.
@@ -69,15 +89,22 @@ def apply_patch(
     all would be merged. The model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
+    settings = _by_name(positional, settings)
     targets, chosen = _choose(model, ratio, preset, settings)
-    patches = []
+    clone = clones.clone_of(model)
+    follower = None if clone is None else clones.Follower()
+    patches: dict[nn.Module, Any] = {}
     for target in targets:
         spec = registry.find(target)
         try:
-            patches.append(_PATCHES[type(spec)](spec, target, chosen, model))
+            patches[target] = _PATCHES[type(spec)](spec, target, chosen, follower or model)
         except (AttributeError, KeyError) as error:
             raise TypeError(_why_changed(target, error)) from error
-    for target, patch in zip(targets, patches, strict=True):
+    if follower is not None:
+        follower.patches = patches
+        clones.follow(clone, follower)
+        return model
+    for target, patch in patches.items():
         _remove(target)
         patch.install()
         setattr(target, PATCH, patch)
@@ -92,8 +119,12 @@ def remove_patch(model: Model) -> Model:
 
     Returns the model. A model without a patch is left as it is.
     """
-    patched = patched_modules(model)
-    for target in patched.values():
+    clone = clones.clone_of(model)
+    if clone is not None:
+        clones.leave(clone)
+        return model
+    patched = patches_of(model)
+    for target, _ in patched.values():
         _remove(target)
     if patched:
         _forget_compiled_code()
@@ -111,15 +142,20 @@ def patched(
 
     Takes what apply_patch takes. A patch that was there before comes back afterwards.
     """
-    before = [(target, getattr(target, PATCH)) for target in patched_modules(model).values()]
+    clone = clones.clone_of(model)
+    follower = None if clone is None else clones.follower_of(clone)
+    before = list(patches_of(model).values())
     apply_patch(model, ratio, preset=preset, **settings)
     try:
         yield model
     finally:
         remove_patch(model)
-        for target, patch in before:
-            patch.install()
-            setattr(target, PATCH, patch)
+        if follower is not None:
+            clones.follow(clone, follower)
+        else:
+            for target, patch in before:
+                patch.install()
+                setattr(target, PATCH, patch)
 
 
 def report(model: Any) -> Report:
@@ -131,29 +167,35 @@ def report(model: Any) -> Report:
     "Attention saved" is the share of query–key pairs in self-attention that need not be computed.
     Raises ValueError if nothing in the model is patched.
     """
-    patched = patched_modules(model)
+    patched = patches_of(model)
     if not patched:
         raise not_patched_error(model)
-    found = {name: _rows(target) for name, target in patched.items()}
-    if not any(isinstance(getattr(each, PATCH), ViTPatch) for each in patched.values()):
+    found = {name: _rows(target, patch) for name, (target, patch) in patched.items()}
+    if not any(isinstance(patch, ViTPatch) for _, patch in patched.values()):
         later = [ReportRow("all of it", 0, 0, 0, 1.0, "not patched: it came later")]
         others = {name: each for name, each in _modules(model).items() if name not in patched}
         found |= {n: later for n, m in others.items() if isinstance(registry.find(m), UNet | DiT)}
     return Report(found)
 
 
-def _rows(target: nn.Module) -> list[ReportRow]:
+def patches_of(model: Any) -> dict[str, tuple[nn.Module, Any]]:
+    """Every patched module of a pipeline, module or clone, with its patch, by name."""
+    clone = clones.clone_of(model)
+    follower = None if clone is None else clones.follower_of(clone)
+    patches = {} if follower is None else follower.patches
+    return {
+        name: (module, patches.get(module) or module.__dict__[PATCH])
+        for name, module in _modules(model).items()
+        if module in patches or (clone is None and PATCH in module.__dict__)
+    }
+
+
+def _rows(target: nn.Module, patch: Any) -> list[ReportRow]:
     """The rows of one patched model."""
-    patch = getattr(target, PATCH)
     gone = set(getattr(patch, "blocks", ())) - set(target.modules())
     note = "replaced since: apply_patch again to merge in the new ones"
     rows: list[ReportRow] = patch.rows()
     return rows + [ReportRow("blocks", len(gone), 0, 0, 1.0, note)] * bool(gone)
-
-
-def patched_modules(model: Any) -> dict[str, nn.Module]:
-    """Every patched module of a pipeline or module, by name."""
-    return {name: module for name, module in _modules(model).items() if PATCH in module.__dict__}
 
 
 def not_patched_error(model: Any) -> ValueError:
@@ -165,6 +207,8 @@ def not_patched_error(model: Any) -> ValueError:
 
 def _modules(model: Any) -> dict[str, nn.Module]:
     """Every module of a pipeline or module, by name."""
+    clone = clones.clone_of(model)
+    model = model if clone is None else clone.model
     parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
     return {
         ".".join(filter(None, (part, name))) or type(module).__name__: module
@@ -172,6 +216,18 @@ def _modules(model: Any) -> dict[str, nn.Module]:
         if isinstance(root, nn.Module)
         for name, module in root.named_modules()
     }
+
+
+def _by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with those that are given by position as tomesd 0.1.3 takes them."""
+    if len(positional) > len(_OLD_ORDER):
+        raise TypeError(
+            f"settings by position must be at most {', '.join(_OLD_ORDER)}, got {len(positional)}"
+        )
+    given = dict(zip(_OLD_ORDER, positional, strict=False))
+    for name in given.keys() & settings.keys():
+        raise TypeError(f"{name} must be given once, got it by position and by name")
+    return given | settings
 
 
 def _choose(

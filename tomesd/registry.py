@@ -44,7 +44,8 @@ def register(spec: Spec, *models: str | type[nn.Module]) -> None:
     spec: how they are hooked: a `tomesd.diffusion.unet.UNet`, `tomesd.diffusion.dit.DiT` or
         `tomesd.vit.ViT`.
     models: "package.Class", where package is the top-level one that defines the class, or the class
-        itself. A class that is registered already gets the new spec.
+        itself; "*.Class" for one that many packages have copied. A class that is registered already
+        gets the new spec.
 
     docs/adding-a-model.md has an example for each kind.
     Raises TypeError for another spec or model, and ValueError for a name without a package.
@@ -78,7 +79,7 @@ def why_refused(module: nn.Module) -> str:
 
 
 def host_of(module: nn.Module) -> str:
-    """The package under which a module's class is registered."""
+    """The package that defines the class by which a module is known."""
     return _nearest(module)[0]
 
 
@@ -88,8 +89,8 @@ def supported() -> dict[str, tuple[str, ...]]:
     >>> "FluxTransformer2DModel" in tomesd.supported()["diffusers"]
     True
 
-    A model of a class that inherits from one of them is supported too, and so is a pipeline that
-    has one. `tomesd.register` adds a class.
+    "*" is any package. A model of a class that inherits from one of them is supported too, and so
+    is a pipeline that has one. `tomesd.register` adds a class.
     """
     found = {
         host: tuple(name for name, spec in entries.items() if not isinstance(spec, _Refusal))
@@ -107,9 +108,10 @@ def close_names(module: Any) -> list[str]:
 def _nearest(module: nn.Module) -> tuple[str, str, Spec | None]:
     """Package, class and what is registered for it; None for a module of no such class."""
     for base in type(module).__mro__:
-        host, name = base.__module__.partition(".")[0], base.__name__
-        if name in _entries.get(host, {}):
-            return host, name, _entries[host][name]
+        package, name = base.__module__.partition(".")[0], base.__name__
+        for host in (package, "*"):
+            if name in _entries.get(host, {}):
+                return package, name, _entries[host][name]
     return "", "", None
 
 

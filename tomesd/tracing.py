@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tomesd.api import not_patched_error, patched_modules
+from tomesd.api import not_patched_error, patches_of
 from tomesd.hooks import PATCH, DenoiserPatch
 from tomesd.vit.patch import ViTPatch
 
@@ -72,20 +72,22 @@ def trace(model: Any) -> Iterator[list[TokenGroups]]:
     Raises ValueError if nothing in the model is patched.
     Source: ToMe, Figures 4 and 6 are drawn from this.
     """
-    found = patched_modules(model)
+    found = patches_of(model)
     if not found:
         raise not_patched_error(model)
     traced: list[TokenGroups] = []
     with ExitStack() as stack:
-        for name, target in found.items():
-            is_vit = isinstance(getattr(target, PATCH), ViTPatch)
-            for handle in (_watch_vit if is_vit else _watch_denoiser)(name, target, traced):
+        for name, (target, patch) in found.items():
+            watch = _watch_vit if isinstance(patch, ViTPatch) else _watch_denoiser
+            for handle in watch(name, target, patch, traced):
                 stack.callback(handle.remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield traced
 
 
-def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[RemovableHandle]:
+def _watch_vit(
+    name: str, vit: Any, before: ViTPatch, traced: list[TokenGroups]
+) -> Iterator[RemovableHandle]:
     steps = itertools.count()
     grids: dict[int, tuple[int, ...]] = {}  # By thread.
 
@@ -117,10 +119,12 @@ def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[Remov
         )
         if cut_out or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             yield module.register_forward_hook(record_grid)
-    yield getattr(vit, PATCH).points[-1].block.register_forward_hook(record)
+    yield before.points[-1].block.register_forward_hook(record)
 
 
-def _watch_denoiser(name: str, model: Any, traced: list[TokenGroups]) -> Iterator[RemovableHandle]:
+def _watch_denoiser(
+    name: str, model: Any, before: DenoiserPatch, traced: list[TokenGroups]
+) -> Iterator[RemovableHandle]:
     names = {module: where for where, module in model.named_modules()}
     seen: set[nn.Module] = set()
     step = -1
@@ -142,6 +146,6 @@ def _watch_denoiser(name: str, model: Any, traced: list[TokenGroups]) -> Iterato
             traced.append(TokenGroups(name, step, names[block], group.cpu(), prefix, grid))
 
     yield model.register_forward_pre_hook(begin)
-    for block in getattr(model, PATCH).all_blocks():
+    for block in before.all_blocks():
         # Before the patch's own last hook, which forgets the block's map.
         yield block.register_forward_hook(record, prepend=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 import tomesd
 from benchmarks.common import markdown
-from tomesd.api import patched_modules
+from tomesd.api import patches_of
 
 SENSES = {"image", "video", "audio"}
 
@@ -40,7 +40,7 @@ def cover(host: str, name: str, model: nn.Module) -> Covered:
         except (TypeError, ValueError) as error:
             why = why or str(error)
         else:
-            encoder = next(iter(patched_modules(model).values()))
+            encoder, _ = next(iter(patches_of(model).values()))
             return Covered(host, name, type(encoder).__name__, merges)
     return Covered(host, name, type(model).__name__, "", why)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import tomesd
-from tests.support import tiny_transformers, tiny_unets, tiny_vits
+from tests.support import tiny_ldm, tiny_transformers, tiny_unets, tiny_vits
 from tests.support.tiny_pipelines import sample, sd_pipeline
 from tomesd import registry
 
@@ -150,6 +150,7 @@ NAMES: dict[str, Callable[[], Any]] = {
 OWN_NAMES: dict[str, dict[str, Callable[[], Any]]] = {
     "draw_frames": {"traced": _traced_video, "frames": lambda: [_picture()] * 4},
     "steps_picture": {"traced": _traced_pipe},
+    "LDMPatch": {"unet": tiny_ldm.stand_in},
     "DiTPatch": {"spec": lambda: registry.find(_transformer())},
     "UNetPatch": {"spec": lambda: registry.find(tiny_unets.sd_unet())},
     "ViTPatch": {"spec": lambda: registry.find(_vit())},

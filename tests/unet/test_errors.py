@@ -78,9 +78,11 @@ def test_bad_settings_leave_an_earlier_patch_working():
     assert torch.equal(predict(unet), before)
 
 
-def test_settings_are_by_name_only():
-    with pytest.raises(TypeError, match="positional"):
-        tomesd.apply_patch(sd_unet(), 0.5, 1)
+def test_settings_by_position_are_those_of_tomesd_0_1_3():
+    with pytest.raises(TypeError, match="settings by position must be at most max_downsample, sx"):
+        tomesd.apply_patch(sd_unet(), 0.5, 1, 2, 2, True, True, False, False, 0)
+    with pytest.raises(TypeError, match="sx must be given once"):
+        tomesd.apply_patch(sd_unet(), 0.5, 1, 2, sx=2)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""UNets and ControlNets of diffusers."""
+"""UNets and ControlNets of diffusers, and the original UNet."""
 
+from tomesd.diffusion.unet.ldm import LDMPatch, LDMUNet
 from tomesd.diffusion.unet.patch import UNetPatch
 from tomesd.diffusion.unet.spec import UNet
 from tomesd.registry import refuse, register
 
-__all__ = ["UNet", "UNetPatch"]
+__all__ = ["LDMPatch", "LDMUNet", "UNet", "UNetPatch"]
 
 register(
     UNet(),
@@ -17,6 +18,9 @@ register(
     "diffusers.ControlNetUnionModel",
     "diffusers.SparseControlNetModel",
 )
+
+# The original one is copied into many packages: ldm, sgm, comfy, ldm_patched.
+register(LDMUNet(), "*.UNetModel", "backend.IntegratedUNet2DConditionModel")
 
 refuse(
     "it has no spatial transformers, whose blocks could merge",

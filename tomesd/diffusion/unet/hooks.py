@@ -55,6 +55,10 @@ class BlockHooks:
     projections: KeyProjections | None = None
 
     @property
+    def block_arguments(self) -> tuple[str, ...]:
+        return _BLOCK_ARGUMENTS
+
+    @property
     def settings(self) -> DiffusionSettings:
         return self.matcher.settings
 
@@ -68,7 +72,7 @@ class BlockHooks:
         return self.state.map
 
     def match(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        given = by_name(_BLOCK_ARGUMENTS, args, kwargs)
+        given = by_name(self.block_arguments, args, kwargs)
         place = self.transformer.place(given)
         x = given.pop("hidden_states")
         if (given.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:

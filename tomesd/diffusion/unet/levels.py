@@ -1,6 +1,5 @@
 """Where a UNet merges: its spatial transformers, their levels, and the token grid of each."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from tomesd.diffusion.block import Place, ThreadState, pop_place
-from tomesd.diffusion.conflicts import check_guidance, fused_projections_error
+from tomesd.diffusion.conflicts import check_guidance
 from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.processors import is_stock, why_whole
 from tomesd.diffusion.ratio_plan import LevelRatio, RatioPlan
@@ -21,23 +20,27 @@ from tomesd.hooks import PerThread
 class Transformer:
     """One spatial transformer of a UNet, which knows the token grid; its blocks see a flat list.
 
-    model_threads: the state of threads in the whole model. carrier: the argument in which the place
-    travels to the blocks, or "". skipped: why nothing merges here, or "". last: batch, height and
-    width of its tokens and the device in the last forward pass of any thread; zeros before
-    the first. last_place: the same for a block that autograd calls again in a thread of its own.
-    threads: the state of threads in this transformer.
+    model_threads: the state of threads in the whole model. width: the channels of its tokens; 0
+    where nothing merges. carrier: the argument in which the place travels to the blocks, or "".
+    skipped: why nothing merges here, or "". last: batch, height and width of its tokens and the
+    device in the last forward pass of any thread; zeros before the first. last_place: the same for
+    a block that autograd calls again in a thread of its own. beside: patches of other
+    extensions in its blocks, which leave only self-attention to merge. threads: the state of
+    threads in this transformer.
     """
 
     model_threads: PerThread[ThreadState]
     where: str
     downsample: int
     module: Any
+    width: int
     carrier: str
     matcher: Matcher
     ratio: LevelRatio
     skipped: str = ""
     last: tuple[int, int, int, torch.device] = (0, 0, 0, torch.device("cpu"))
     last_place: Place | None = None
+    beside: tuple[str, ...] = ()
     threads: PerThread[ThreadState] = field(default_factory=lambda: PerThread(ThreadState))
 
     @property
@@ -54,9 +57,7 @@ class Transformer:
         batch, h, w, device = self.last
         if self.skipped or not h:
             return self.skipped or self.why_whole()
-        why_not = self.matcher.why_not(
-            self.ratio.largest, device, batch, h, w, self.module.inner_dim
-        )
+        why_not = self.matcher.why_not(self.ratio.largest, device, batch, h, w, self.width)
         return why_not or self.why_whole()
 
     def why_whole(self) -> str:
@@ -108,7 +109,7 @@ class Transformer:
 
 def why_block_whole(block: Any, settings: DiffusionSettings) -> str:
     """Why a block does not merge, for who computes its attention; empty if it may."""
-    if not block.only_cross_attention:
+    if not getattr(block, "only_cross_attention", False):
         keys_only = not settings.merge_queries
         return why_whole(block.attn1, keys_only) if settings.merge_attn else ""
     others = [attn for attn in (block.attn1, block.attn2) if not is_stock(attn)]
@@ -132,8 +133,8 @@ def find_transformers(
     settings = matcher.settings
     modules = [
         (where, factor, module, _why_impossible(module, spec, settings))
-        for where, factor, block in _stages(model)
-        for module in getattr(block, "attentions", [])
+        for where, factor, attentions in spec.stages(model)
+        for module in attentions
     ]
     able = sorted({factor for _, factor, _, why_not in modules if not why_not})
     plan.check_levels([factor // able[0] for factor in able])
@@ -148,21 +149,11 @@ def find_transformers(
         if not why_not and not ratio.largest:
             why_not = "ratio is 0"
         carrier = spec.transformers.get(type(module).__name__, "")
-        found.append(Transformer(threads, where, factor, module, carrier, matcher, ratio, why_not))
+        width = 0 if why_not else spec.width(module)
+        found.append(
+            Transformer(threads, where, factor, module, width, carrier, matcher, ratio, why_not)
+        )
     return found
-
-
-def _stages(model: Any) -> Iterator[tuple[str, int, Any]]:
-    """The name, downsampling factor and module of each stage of a UNet."""
-    factors = []
-    factor = 1
-    for i, block in enumerate(model.down_blocks):
-        factors.append(factor)
-        yield f"down_blocks.{i}", factor, block
-        factor *= 2 if getattr(block, "downsamplers", None) else 1
-    yield "mid_block", factor, model.mid_block
-    for i, block in enumerate(getattr(model, "up_blocks", [])):
-        yield f"up_blocks.{i}", factors[-1 - i], block
 
 
 def _why_impossible(module: Any, spec: UNet, settings: DiffusionSettings) -> str:
@@ -175,15 +166,8 @@ def _why_impossible(module: Any, spec: UNet, settings: DiffusionSettings) -> str
     if name not in spec.transformers:
         return f"{name} is none of the transformers that its class is known to have"
     for block in module.transformer_blocks:
-        name = "merge_block" if settings.merge_block else "merge_mlp"
-        if getattr(settings, name) and block._chunk_size is not None:
-            raise ValueError(
-                f"{name} must be False with feed-forward chunking, got True: "
-                "set_chunk_feed_forward(None) on the blocks, or leave the MLP unmerged"
-            )
-        if settings.merge_attn and not settings.merge_queries and block.attn1.fused_projections:
-            raise fused_projections_error("merge_queries", False)
+        spec.check_block(block, settings)
         others = settings.merge_crossattn or settings.merge_mlp or settings.merge_block
-        if block.only_cross_attention and not others:
+        if not spec.has_self_attention(block) and not others:
             return "its blocks have no self-attention"
     return ""

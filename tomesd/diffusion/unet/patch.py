@@ -71,12 +71,19 @@ class UNetPatch(DenoiserPatch):
         for found in self.transformers:
             for block in found.blocks:
                 check_caches(block, settings)
-                if self._weighs_keys(block) and is_stock(block.attn1):
-                    check_takes_bias(block.attn1)
+                if self.weighs_keys(block) and is_stock(block.attn1):
+                    self.check_weighs_keys(block.attn1)
 
-    def _weighs_keys(self, block: Any) -> bool:
+    def check_weighs_keys(self, attention: Any) -> None:
+        """Raise ValueError if log(size) cannot get onto the logits of this attention's keys."""
+        check_takes_bias(attention)
+
+    def hooks_of(self, block: Any, found: Transformer) -> BlockHooks:
+        return BlockHooks(len(self.blocks), self.matcher, found)
+
+    def weighs_keys(self, block: Any) -> bool:
         weighs = self.settings.merge_attn and self.matcher.weighs_keys
-        return weighs and not block.only_cross_attention
+        return weighs and self.spec.has_self_attention(block)
 
     def install(self) -> None:
         if not self.plan.merges:
@@ -92,7 +99,7 @@ class UNetPatch(DenoiserPatch):
         for found in self.transformers:
             self.before(found.module, found.announce)
             for block in found.blocks:
-                self._install_block(block, BlockHooks(len(self.blocks), self.matcher, found))
+                self.install_block(block, self.hooks_of(block, found))
         self.after(self.model, self.warn_if_idle)
 
     def _record_timestep(
@@ -101,14 +108,14 @@ class UNetPatch(DenoiserPatch):
         given = by_name((self.spec.sample, self.spec.timestep), args, kwargs)
         self.threads.state.timestep = given[self.spec.timestep]
 
-    def _install_block(self, block: Any, hooks: BlockHooks) -> None:
+    def install_block(self, block: Any, hooks: BlockHooks) -> None:
         settings = self.settings
         self.blocks[block] = hooks
         self.before(block, hooks.match)
-        if settings.merge_attn and not block.only_cross_attention:
+        if settings.merge_attn and self.spec.has_self_attention(block):
             self.before(block.attn1, hooks.merge_self_attention)
             self.after(block.attn1, hooks.unmerge_self_attention)
-        if self._weighs_keys(block) and hasattr(block.attn1, "to_k"):
+        if self.weighs_keys(block) and hasattr(block.attn1, "to_k"):
             hooks.projections = KeyProjections(
                 self, block.attn1, ("to_k", "to_v"), hooks.unmerge_keys
             )
@@ -145,7 +152,7 @@ class UNetPatch(DenoiserPatch):
     def rows(self) -> list[ReportRow]:
         rows: dict[tuple[str, str], ReportRow] = {}
         for found in self.transformers:
-            row = self._row(found)
+            row = self.row(found)
             same = rows.get((row.where, row.note))
             blocks = row.blocks + (same.blocks if same else 0)
             rows[row.where, row.note] = row._replace(blocks=blocks)
@@ -157,12 +164,10 @@ class UNetPatch(DenoiserPatch):
         found = [block.attn1 for block in blocks if not is_stock(block.attn1)]
         return sorted({type(attention.processor).__name__ for attention in found})
 
-    def _row(self, found: Transformer) -> ReportRow:
+    def row(self, found: Transformer) -> ReportRow:
         h, w = found.grid
         if not h:
-            # A ControlNet's config does not say for which size it was made.
-            size = self.model.config.get("sample_size") or 0
-            h, w = (size, size) if isinstance(size, int) else size
+            h, w = self.spec.sample_size(self.model)
             h, w = -(-h // found.downsample), -(-w // found.downsample)
         blocks = getattr(found.module, "transformer_blocks", [])
         tokens = merged = h * w
@@ -170,10 +175,15 @@ class UNetPatch(DenoiserPatch):
         note = found.why_not()
         if tokens and not note:
             merged = tokens - self.matcher.merged(found.ratio.largest, h, w)
+            if self.settings.merge_attn and all(map(self.spec.has_self_attention, blocks)):
+                work = (merged / tokens) ** self.merged_sides(blocks)
             others = [] if not self.matcher.weighs_keys else self._others(blocks)
-            if self.settings.merge_attn and not any(block.only_cross_attention for block in blocks):
-                work = (merged / tokens) ** (self.settings.merge_queries + (not others))
             notes = [str(found.ratio)] * self.plan.changes
             note = "; ".join(notes + [f"keys unmerged for {name}" for name in others])
         where = f"1/{found.downsample} {found.where}"
         return ReportRow(where, len(blocks), tokens, merged, work, note)
+
+    def merged_sides(self, blocks: list[Any]) -> int:
+        """How many sides of the attention matrix get shorter: that of the keys, of queries too."""
+        unmerged = self.matcher.weighs_keys and bool(self._others(blocks))
+        return self.settings.merge_queries + (not unmerged)

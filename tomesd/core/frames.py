@@ -8,24 +8,28 @@ clip is then matched like an image of h rows and w·frames columns.
 import torch
 from torch import Tensor
 
-from tomesd.core.rows import in_batch
+from tomesd.core.rows import in_batch, is_exporting
 from tomesd.core.token_map import TokenMap
 
 
 def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
-    # Frames follow one another in memory, so the row numbers do not change.
+    # Frames follow one another in memory, so the numbers of rows of the batch do not change.
+    by = (token_map.m, token_map.n, token_map.n) if is_exporting() else (0, 0, 0)
+    rows = token_map.group_rows, token_map.head_rows, token_map.moved_rows
     return TokenMap(
-        *(
-            part.unflatten(0, (-1, frames)).flatten(1, 2)
-            for part in (
-                token_map.group_rows,
-                token_map.head_rows,
-                token_map.moved_rows,
-                token_map.size,
-            )
-        )
+        *(_joined(part, frames, n) for part, n in zip(rows, by, strict=True)),
+        _joined(token_map.size, frames, 0),
     )
+
+
+def _joined(part: Tensor, frames: int, n: int) -> Tensor:
+    """What is of single frames as of videos; rows by n more in each next frame, and −1 stays −1."""
+    joined: Tensor = part.unflatten(0, (-1, frames))
+    if n:
+        shift = torch.arange(frames, device=part.device)[:, None] * n
+        joined = torch.where(joined < 0, joined, joined + shift)
+    return joined.flatten(1, 2)
 
 
 def clips(frames: int, length: int) -> list[tuple[int, int]]:

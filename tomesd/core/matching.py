@@ -72,9 +72,10 @@ def bipartite_soft_matching(
 def _nearest(metric: Tensor, windows: Windows, refine: int) -> tuple[Tensor, Tensor]:
     """Each source's similarity to its best destination, [B, sources], and the edges between them as
     rows of the batch, [2, B, sources]."""
-    # An exported graph takes batches of any size: its chunks are those of a single sample.
-    batch, channels = 1 if is_exporting() else metric.shape[0], fixed(metric.shape[2])
     n_src, n_dst = windows.sides
+    if is_exporting():  # No number of chunks fits batches of any size.
+        return _nearest_in_chunk(metric, windows, refine, n_src)
+    batch, _, channels = metric.shape
     room = CPU_CHUNK_BYTES if metric.device.type == "cpu" else CHUNK_BYTES
     room //= max(1, batch) * metric.itemsize
     # `count` windows per chunk and, if a single window is too large, `sources` of its sources.
@@ -101,7 +102,7 @@ def _nearest_in_chunk(
     rows = in_batch(places.expand(batch, -1, -1), n)
     tokens = select(metric, rows).flatten(0, 1)
     if padding:  # Zeros add nothing to a group; their similarities are masked below.
-        tokens.view(-1, count, *tokens.shape[1:]).mul_((order >= 0)[..., None])
+        tokens.view(batch, count, *tokens.shape[1:]).mul_((order >= 0)[..., None])
     tokens.div_(norms(tokens))  # In place: `select` made a copy.
     left, right = tokens.split(sides, dim=1)
     padded = windows.dst < 0 if padding else None
@@ -109,7 +110,7 @@ def _nearest_in_chunk(
     for _ in range(refine):
         groups = add_rows(right.clone(), in_batch(place, sides[1]), left)
         similarity, place = _best(left, directions(groups), padded, sources)
-    similarity, place = (of.view(-1, count, sides[0]) for of in (similarity, place))
+    similarity, place = (of.view(batch, count, sides[0]) for of in (similarity, place))
     if padding:
         similarity = similarity.masked_fill(windows.src < 0, -torch.inf)
     own, others = rows.split(sides, dim=2)

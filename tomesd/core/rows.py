@@ -25,9 +25,8 @@ def select(x: Tensor, rows: Tensor) -> Tensor:
     x: [B, N, C]. rows: int64 of any shape. Returns [*rows.shape, C].
     """
     if is_exporting():
-        # No symbolic size of the batch, nor unflatten: the older ONNX exporter fixes what they give.
-        shape = -1, *map(fixed, rows.shape[1:]), fixed(x.shape[2])
-        return x.gather(1, _whole(rows.flatten(1), x)).reshape(shape)
+        # view and not unflatten, of which the older ONNX exporter makes a tensor of fixed size.
+        return x.gather(1, _whole(rows.flatten(1), x)).view(*rows.shape, x.shape[2])
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, x.shape[2])
 
 

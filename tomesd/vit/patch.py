@@ -57,7 +57,7 @@ class ViTPatch(Patch):
         self.spec = spec
         self.model = model
         self.settings = settings
-        self.matcher = matcher or Matcher()
+        self.matcher = matcher or Matcher(settings.order)
         blocks = spec.find_blocks(model)
         self.points = [spec.hook_points(index, block) for index, block in enumerate(blocks)]
         self.prefix = spec.prefix(model)

@@ -5,6 +5,7 @@ from typing import Any
 
 from tomesd.checks import require_one_of, require_type
 from tomesd.vit import schedule
+from tomesd.vit.matcher import DEFAULT_ORDER, ORDERS
 from tomesd.vit.schedule import Schedule
 
 # Choices that the paper compares; they are measured in benchmarks/classifier.
@@ -45,10 +46,12 @@ class ViTSettings:
     speedup: float | None = None
     prop_attn: bool = True
     unmerge: bool = True
+    order: str = DEFAULT_ORDER
 
     def __post_init__(self) -> None:
         for name in ("prop_attn", "unmerge"):
             require_type(name, getattr(self, name), bool)
+        require_one_of("order", self.order, ORDERS)
         if self.speedup is not None:
             object.__setattr__(self, "speedup", require_type("speedup", self.speedup, float))
         object.__setattr__(self, "r", schedule.checked(self.r))

@@ -89,8 +89,7 @@ class _VideoMAE(_BiasedKeys):
         return points.block.get_submodule("attention")
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
-        by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
-        return by_heads
+        return output.view(*output.shape[:-1], -1, self.attention.attention_head_size)
 
     def merge_residual(self, output: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden, residual = args

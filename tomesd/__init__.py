@@ -12,6 +12,7 @@ from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.registry import register, supported
 from tomesd.reports import Report
 from tomesd.tracing import TokenGroups, trace
+from tomesd.vit.projectors import tokens_after
 from tomesd.vit.settings import ViTSettings
 
 __version__ = "1.0.0"
@@ -31,5 +32,6 @@ __all__ = [
     "remove_patch",
     "report",
     "supported",
+    "tokens_after",
     "trace",
 ]

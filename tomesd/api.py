@@ -17,6 +17,7 @@ from tomesd.diffusion.unet import UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.reports import Report
 from tomesd.vit import ViT, ViTPatch
+from tomesd.vit.projectors import check_projectors
 from tomesd.vit.settings import ViTSettings, vit_settings
 
 Model = TypeVar("Model")
@@ -43,7 +44,7 @@ def apply_patch(
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
     >>> vit = tomesd.apply_patch(vit, r=4)
 
-    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; or a
+    model: a pipeline of diffusers or transformers; a UNet, ControlNet or diffusion transformer of diffusers; or a
         Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
         is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
         hooks and returned. A model that is patched already gets the new settings instead.
@@ -146,7 +147,10 @@ def not_patched_error(model: Any) -> ValueError:
 
 def _modules(model: Any) -> dict[str, nn.Module]:
     """Every module of a pipeline or module, by name."""
-    parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
+    if isinstance(model, nn.Module):
+        parts = {"": model}
+    else:  # A pipeline of diffusers, or of transformers, which has one model.
+        parts = getattr(model, "components", None) or {"": getattr(model, "model", None)}
     return {
         ".".join(filter(None, (part, name))) or type(module).__name__: module
         for part, root in parts.items()
@@ -179,7 +183,10 @@ def _choose(
             f"{found} must be given r, the number of tokens to merge in each layer (for example "
             "r=8); ratio and preset are for diffusion models"
         )
-    return vits, vit_settings(settings)
+    chosen = vit_settings(settings)
+    if not chosen.unmerge:
+        check_projectors(_modules(model).values())
+    return vits, chosen
 
 
 def _denoiser_part(model: Any) -> nn.Module | None:

@@ -14,6 +14,8 @@ from tomesd.core.token_map import TokenMap
 
 def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
+    if frames == 1:
+        return token_map
     # Frames follow one another in memory, so the numbers of rows of the batch do not change.
     by = (token_map.m, token_map.n, token_map.n) if is_exporting() else (0, 0, 0)
     rows = token_map.group_rows, token_map.head_rows, token_map.moved_rows
@@ -25,7 +27,7 @@ def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
 
 def _joined(part: Tensor, frames: int, n: int) -> Tensor:
     """What is of single frames as of videos; rows by n more in each next frame, and −1 stays −1."""
-    joined: Tensor = part.unflatten(0, (-1, frames))
+    joined = part.view(part.shape[0] // frames, frames, *part.shape[1:])
     if n:
         shift = torch.arange(frames, device=part.device)[:, None] * n
         joined = torch.where(joined < 0, joined, joined + shift)
@@ -47,7 +49,7 @@ def clips(frames: int, length: int) -> list[tuple[int, int]]:
 
 def time_last(x: Tensor, frames: int, w: int) -> Tensor:
     """Tokens [B, frames·h·w, C] in the order [h, w, frames]."""
-    by_frame: Tensor = x.unflatten(1, (frames, -1, w))
+    by_frame = x.view(x.shape[0], frames, -1, w, x.shape[2])
     return by_frame.permute(0, 2, 3, 1, 4).flatten(1, 3)
 
 
@@ -60,7 +62,7 @@ def time_first(token_map: TokenMap, frames: int) -> TokenMap:
     # Groups are renumbered by the positions of their heads.
     is_head = torch.zeros_like(groups).scatter(1, head, 1)
     number = (is_head.cumsum(1) - 1).gather(1, head)
-    group = groups.unflatten(1, (n, frames)).transpose(1, 2).flatten(1)
+    group = groups.view(-1, n, frames).transpose(1, 2).flatten(1)
     joined = in_batch(number.gather(1, group.clamp(min=0)), token_map.m)
     return TokenMap(
         joined.masked_fill(group < 0, -1) if token_map.drops else joined,

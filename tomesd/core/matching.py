@@ -131,8 +131,8 @@ def _best(
     for chunk in left.split(sources, dim=1):
         scores = torch.bmm(chunk, right)
         if padded is not None:
-            by_window = scores.unflatten(0, (-1, len(padded)))
-            scores = by_window.masked_fill(padded[:, None], -torch.inf).flatten(0, 1)
+            by_window = scores.view(-1, fixed(padded.shape[0]), *scores.shape[1:])
+            scores = by_window.masked_fill(padded[:, None], -torch.inf).view_as(scores)
         best = scores.max(dim=-1)
         values.append(best.values)
         places.append(best.indices)

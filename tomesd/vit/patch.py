@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from tomesd.hooks import Patch, argument_names
@@ -60,6 +61,7 @@ class ViTPatch(Patch):
         self.matcher = matcher or Matcher(settings.order)
         blocks = spec.find_blocks(model)
         self.points = [spec.hook_points(index, block) for index, block in enumerate(blocks)]
+        self.seen = self._modules()
         self.prefix = spec.prefix(model)
         self.own_tokens = spec.tokens(model)
         r = settings.r
@@ -98,7 +100,37 @@ class ViTPatch(Patch):
         if self.spec.recorder and self.settings.unmerge:
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
 
+    def _modules(self) -> list[int]:
+        """Which modules are hooked now; it changes where one is replaced."""
+        return [
+            id(module)
+            for block in self.spec.find_blocks(self.model)
+            for module in self.spec.modules(block)
+        ]
+
+    def _check(self) -> None:
+        """Follow modules that were replaced since, and refuse what cannot be followed.
+
+        Raises TypeError for a block in which tokens cannot merge, and for ToMe's old `model.r = 8`;
+        whatever apply_patch raises.
+        """
+        model, settings = self.model, self.settings
+        if "r" in model.__dict__:
+            raise TypeError(
+                f"r must be set by apply_patch(model, r={model.r!r}), got model.r = {model.r!r}, "
+                "which changes nothing: delete it"
+            )
+        if self._modules() != self.seen:
+            fresh = type(self)(self.spec, model, settings, matcher=self.matcher)
+            self.remove()
+            self.__dict__.update(fresh.__dict__)
+            self.install()
+        elif self.spec.check:
+            self.spec.check(model, settings)
+
     def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._check()
         blocks = self.spec.find_blocks(model)
         if not isinstance(blocks, nn.Sequential) or getattr(model, "grad_checkpointing", False):
             self.forwards.call()

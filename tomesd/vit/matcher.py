@@ -1,6 +1,5 @@
 """Which tokens of a Vision Transformer's layer merge, and into what."""
 
-
 from torch import Tensor
 
 from tomesd.core import partition

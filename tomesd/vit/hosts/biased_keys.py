@@ -113,7 +113,9 @@ class _Blip(_BiasedKeys):
         return int(attention.embed_dim)
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
-        parts = output.view(*output.shape[:-1], 3, self.attention.num_heads, self.attention.head_dim)
+        parts = output.view(
+            *output.shape[:-1], 3, self.attention.num_heads, self.attention.head_dim
+        )
         part: Tensor = parts[:, :, "qkv".index(name)]
         return part
 

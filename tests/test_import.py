@@ -1,4 +1,4 @@
-"""Importing tomesd costs an import of torch and nothing else."""
+"""Importing tomesd costs nothing; using it costs an import of torch and nothing else."""
 
 import importlib
 import json
@@ -36,6 +36,7 @@ WHAT_THE_IMPORT_ADDS = """
 import json, sys, torch
 before = set(sys.modules)
 import tomesd
+tomesd.apply_patch
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -59,10 +60,21 @@ def test_importing_tomesd_leaves_the_shapes_world_alone(added):
     assert not [name for name in added if name.startswith("tomesd.shapes")]
 
 
+def test_importing_tomesd_does_not_import_torch_before_it_is_used():
+    check = "import sys, tomesd; assert 'torch' not in sys.modules, 'torch'; tomesd.report"
+    subprocess.run([sys.executable, "-c", f"{check}; assert 'torch' in sys.modules"], check=True)
+
+
 def test_the_public_names_are_exactly_all():
     modules = {name for name in vars(tomesd) if f"tomesd.{name}" in sys.modules}
-    public = {name for name in vars(tomesd) if not name.startswith("_")} - modules
-    assert public == set(tomesd.__all__)
+    public = {name for name in dir(tomesd) if not name.startswith("_")} - modules
+    assert public == set(tomesd.__all__) == set(tomesd._MODULES)
+
+
+def test_the_modules_of_the_package_are_its_attributes():
+    assert tomesd.registry.register is tomesd.register
+    with pytest.raises(AttributeError, match="module 'tomesd' has no attribute 'merge'"):
+        _ = tomesd.merge
 
 
 @pytest.mark.parametrize("name", tomesd.__all__)

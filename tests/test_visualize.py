@@ -11,10 +11,10 @@ import transformers as hf
 from PIL import Image
 
 import tomesd
-from benchmarks.pictures import token_pages
-from benchmarks.pictures.token_pages import layers_picture, steps_picture
 from tests.support.tiny_shapes import untrained_pipeline
 from tests.support.tiny_vits import build
+from tomesd.pictures import token_pages
+from tomesd.pictures.token_pages import layers_picture, steps_picture
 from tomesd.visualize import draw_frames, draw_groups
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "visualize.py"

@@ -14,9 +14,10 @@ from benchmarks.classifier.data import LabelledData, folder_data, shapes_data
 from benchmarks.classifier.experiments import PARTS, Experiment, experiments
 from benchmarks.classifier.matchers import merging
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import PRECISIONS, choose_device, device_name
-from benchmarks.common.files import check_folder, digest, settings_folder, versions
-from benchmarks.models.classifiers import Classifier, check_model, load_classifier
+from benchmarks.common.files import check_folder, digest, settings_folder
+from tomesd.pictures.classifiers import Classifier, check_model, load_classifier
+from tomesd.pictures.device import PRECISIONS, choose_device, device_name
+from tomesd.pictures.files import versions
 from tomesd.shapes.pipeline import ASSETS
 
 

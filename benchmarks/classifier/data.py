@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.models.classifiers import Classifier
 from benchmarks.pictures.prompts import held_out
+from tomesd.pictures.classifiers import Classifier
 from tomesd.shapes.pipeline import LABELS
 from tomesd.shapes.world import draw
 

@@ -135,8 +135,8 @@ def merging(model: Any, options: dict[str, Any]) -> Iterator[ViTPatch]:
     >>> with merging(model, {"r": 8, "method": "kmeans"}) as patch:
     ...     logits = model(pixels)
 
-    options: r, prop_attn and order as for `apply_patch`; method: a name of MATCHERS, whose other arguments
-        are the remaining options. Without any of them it is the library's own matcher.
+    options: r, prop_attn and order as for `apply_patch`; method: a name of MATCHERS, whose other
+        arguments are the remaining options. Without any of them it is the library's own matcher.
     Raises TypeError for a model that does not contain a supported Vision Transformer.
     """
     own = {name: value for name, value in options.items() if name in ("r", "prop_attn", "order")}

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from benchmarks.classifier.data import LabelledData, accuracy
 from benchmarks.classifier.experiments import Experiment
 from benchmarks.classifier.matchers import merging
-from benchmarks.common.files import atomic_write
 from benchmarks.common.timing import interleave, round_ratio, seconds
-from benchmarks.models.classifiers import Classifier
+from tomesd.pictures.classifiers import Classifier
+from tomesd.pictures.files import atomic_write
 
 COLUMNS = (
     *("part", "name", "settings", "accuracy", "images", "images_per_second"),

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.common import markdown
-from benchmarks.common.files import atomic_write
+from tomesd.pictures.files import atomic_write
 
 Record = dict[str, Any]
 

@@ -10,16 +10,7 @@ import transformers
 from accelerate import PartialState
 
 from benchmarks.common.arguments import Command, number, size
-from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
-from benchmarks.common.files import (
-    atomic_write,
-    check_folder,
-    save_image,
-    settings_folder,
-    versions,
-    write_json,
-    write_text,
-)
+from benchmarks.common.files import check_folder, settings_folder, write_json, write_text
 from benchmarks.fid import measurements, tables_and_sheets
 from benchmarks.fid.distances import Features
 from benchmarks.fid.memory_limits import check_limit
@@ -27,8 +18,11 @@ from benchmarks.fid.plan import METHODS, PRESETS, Plan
 from benchmarks.pictures.picture_set import PictureSet, PipelineSpec, identity, parse_methods
 from benchmarks.pictures.prompts import load_prompts
 from benchmarks.pictures.reference import drawn, from_folder
-from benchmarks.pictures.sampling import SCHEDULERS, check_model, choose, native_side
 from tomesd.diffusion.settings import PRESETS as PATCH_PRESETS
+from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
+from tomesd.pictures.files import atomic_write, save_image, versions
+from tomesd.pictures.names import SCHEDULERS
+from tomesd.pictures.sampling import check_model, choose, native_side
 
 
 @dataclass(frozen=True)

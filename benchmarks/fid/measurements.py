@@ -10,8 +10,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from benchmarks.common.device import device_name
-from benchmarks.common.files import read_json, versions, write_json
+from benchmarks.common.files import read_json, write_json
 from benchmarks.fid import memory_limits, speed_and_memory
 from benchmarks.fid.distances import cache_reference, distances
 from benchmarks.fid.perceptual import perceptual
@@ -19,6 +18,8 @@ from benchmarks.fid.plan import Plan
 from benchmarks.pictures.differences import Perceptual, differences
 from benchmarks.pictures.picture_set import Method, make_pictures
 from benchmarks.pictures.reference import Pictures
+from tomesd.pictures.device import device_name
+from tomesd.pictures.files import versions
 
 
 def prepare_and_make_pictures(plan: Plan, pipe: Any, state: PartialState) -> Perceptual | None:

@@ -19,8 +19,8 @@ import torch
 import tomesd
 from benchmarks.common.memory import first_line, resident
 from benchmarks.pictures.picture_set import PipelineSpec
-from benchmarks.pictures.sampling import Sampling, sample
 from tomesd.diffusion.settings import DiffusionSettings
+from tomesd.pictures.sampling import Sampling, sample
 
 # The search ends at these; sides are multiples of an eighth of the model's own side, 64 px for
 # Stable Diffusion 1.

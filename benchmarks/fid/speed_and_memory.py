@@ -10,7 +10,7 @@ from tqdm import tqdm
 from benchmarks.common.memory import Peak, in_child, peak_memory
 from benchmarks.common.timing import interleave, seconds
 from benchmarks.pictures.picture_set import Method, PictureSet, PipelineSpec
-from benchmarks.pictures.sampling import sample
+from tomesd.pictures.sampling import sample
 
 # Steps that suffice for the warm-up and for the memory, which does not grow with them.
 FEW = 2

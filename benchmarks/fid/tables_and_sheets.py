@@ -9,10 +9,10 @@ from PIL import Image
 
 from benchmarks.common import markdown
 from benchmarks.fid.distances import Features
-from benchmarks.pictures.comparison import NAMES
-from benchmarks.pictures.grid import grid
 from benchmarks.pictures.picture_set import UNPATCHED, Method, PictureSet
 from benchmarks.pictures.reference import read
+from tomesd.pictures.comparison import NAMES
+from tomesd.pictures.grid import grid
 
 Record = Mapping[str, Any]
 

@@ -8,14 +8,7 @@ from typing import Any
 import transformers
 
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
-from benchmarks.common.files import (
-    atomic_write,
-    check_folder,
-    settings_folder,
-    write_json,
-    write_text,
-)
+from benchmarks.common.files import check_folder, settings_folder, write_json, write_text
 from benchmarks.frontier import plan as plans
 from benchmarks.frontier import table_and_plot
 from benchmarks.frontier.candidates import CANDIDATES, PEER, chosen
@@ -28,8 +21,10 @@ from benchmarks.peer.process import PeerError, install_peer
 from benchmarks.pictures.picture_set import PictureSet, PipelineSpec, identity
 from benchmarks.pictures.prompts import load_prompts
 from benchmarks.pictures.reference import drawn
-from benchmarks.pictures.sampling import EMBEDDED, Sampling, check_model
 from benchmarks.speed.setup import Setup
+from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
+from tomesd.pictures.files import atomic_write
+from tomesd.pictures.sampling import EMBEDDED, Sampling, check_model
 from tomesd.shapes.pipeline import ASSETS
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.device import device_name
-from benchmarks.common.files import read_json, versions
+from benchmarks.common.files import read_json
 from benchmarks.fid.distances import Features
 from benchmarks.frontier.candidates import Candidate
 from benchmarks.pictures.picture_set import PictureSet, PipelineSpec, as_record
 from benchmarks.pictures.reference import Reference
 from benchmarks.speed.setup import Setup, environment
+from tomesd.pictures.device import device_name
+from tomesd.pictures.files import versions
 
 FEATURES = Features("shapes")
 
@@ -91,6 +92,7 @@ def merging(candidates: list[Candidate]) -> dict[str, Any]:
             "family": each.family,
             "matcher": each.matcher.__name__ if each.matcher else None,
             "settings": as_record(each.settings),
+            **({"cache": each.name} if each.cache else {}),
         }
         if each.settings
         else None

@@ -11,19 +11,9 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from benchmarks.pictures.reference import as_tensor, read
+from tomesd.pictures.differences import psnr
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-
-
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB, 8 bits; infinite for equal pictures.
-
-    >>> psnr(Image.new("L", (2, 2), 0), Image.new("L", (2, 2), 255))
-    0.0
-    """
-    difference = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    error = np.mean(difference**2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def ssim(image: Image.Image, reference: Image.Image) -> float:

@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import tomesd
-from benchmarks.common.files import digest, save_image, versions
+from benchmarks.common.files import digest
 from benchmarks.pictures.reference import BrokenPictureError
-from benchmarks.pictures.sampling import Sampling, load_pipeline, sample
 from tomesd.diffusion.settings import METHODS, DiffusionSettings, diffusion_settings
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.pictures.files import save_image, versions
+from tomesd.pictures.sampling import Sampling, embedded_folder, load_pipeline, sample
 
 UNPATCHED = "unpatched"
 
@@ -128,7 +128,7 @@ def identity(
     """
     merging = asdict(diffusion_settings(0.0, preset, {}))
     return {
-        "model": digest(spec.name or ASSETS / "pipeline"),
+        "model": digest(embedded_folder(spec.name) or spec.name),
         "scheduler": spec.scheduler,
         "precision": precision,
         "device": torch.device(spec.device).type,

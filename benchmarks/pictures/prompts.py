@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.pictures.reference import FEWEST
+from tomesd.pictures.prompts import read_prompts
 from tomesd.shapes.world import HELD_OUT, Scene, scene
 
 
@@ -39,24 +40,12 @@ def load_prompts(source: str, count: int | None) -> list[str]:
         names = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
         found = [f"A high quality photograph of a {name}." for name in names]
     else:
-        found = _lines(Path(source))
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"prompts must be shapes, imagenet or a file, got {source!r}")
+        found = read_prompts(Path(source))
     found = [found[index % len(found)] for index in range(count or len(found))]
     if len(found) < FEWEST:
         raise ValueError(
             f"num-images must be {FEWEST} or more for the statistics, got {len(found)}"
         )
     return found
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts must be shapes, imagenet or a file, got {str(path)!r}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts must be UTF-8 text, got {str(path)!r}: {error}") from error
-    empty = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]
-    if empty or not lines:
-        where = f"line {', '.join(empty)}" if empty else "all of it"
-        raise ValueError(f"prompts must have no empty lines, got {str(path)!r}: {where} is empty")
-    return lines

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import tomesd
-from benchmarks.pictures.differences import psnr
 from benchmarks.pictures.picture_set import Method, PictureSet, as_record
 from benchmarks.pictures.reference import read
 from tomesd import RatioSchedule
 from tomesd.diffusion.settings import diffusion_settings
+from tomesd.pictures.differences import psnr
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import Scene
 

@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.common import markdown
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import device_name
 from benchmarks.common.files import check_folder, digest, read_json, settings_folder, write_json
-from benchmarks.models import classifiers
 from benchmarks.pictures.picture_set import (
     UNPATCHED,
     Method,
@@ -23,8 +21,10 @@ from benchmarks.pictures.picture_set import (
     make_pictures,
 )
 from benchmarks.pictures.prompts import held_out
-from benchmarks.pictures.sampling import EMBEDDED, check_model, choose, native_side
 from benchmarks.quality.cases import CASES, Case, correct, load, measure_case, merge_rows
+from tomesd.pictures import classifiers
+from tomesd.pictures.device import device_name
+from tomesd.pictures.sampling import EMBEDDED, check_model, choose, native_side
 from tomesd.shapes.pipeline import ASSETS
 from tomesd.shapes.world import Scene
 

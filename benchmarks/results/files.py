@@ -47,6 +47,16 @@ def _read_quality(file: Path) -> Record:
     }
 
 
+def _read_steps(file: Path) -> Record:
+    found = _json(file)
+    return {
+        "command": found["command"],
+        "environment": _environment(found["depends_on"]),
+        "settings": found["depends_on"] | {"weights": found["weights"]},
+        "rows": found["rows"],
+    }
+
+
 def _read_fid(file: Path) -> Record:
     found = _json(file)
     return {
@@ -66,6 +76,20 @@ def _read_benchmark(file: Path) -> Record:
         "settings": found["settings"],
         "rows": found[kind],
     }
+
+
+def _read_coverage(file: Path) -> Record:
+    found = _json(file)
+    return {
+        "command": found["command"],
+        "environment": _environment(found["environment"]),
+        "rows": [{**row, "why": ""} for row in found["rows"] if row["merges"]],
+    }
+
+
+def _read_dense(file: Path) -> Record:
+    found = _json(file)
+    return {**found, "environment": _environment(found["environment"])}
 
 
 def _read_classifier(file: Path) -> Record:
@@ -110,6 +134,7 @@ RESULTS: dict[str, Result] = {
         f"python scripts/quality.py --num-images 32 --ratios 0.5 --cases {_SCHEDULES}",
         _read_quality,
     ),
+    "steps": Result("python scripts/steps.py --models unet --seeds 0", _read_steps),
     "classifier": Result(
         "python scripts/classify.py --parts sweep ablation algorithms "
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",
@@ -140,6 +165,8 @@ RESULTS: dict[str, Result] = {
         "--methods prune:0.1,0.2 tome:0.1,0.2,0.3,0.4,0.5",
         _read_fid,
     ),
+    "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "dense": Result("python scripts/dense.py", _read_dense),
 }
 
 

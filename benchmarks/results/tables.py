@@ -2,13 +2,19 @@
 
 - frontier, frontier-short: speed and PSNR of the ways to merge
 - schedules: PSNR by the steps that merge
+- steps, steps-short: merging and caches at equal work, by the number of steps
+- known-caches: DeepCache and those of diffusers
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
+- coverage: models of transformers and timm that merge
+- dense-angles, dense-ways: how close merged features stay
 - fid: distances of merging and of random pruning
-- cost:levels, cost:shares, cost:ideal, cost:budget: the cost model
+- cost:levels, cost:shares, cost:ideal, cost:budget, cost:cards: the cost model
+- gpu: a section for each GPU that was measured; kernels: what they take of one
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +23,21 @@ from typing import Any
 from benchmarks.common import markdown
 from benchmarks.common.markdown import MISSING, figure, spread
 from benchmarks.cost import command as cost
+from benchmarks.coverage.models import Covered
+from benchmarks.coverage.models import table as coverage_table
+from benchmarks.dense.command import angles_table, ways_table
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
-from benchmarks.results import paper
+from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
+from benchmarks.steps.table_and_plot import LINES, mean
 
 _FRONTIER = {
     "blocks 0.5": "**default**: whole blocks, ratio 0.5, finest level",
     "keys 0.5": '`preset="quality"`: keys and values only',
     "blocks 0.5, all levels": '`preset="fast"`: whole blocks at every level where it pays',
     "blocks 0.5, late": "default, but not in the first fifth of the steps",
-    "blocks 0.5, all levels, late": "all levels, but not in the first fifth of the steps",
+    "blocks 0.5, all levels, late": '`preset="late"`: all levels, but not in the first fifth',
     "blocks 0.5, two levels": "two levels",
     "blocks 0.5, two levels, late": "two levels, but not in the first fifth of the steps",
     "blocks 0.75": "default, ratio 0.75",
@@ -68,6 +78,44 @@ def schedules(result: Record) -> str:
             for case, title in _SCHEDULES.items()
             if any((case, ratio) in psnr for ratio in ratios)
         ],
+    )
+
+
+_KNOWN_CACHES = ("DeepCache 2", "pyramid attention broadcast 2", "TaylorSeer 2")
+
+
+def steps(result: Record, shares: Sequence[float], counts: Sequence[int] = ()) -> str:
+    rows = result["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = sorted({(models.index(row["model"]), row["steps"]) for row in rows})
+    lines = []
+    for index, count in found:
+        for share in shares:
+            key = {"model": models[index], "steps": count}
+            psnr = [mean(rows, **key, recipe=f"{name} {share:g}") for name in LINES]
+            if count in (counts or (count,)) and any(psnr):
+                lines.append([models[index], str(count), f"{share:.0%}", *_best(psnr)])
+    return markdown.table(["model", "steps", "block work", *LINES], lines)
+
+
+def _best(values: Sequence[float | None]) -> list[str]:
+    best = max(value for value in values if value is not None)
+    return [f"**{value:.1f}**" if value == best else figure(value, 1) for value in values]
+
+
+def known_caches(result: Record) -> str:
+    rows = [row for row in result["rows"] if row["model"] == "unet"]
+    counts = sorted({row["steps"] for row in rows if row["steps"] > 3})
+    names = [name for name in _KNOWN_CACHES if any(row["recipe"] == name for row in rows)]
+
+    def cell(name: str, count: int) -> str:
+        key = {"recipe": name, "steps": count}
+        psnr, work = figure(mean(rows, **key), 1), figure(mean(rows, "work", **key), 2)
+        return f"{psnr} ({work})"
+
+    return markdown.table(
+        ["PSNR, dB (block work)", *(f"{count} steps" for count in counts)],
+        [[name, *(cell(name, count) for count in counts)] for name in names],
     )
 
 
@@ -162,6 +210,10 @@ def vit_speed(result: Record) -> str:
     )
 
 
+def coverage(result: Record) -> str:
+    return coverage_table([Covered(**row) for row in result["rows"]])
+
+
 def fid(result: Record) -> str:
     lines = fid_table(result["rows"], Features(result["settings"]["features"])).splitlines()
     lines[0] += " the paper's FID ↓ | the paper's s/im ↓ |"
@@ -185,6 +237,9 @@ TABLES: dict[str, Table] = {
     "frontier": Table("frontier", frontier),
     "frontier-short": Table("frontier", frontier, (_SHORT,)),
     "schedules": Table("schedules", schedules),
+    "steps": Table("steps", steps, ((0.4, 0.6, 0.8),)),
+    "steps-short": Table("steps", steps, ((0.6,), (2, 4, 8, 25))),
+    "known-caches": Table("steps", known_caches),
     "patch-cost": Table("patch-cost", patch_cost),
     "forward-512": Table("forward-512", forwards),
     "blocks-flux": Table("blocks-flux", forwards),
@@ -194,6 +249,9 @@ TABLES: dict[str, Table] = {
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
     "fid": Table("fid", fid),
+    "coverage": Table("coverage", coverage),
+    "dense-angles": Table("dense", lambda result: angles_table(result["rows"])),
+    "dense-ways": Table("dense", lambda result: ways_table(result["rows"])),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.
 COST_TABLES: dict[str, str] = {
@@ -201,8 +259,11 @@ COST_TABLES: dict[str, str] = {
     "cost:levels": "--table levels --size 512 1024 2048",
     "cost:ideal": "--table ideal --ratio 0.25 0.5 0.75 --size 512 1024 2048",
     "cost:budget": "--table budget --size 512 1024",
+    "cost:cards": "--table cards --size 512 1024",
 }
-NAMES = (*TABLES, *COST_TABLES)
+# Tables of what scripts/gpu.py writes, with the command.
+GPU_TABLES: dict[str, str] = {"gpu": gpu.COMMAND, "kernels": gpu.KERNELS_COMMAND}
+NAMES = (*TABLES, *COST_TABLES, *GPU_TABLES)
 
 
 def render(name: str, root: Path = ROOT) -> str:
@@ -216,6 +277,10 @@ def render(name: str, root: Path = ROOT) -> str:
     if name in COST_TABLES:
         (table,) = cost.render(cost.main.parser().parse_args(COST_TABLES[name].split()))
         return table
+    if name == "gpu":
+        return gpu.page(root)
+    if name == "kernels":
+        return gpu.kernels(json.loads((root / "results" / "kernels.json").read_text()))
     if name not in TABLES:
         raise ValueError(f"table must be one of {', '.join(NAMES)}, got {name!r}")
     chosen = TABLES[name]
@@ -239,5 +304,7 @@ def source(name: str) -> str:
     """
     if name in COST_TABLES:
         return f"python scripts/cost.py {COST_TABLES[name]}"
+    if name in GPU_TABLES:
+        return f"results/, {GPU_TABLES[name]}"
     result = TABLES[name].result
     return f"results/{result}.json, {RESULTS[result].command}"

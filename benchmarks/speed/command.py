@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import PRECISIONS, choose_device, choose_precision
 from benchmarks.common.files import check_file, write_json
 from benchmarks.models import transformers
 from benchmarks.models.transformers import Transformer
@@ -22,6 +21,7 @@ from benchmarks.speed.setup import Setup, environment
 from benchmarks.speed.tables import Table, bias_table, cost_table, forward_table, headline
 from benchmarks.speed.variants import Variant, prepare
 from tomesd.diffusion.settings import METHODS, PRESETS, DiffusionSettings, diffusion_settings
+from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Fields of DiffusionSettings whose options are not made from them.

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.device import PRECISIONS, cpu_name
-from benchmarks.common.files import versions
 from benchmarks.common.memory import first_line, ran_out
 from benchmarks.models.unets import Denoiser
 from benchmarks.peer.process import Peer, PeerError
 from benchmarks.speed.variants import Variant
 from tomesd.diffusion.settings import DiffusionSettings
+from tomesd.pictures.device import PRECISIONS, cpu_name
+from tomesd.pictures.files import versions
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import torch
 
 from benchmarks.classifier.data import shapes_data
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import choose_device, device_name
-from benchmarks.common.files import check_folder, digest, settings_folder, versions
-from benchmarks.models.classifiers import check_model
+from benchmarks.common.files import check_folder, digest, settings_folder
 from benchmarks.training import architectures
 from benchmarks.training.data import labelled_pictures
 from benchmarks.training.loop import CheckpointError, Stage
 from benchmarks.training.merged_classifier import TrainingSetup, table, train_and_measure
+from tomesd.pictures.classifiers import check_model
+from tomesd.pictures.device import choose_device, device_name
+from tomesd.pictures.files import versions
 from tomesd.shapes import pipeline as shapes
 
 

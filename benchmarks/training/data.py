@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import ViTConfig
 
-from benchmarks.common.files import atomic_write
+from tomesd.pictures.files import atomic_write
 from tomesd.shapes.world import draw, draw_mask, scene
 
 # A patch's mask has this many cells along each side.

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.common.files import atomic_write
+from tomesd.pictures.files import atomic_write
 
 _CHECKPOINT_EVERY = 100
 

@@ -16,11 +16,11 @@ from benchmarks.classifier.data import LabelledData, accuracy
 from benchmarks.common import markdown
 from benchmarks.common.files import read_json, write_json
 from benchmarks.common.timing import interleave, round_ratio, seconds
-from benchmarks.models.classifiers import load_classifier
 from benchmarks.training import architectures
 from benchmarks.training.data import LabelledPictures
 from benchmarks.training.loop import Stage, make_optimizer, train, update
 from benchmarks.training.losses import MaskedClassifier, classifier_loss
+from tomesd.pictures.classifiers import load_classifier
 from tomesd.shapes import pipeline as shapes
 
 UNTRAINED = "off the shelf"

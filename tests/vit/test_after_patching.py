@@ -55,7 +55,7 @@ def test_an_attention_that_takes_no_bias_is_refused_as_before_patching():
     vit = build("ViT")
     tomesd.apply_patch(vit.model, r=3)
     vit.model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="prop_attn must be False with .*flex_attention"):
+    with pytest.raises(ValueError, match=r"prop_attn must be False with .*flex_attention"):
         vit.output()
 
 

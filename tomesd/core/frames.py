@@ -17,11 +17,13 @@ def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     if frames == 1:
         return token_map
     # Frames follow one another in memory, so the numbers of rows of the batch do not change.
-    by = (token_map.m, token_map.n, token_map.n) if is_exporting() else (0, 0, 0)
-    rows = token_map.group_rows, token_map.head_rows, token_map.moved_rows
+    m, n = (token_map.m, token_map.n) if is_exporting() else (0, 0)
     return TokenMap(
-        *(_joined(part, frames, n) for part, n in zip(rows, by, strict=True)),
+        _joined(token_map.group_rows, frames, m),
+        _joined(token_map.head_rows, frames, n),
+        _joined(token_map.moved_rows, frames, n),
         _joined(token_map.size, frames, 0),
+        None if token_map.first is None else _joined(token_map.first, frames, 0),
     )
 
 

@@ -1,12 +1,14 @@
 """From `DiffusionSettings` to token maps: which tokens of a denoiser's block merge, and whether."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from tomesd import kernels
 from tomesd.core import partition
-from tomesd.core.cost import balance
+from tomesd.core.cost import Balance, balance
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
 from tomesd.core.partition import Partition, Windows
 from tomesd.core.rows import fixed, is_exporting
@@ -64,7 +66,7 @@ class Matcher:
     def why_not(
         self,
         ratio: float,
-        device_kind: str,
+        device: torch.device,
         batch: int,
         h: int,
         w: int,
@@ -88,7 +90,38 @@ class Matcher:
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
-        pays = estimate(
+        pays = self.balance(
+            ratio,
+            kernels.device_kind(device),
+            batch,
+            h,
+            w,
+            channels,
+            joint=joint,
+            fused=kernels.available(device),
+            # In a graph nothing waits for Python.
+            eager=not torch.compiler.is_compiling(),
+            estimate=estimate,
+        ).pays
+        return "" if pays else "would cost more time than it saves"
+
+    def balance(
+        self,
+        ratio: float,
+        device_kind: str,
+        batch: int,
+        h: int,
+        w: int,
+        channels: int,
+        *,
+        joint: bool,
+        fused: bool,
+        eager: bool = True,
+        estimate: Callable[..., Balance] = balance,
+    ) -> Balance:
+        """What merging saves and costs in one block with h·w tokens, by the cost model."""
+        settings = self.settings
+        return estimate(
             device_kind,
             batch,
             h * w,
@@ -100,8 +133,9 @@ class Matcher:
             refine=settings.refine,
             keep_norm=settings.keep_norm,
             joint=joint,
-        ).pays
-        return "" if pays else "would cost more time than it saves"
+            fused=fused,
+            eager=eager,
+        )
 
     def token_map(
         self, features: Tensor, h: int, w: int, ratio: float, key: Tensor | None

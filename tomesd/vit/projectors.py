@@ -48,8 +48,8 @@ def tokens_after(model: Any, hidden_state: int = -1, tokens: int | None = None) 
         the output of the last one (the default, the usual features), −2 what LLaVA reads.
     tokens: how many go into the first layer; None: those of the model's own image size.
     Returns their number with class, distillation and register tokens.
-    Raises ValueError unless exactly one Vision Transformer is patched, or if there is no such hidden
-        state.
+    Raises ValueError unless exactly one Vision Transformer is patched, or for a hidden state that
+        the model does not have.
     """
     patches = [module.__dict__[PATCH] for module in model.modules() if PATCH in module.__dict__]
     found = [patch for patch in patches if isinstance(patch, ViTPatch)]

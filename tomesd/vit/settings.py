@@ -34,6 +34,15 @@ class ViTSettings:
         group as often as it has members. Whatever a caller may keep of the layers before is
         unmerged as well: hidden states, intermediates, feature maps, what hooks on blocks see.
 
+    within_blocks: merge within each block alone, as in denoisers: x + unmerge(block(merge(x)) −
+        merge(x)). Every block gets all tokens, so nothing is lost for good and dense outputs stay
+        sharp; r may then be up to half of the tokens. Tokens are matched by the block's input.
+        Blocks whose next one needs the token grid (SAM, ViTDet) merge in this way only.
+    order: in which order a layer gives its tokens to the next, which takes every other one as a
+        destination. "positions" (default) leaves them at their places; "concatenated" is that of
+        the paper's code: unmerged sources, then destinations. On the embedded classifier the
+        latter is more accurate only where nearly all tokens merge.
+
     Tokens are matched by the cosine similarity of their keys, averaged over heads, in alternating
     halves, and averaged weighted by size. Re-entrant gradient checkpointing needs the backward of
     each forward before the next forward.
@@ -47,9 +56,10 @@ class ViTSettings:
     prop_attn: bool = True
     unmerge: bool = True
     order: str = DEFAULT_ORDER
+    within_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("prop_attn", "unmerge"):
+        for name in ("prop_attn", "unmerge", "within_blocks"):
             require_type(name, getattr(self, name), bool)
         require_one_of("order", self.order, ORDERS)
         if self.speedup is not None:
@@ -57,6 +67,11 @@ class ViTSettings:
         object.__setattr__(self, "r", schedule.checked(self.r))
         if self.speedup is not None and self.r != 0:
             raise ValueError(f"r must not be given beside speedup, got r={self.r!r}")
+        if self.within_blocks and not self.unmerge:
+            raise ValueError(
+                "unmerge must be True with within_blocks=True, which unmerges after each block, "
+                "got False"
+            )
 
 
 def vit_settings(options: dict[str, Any]) -> ViTSettings:

@@ -13,9 +13,9 @@ import tomesd
 from benchmarks.classifier import command, measurements
 from benchmarks.classifier.command import main
 from benchmarks.classifier.experiments import ABLATION, ALGORITHMS, PARTS, Experiment, experiments
-from benchmarks.models.classifiers import load_classifier
 from tests.benchmarks.support import refused
 from tests.support.tiny_vits import build
+from tomesd.pictures.classifiers import load_classifier
 
 COLORS = ("blue", "green", "red", "white", "yellow")
 

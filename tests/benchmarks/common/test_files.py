@@ -5,15 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.common.files import (
-    atomic_write,
-    check_file,
-    check_folder,
-    check_output,
-    destination,
-    save_image,
-    versions,
-)
+from benchmarks.common.files import check_file, check_folder
+from tomesd.pictures.files import atomic_write, check_output, destination, save_image, versions
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 

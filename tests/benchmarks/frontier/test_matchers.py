@@ -5,10 +5,10 @@ import torch
 
 from benchmarks.frontier.candidates import LATE, Candidate
 from benchmarks.frontier.matchers import GridMatcher, PoolingGridMatcher
-from benchmarks.pictures.sampling import Sampling, sample
 from tests.support.tiny_pipelines import scheduler, sd_pipeline
 from tomesd import RatioSchedule, patched
 from tomesd.diffusion.settings import DiffusionSettings
+from tomesd.pictures.sampling import Sampling, sample
 
 HOW = Sampling(steps=5, guidance=3.0, width=32, height=32)
 

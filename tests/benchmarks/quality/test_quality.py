@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from benchmarks.common import files
-from benchmarks.pictures.differences import psnr
 from benchmarks.pictures.prompts import held_out
 from benchmarks.quality import command
 from benchmarks.quality.cases import CASES, Case, merge_rows
 from benchmarks.quality.command import main
 from tests.benchmarks.support import refused
 from tests.support.tiny_shapes import untrained_pipeline
+from tomesd.pictures.differences import psnr
 from tomesd.shapes.world import HELD_OUT
 
 NAMES = ("whole blocks", "in the second half")

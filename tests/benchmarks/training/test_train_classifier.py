@@ -11,7 +11,6 @@ from torch import nn
 import tomesd
 from benchmarks.classifier.data import shapes_data
 from benchmarks.common.files import settings_folder
-from benchmarks.models.classifiers import load_classifier
 from benchmarks.training import architectures, classifier_command, merged_classifier
 from benchmarks.training.classifier_command import main
 from benchmarks.training.data import LabelledPictures, labelled_pictures
@@ -19,6 +18,7 @@ from benchmarks.training.loop import Stage
 from benchmarks.training.losses import MaskedClassifier, classifier_loss
 from benchmarks.training.merged_classifier import UNTRAINED, TrainingSetup
 from tests.benchmarks.support import refused
+from tomesd.pictures.classifiers import load_classifier
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import scene
 

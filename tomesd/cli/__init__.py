@@ -1,0 +1,1 @@
+"""The command `tomesd`. Its modules import nothing heavy before they have work to do."""

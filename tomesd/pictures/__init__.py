@@ -1,0 +1,1 @@
+"""Making, comparing and drawing images: what the command and the playground share."""

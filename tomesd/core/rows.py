@@ -81,6 +81,26 @@ def _first_rows(index: Tensor, n: int) -> Tensor:
     return first.view(-1, *(1,) * (index.dim() - 1))
 
 
+def rows_of_moves(
+    n: int, moved: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `TokenMap.from_moved_rows` where rows are numbered in each sample."""
+    count, device = fixed(moved.shape[1]), moved.device
+    # No size of the batch is read: the older ONNX exporter may take it for a constant.
+    zero = 0 * moved.sum(1, keepdim=True)
+    tokens = torch.arange(n, device=device) + zero
+    stays = (tokens >= 0).long().scatter(1, moved, 0 * moved)
+    rank = stays.cumsum(1) - 1
+    # Moved tokens are no heads: they are all written to the last slot, which is past the end.
+    head = tokens.scatter(1, rank.where(stays > 0, n - 1), tokens)[:, : n - count]
+    size = (head >= 0).float()
+    if target is None:
+        return rank.where(stays > 0, -1), head, moved[:, :0], size[..., None]
+    joined = rank.gather(1, target)
+    size = size.scatter_add(1, joined, (joined >= 0).float())
+    return rank.scatter(1, moved, joined), head, moved, size[..., None]
+
+
 def _whole(rows: Tensor, x: Tensor) -> Tensor:
     """Rows [B, K] as an index of all channels of x."""
     return rows[..., None].expand(-1, -1, x.shape[2])

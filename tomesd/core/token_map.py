@@ -17,6 +17,7 @@ from tomesd.core.rows import (
     is_exporting,
     largest_rows,
     norms,
+    rows_of_moves,
     select,
     select_each,
 )
@@ -105,7 +106,7 @@ class TokenMap:
         n: the number of tokens of each sample. moved, target: int64 [B, k].
         """
         if is_exporting():
-            return _exported(n, moved, target)
+            return TokenMap(*rows_of_moves(n, moved, target))
         batch, count = moved.shape
         left = batch * (n - count)
         # Made of `moved`, so that torch.func.vmap lets it be written to.
@@ -278,24 +279,6 @@ class TokenMap:
             repeated(self.moved_rows, self.n),
             self.size.repeat(times, 1, 1),
         )
-
-
-def _exported(n: int, moved: Tensor, target: Tensor | None) -> TokenMap:
-    """`TokenMap.from_moved_rows` where rows are numbered in each sample, for any batch."""
-    count, device = fixed(moved.shape[1]), moved.device
-    # No size of the batch is read: the older ONNX exporter may take it for a constant.
-    zero = 0 * moved.sum(1, keepdim=True)
-    tokens = torch.arange(n, device=device) + zero
-    stays = (tokens >= 0).long().scatter(1, moved, 0 * moved)
-    rank = stays.cumsum(1) - 1
-    # Moved tokens are no heads: they are all written to the last slot, which is past the end.
-    head = tokens.scatter(1, rank.where(stays > 0, n - 1), tokens)[:, : n - count]
-    size = (head >= 0).float()
-    if target is None:
-        return TokenMap(rank.where(stays > 0, -1), head, moved[:, :0], size[..., None])
-    joined = rank.gather(1, target)
-    size = size.scatter_add(1, joined, (joined >= 0).float())
-    return TokenMap(rank.scatter(1, moved, joined), head, moved, size[..., None])
 
 
 def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | None = None) -> None:

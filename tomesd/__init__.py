@@ -18,6 +18,7 @@ if _TYPE_CHECKING:
     from tomesd.registry import register, supported
     from tomesd.reports import Report
     from tomesd.tracing import TokenGroups, trace
+    from tomesd.vit.projectors import tokens_after
     from tomesd.vit.settings import ViTSettings
 
 __version__ = "1.0.0"
@@ -37,6 +38,7 @@ __all__ = [
     "remove_patch",
     "report",
     "supported",
+    "tokens_after",
     "trace",
     "use_kernels",
 ]
@@ -51,6 +53,7 @@ _MODULES = {
     "Report": "reports",
     "TokenMap": "core.token_map",
     "ViTSettings": "vit.settings",
+    "tokens_after": "vit.projectors",
     "use_kernels": "kernels",
 }
 

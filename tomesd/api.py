@@ -19,6 +19,7 @@ from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.reports import Report, ReportRow
 from tomesd.vit import ViT, ViTPatch
+from tomesd.vit.projectors import check_projectors
 from tomesd.vit.settings import ViTSettings, vit_settings
 
 Model = TypeVar("Model")
@@ -60,12 +61,12 @@ def apply_patch(
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
     >>> vit = tomesd.apply_patch(vit, r=4)
 
-    model: a diffusers pipeline; a UNet, ControlNet or diffusion transformer of diffusers; the
-        original UNet (ldm, sgm and what copied it) or a model around it; a ModelPatcher of ComfyUI
-        or Forge, where it holds for that clone of the model only; or a Vision Transformer of
-        transformers, timm or torchvision (`tomesd.supported`), also one that is wrapped (by
-        torch.compile, DistributedDataParallel). It is changed in place by forward hooks and
-        returned. A model that is patched already gets the new settings instead.
+    model: a pipeline of diffusers or transformers; a UNet, ControlNet or diffusion transformer of
+        diffusers; the original UNet (ldm, sgm and what copied it) or a model around it; a
+        ModelPatcher of ComfyUI or Forge, where it holds for that clone of the model only; or a
+        Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
+        is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
+        hooks and returned. A model that is patched already gets the new settings instead.
     ratio: for denoisers, the share of the tokens to merge, from 0 (changes nothing) to below 1; 0.5
         by default, as in the papers. How much faster that is depends on the model and the size of
         the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for
@@ -209,7 +210,10 @@ def _modules(model: Any) -> dict[str, nn.Module]:
     """Every module of a pipeline or module, by name."""
     clone = clones.clone_of(model)
     model = model if clone is None else clone.model
-    parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
+    if isinstance(model, nn.Module):
+        parts = {"": model}
+    else:  # A pipeline of diffusers, or of transformers, which has one model.
+        parts = getattr(model, "components", None) or {"": getattr(model, "model", None)}
     return {
         ".".join(filter(None, (part, name))) or type(module).__name__: module
         for part, root in parts.items()
@@ -257,11 +261,14 @@ def _choose(
             f"{found} must be given r, the number of tokens to merge in each layer (for example "
             "r=8); ratio and preset are for diffusion models"
         )
+    chosen = vit_settings(settings)
+    if not chosen.unmerge:
+        check_projectors(_modules(model).values())
     denoiser = _denoiser_part(model)
     if denoiser is not None:
         left = f"{type(denoiser).__name__}, its denoiser, is left as it is"
         warnings.warn(f"r merges tokens in {found} of the pipeline alone: {left}", stacklevel=3)
-    return vits, vit_settings(settings)
+    return vits, chosen
 
 
 def _denoiser_part(model: Any) -> nn.Module | None:

@@ -53,7 +53,7 @@ class AblationMatcher(Matcher):
         metric = features[self.features]
         metric = metric.mean(2) if self.heads == "mean" else metric.flatten(2)
         sides = self._sides(metric, prefix, layer)
-        return matching_by_distance(metric, sides, r, self.distance)
+        return self.ordered(matching_by_distance(metric, sides, r, self.distance), sides)
 
     def _sides(self, metric: Tensor, prefix: int, layer: int) -> Partition:
         n, device = metric.shape[1], metric.device
@@ -135,11 +135,11 @@ def merging(model: Any, options: dict[str, Any]) -> Iterator[ViTPatch]:
     >>> with merging(model, {"r": 8, "method": "kmeans"}) as patch:
     ...     logits = model(pixels)
 
-    options: r and prop_attn as for `apply_patch`; method: a name of MATCHERS, whose other arguments
-        are the remaining options. Without any of them it is the library's own matcher.
+    options: r, prop_attn and order as for `apply_patch`; method: a name of MATCHERS, whose other
+        arguments are the remaining options. Without any of them it is the library's own matcher.
     Raises TypeError for a model that does not contain a supported Vision Transformer.
     """
-    own = {name: value for name, value in options.items() if name in ("r", "prop_attn")}
+    own = {name: value for name, value in options.items() if name in ("r", "prop_attn", "order")}
     choices = {name: value for name, value in options.items() if name not in own}
     matcher = MATCHERS[choices.pop("method", "bipartite")](**choices) if choices else None
     spec, target = _find_vit(model)

@@ -9,18 +9,19 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common.arguments import Command, number
-from benchmarks.common.device import choose_device, device_name
-from benchmarks.common.files import atomic_write, check_folder, digest, versions, write_text
-from benchmarks.models import classifiers
+from benchmarks.common.files import check_folder, digest, write_text
 from benchmarks.pictures.prompts import held_out
-from benchmarks.pictures.sampling import (
+from benchmarks.steps import table_and_plot
+from benchmarks.steps.measure import Measurement, Table, measure, ratio_for_work
+from tomesd.pictures import classifiers
+from tomesd.pictures.device import choose_device, device_name
+from tomesd.pictures.files import atomic_write, versions
+from tomesd.pictures.sampling import (
     check_model,
     choose,
     embedded_folder,
     load_pipeline,
 )
-from benchmarks.steps import table_and_plot
-from benchmarks.steps.measure import Measurement, Table, measure, ratio_for_work
 from tomesd.shapes.world import Scene
 
 # The most telling first.

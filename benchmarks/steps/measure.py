@@ -12,11 +12,13 @@ from PIL import Image
 import tomesd
 from benchmarks.caches.known import known_caches
 from benchmarks.caches.work import counted
-from benchmarks.common.files import atomic_write, read_json, write_json
-from benchmarks.pictures.differences import psnr, ssim
-from benchmarks.pictures.sampling import Sampling, sample
+from benchmarks.common.files import read_json, write_json
+from benchmarks.pictures.differences import ssim
 from benchmarks.quality.cases import correct
 from benchmarks.steps.recipes import RatioForWork, Recipe, recipes
+from tomesd.pictures.differences import psnr
+from tomesd.pictures.files import atomic_write
+from tomesd.pictures.sampling import Sampling, sample
 from tomesd.shapes.world import Scene
 
 WHOLE = "whole"

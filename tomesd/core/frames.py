@@ -8,25 +8,32 @@ clip is then matched like an image of h rows and w·frames columns.
 import torch
 from torch import Tensor
 
-from tomesd.core.rows import in_batch
+from tomesd.core.rows import in_batch, is_exporting
 from tomesd.core.token_map import TokenMap
 
 
 def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
-    # Frames follow one another in memory, so the row numbers do not change.
-
-    def joined(part: Tensor) -> Tensor:
-        rows: Tensor = part.unflatten(0, (-1, frames)).flatten(1, 2)
-        return rows
-
+    if frames == 1:
+        return token_map
+    # Frames follow one another in memory, so the numbers of rows of the batch do not change.
+    m, n = (token_map.m, token_map.n) if is_exporting() else (0, 0)
     return TokenMap(
-        joined(token_map.group_rows),
-        joined(token_map.head_rows),
-        joined(token_map.moved_rows),
-        joined(token_map.size),
-        None if token_map.first is None else joined(token_map.first),
+        _joined(token_map.group_rows, frames, m),
+        _joined(token_map.head_rows, frames, n),
+        _joined(token_map.moved_rows, frames, n),
+        _joined(token_map.size, frames, 0),
+        None if token_map.first is None else _joined(token_map.first, frames, 0),
     )
+
+
+def _joined(part: Tensor, frames: int, n: int) -> Tensor:
+    """What is of single frames as of videos; rows by n more in each next frame, and −1 stays −1."""
+    joined = part.view(part.shape[0] // frames, frames, *part.shape[1:])
+    if n:
+        shift = torch.arange(frames, device=part.device)[:, None] * n
+        joined = torch.where(joined < 0, joined, joined + shift)
+    return joined.flatten(1, 2)
 
 
 def clips(frames: int, length: int) -> list[tuple[int, int]]:
@@ -44,7 +51,7 @@ def clips(frames: int, length: int) -> list[tuple[int, int]]:
 
 def time_last(x: Tensor, frames: int, w: int) -> Tensor:
     """Tokens [B, frames·h·w, C] in the order [h, w, frames]."""
-    by_frame: Tensor = x.unflatten(1, (frames, -1, w))
+    by_frame = x.view(x.shape[0], frames, -1, w, x.shape[2])
     return by_frame.permute(0, 2, 3, 1, 4).flatten(1, 3)
 
 
@@ -57,7 +64,7 @@ def time_first(token_map: TokenMap, frames: int) -> TokenMap:
     # Groups are renumbered by the positions of their heads.
     is_head = torch.zeros_like(groups).scatter(1, head, 1)
     number = (is_head.cumsum(1) - 1).gather(1, head)
-    group = groups.unflatten(1, (n, frames)).transpose(1, 2).flatten(1)
+    group = groups.view(-1, n, frames).transpose(1, 2).flatten(1)
     joined = in_batch(number.gather(1, group.clamp(min=0)), token_map.m)
     return TokenMap(
         joined.masked_fill(group < 0, -1) if token_map.drops else joined,

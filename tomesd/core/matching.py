@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tomesd import kernels
 from tomesd.core.partition import Partition, Windows
-from tomesd.core.rows import in_batch, norms, select
+from tomesd.core.rows import add_rows, fixed, in_batch, is_exporting, norms, select
 from tomesd.core.token_map import TokenMap
 
 # Tokens and their scores are processed in chunks of at most this size: at 2048 px all scores at
@@ -46,15 +46,16 @@ def bipartite_soft_matching(
     Source: ToMe, section 3, Table 1b and Appendix D. Dhillon and Modha, "Concept Decompositions for
     Large Sparse Text Data Using Clustering" (2001) for the k-means rounds.
     """
-    batch, n, _ = metric.shape
+    batch, n = metric.shape[0], fixed(metric.shape[1])
     if isinstance(partition, Windows):
         windows = partition
     else:
         windows = Windows(torch.cat(partition)[None], len(partition.src), padding=0)
-    n_src = windows.src.numel() - windows.padding
+    places = fixed(windows.src.numel())
+    n_src = places - windows.padding
     if not 0 <= r <= n_src:
         raise ValueError(f"r must be from 0 to the {n_src} sources, got {r}")
-    if r > 0 and windows.dst.numel() == 0:
+    if r > 0 and windows.sides[1] == 0:
         raise ValueError(f"r must be 0 where there is no destination, got {r}")
     if refine < 0:
         raise ValueError(f"refine must be 0 or more, got {refine}")
@@ -66,7 +67,7 @@ def bipartite_soft_matching(
         rows = kernels.token_map(metric, windows.order, windows.src.shape[1], r)
         return TokenMap(*rows)
     similarity, edges = _nearest(metric, windows, refine)
-    if r < windows.src.numel():
+    if r < places:
         kept = similarity.topk(r, dim=1, sorted=False).indices
         edges = edges.gather(2, kept.expand(2, -1, -1))
     return TokenMap.from_moved_rows(n, *edges.unbind())
@@ -75,8 +76,10 @@ def bipartite_soft_matching(
 def _nearest(metric: Tensor, windows: Windows, refine: int) -> tuple[Tensor, Tensor]:
     """Each source's similarity to its best destination, [B, sources], and the edges between them as
     rows of the batch, [2, B, sources]."""
+    n_src, n_dst = windows.sides
+    if is_exporting():  # No number of chunks fits batches of any size.
+        return _nearest_in_chunk(metric, windows, refine, n_src)
     batch, _, channels = metric.shape
-    n_src, n_dst = windows.src.shape[1], windows.dst.shape[1]
     room = CPU_CHUNK_BYTES if metric.device.type == "cpu" else CHUNK_BYTES
     room //= max(1, batch) * metric.itemsize
     # `count` windows per chunk and, if a single window is too large, `sources` of its sources.
@@ -97,21 +100,21 @@ def _nearest_in_chunk(
 ) -> tuple[Tensor, Tensor]:
     """`_nearest` for some windows, comparing `sources` tokens of each at a time."""
     order, padding = windows.order, windows.padding
-    sides = [windows.src.shape[1], windows.dst.shape[1]]
+    batch, n = metric.shape[0], fixed(metric.shape[1])
+    count, sides = fixed(order.shape[0]), list(windows.sides)
     places = order.clamp(min=0) if padding else order
-    rows = in_batch(places.expand(len(metric), -1, -1), metric.shape[1])
+    rows = in_batch(places.expand(batch, -1, -1), n)
     tokens = select(metric, rows).flatten(0, 1)
     if padding:  # Zeros add nothing to a group; their similarities are masked below.
-        tokens.unflatten(0, (len(metric), len(order))).mul_((order >= 0)[..., None])
+        tokens.view(batch, count, *tokens.shape[1:]).mul_((order >= 0)[..., None])
     tokens.div_(norms(tokens))  # In place: `select` made a copy.
     left, right = tokens.split(sides, dim=1)
     padded = windows.dst < 0 if padding else None
     similarity, place = _best(left, right, padded, sources)
     for _ in range(refine):
-        into = in_batch(place, right.shape[1]).flatten()
-        groups = right.flatten(0, 1).index_add(0, into, left.flatten(0, 1)).view_as(right)
+        groups = add_rows(right.clone(), in_batch(place, sides[1]), left)
         similarity, place = _best(left, directions(groups), padded, sources)
-    similarity, place = (of.unflatten(0, (len(metric), len(order))) for of in (similarity, place))
+    similarity, place = (of.view(batch, count, sides[0]) for of in (similarity, place))
     if padding:
         similarity = similarity.masked_fill(windows.src < 0, -torch.inf)
     own, others = rows.split(sides, dim=2)
@@ -132,8 +135,8 @@ def _best(
     for chunk in left.split(sources, dim=1):
         scores = torch.bmm(chunk, right)
         if padded is not None:
-            by_window = scores.unflatten(0, (-1, len(padded)))
-            scores = by_window.masked_fill(padded[:, None], -torch.inf).flatten(0, 1)
+            by_window = scores.view(-1, fixed(padded.shape[0]), *scores.shape[1:])
+            scores = by_window.masked_fill(padded[:, None], -torch.inf).view_as(scores)
         best = scores.max(dim=-1)
         values.append(best.values)
         places.append(best.indices)

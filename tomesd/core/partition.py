@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tomesd.core.rows import fixed
+
 
 class Partition(NamedTuple):
     """Sources int64 [n_src] and destinations int64 [n_dst]; protected tokens are in neither."""
@@ -31,6 +33,11 @@ class Windows:
     order: Tensor
     n_src: int
     padding: int
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How many sources and destinations a window has."""
+        return self.n_src, fixed(self.order.shape[1]) - self.n_src
 
     @property
     def src(self) -> Tensor:

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from tomesd import kernels
-from tomesd.core.rows import in_batch, in_sample, norms, select, select_each
+from tomesd.core.rows import (
+    add_rows,
+    fixed,
+    in_batch,
+    in_sample,
+    is_exporting,
+    largest_rows,
+    norms,
+    rows_of_moves,
+    select,
+    select_each,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +69,17 @@ class TokenMap:
     @property
     def n(self) -> int:
         """N, the number of tokens."""
-        return self.group_rows.shape[1]
+        return fixed(self.group_rows.shape[1])
 
     @property
     def m(self) -> int:
         """M, the number of groups."""
-        return self.head_rows.shape[1]
+        return fixed(self.head_rows.shape[1])
 
     @property
     def drops(self) -> bool:
         """Whether some tokens were dropped: they are neither heads nor merged into one."""
-        return self.m + self.moved_rows.shape[1] < self.n
+        return self.m + fixed(self.moved_rows.shape[1]) < self.n
 
     @staticmethod
     def from_moves(n: int, moved: Tensor, target: Tensor | None) -> TokenMap:
@@ -94,9 +105,12 @@ class TokenMap:
 
         n: the number of tokens of each sample. moved, target: int64 [B, k].
         """
+        if is_exporting():
+            return TokenMap(*rows_of_moves(n, moved, target))
         batch, count = moved.shape
         left = batch * (n - count)
-        stays = torch.ones(batch * n, dtype=torch.bool, device=moved.device)
+        # Made of `moved`, so that torch.func.vmap lets it be written to.
+        stays = moved.new_ones(batch * n, dtype=torch.bool)
         rank = stays.scatter_(0, moved.flatten(), False).cumsum(0) - 1
         rows = torch.arange(batch * n, device=moved.device)
         # Moved tokens are no heads: they are all written to one slot past the end.
@@ -170,7 +184,7 @@ class TokenMap:
         Raises ValueError for an unknown `how`, a weight with a `how` that ignores weights, or an x
             or weight of another shape.
         """
-        batch = len(self.size)
+        batch = self.size.shape[0]
         _require_shape("x", x, batch, self.n)
         if how not in ("mean", "sum", "max", "head", "direction"):
             allowed = "'mean', 'sum', 'max', 'head' or 'direction'"
@@ -179,7 +193,7 @@ class TokenMap:
             raise ValueError(f"weight goes with how='mean', got how={how!r}")
         if weight is not None:
             _require_shape("weight", weight, batch, self.n, channels=1)
-        if how == "head" or self.moved_rows.shape[1] == 0:
+        if how == "head" or fixed(self.moved_rows.shape[1]) == 0:
             return select(x, self.head_rows)
         if how != "max" and kernels.usable(x, constants=(weight,)):
             return kernels.merge(x, self, weight, how)
@@ -188,15 +202,14 @@ class TokenMap:
         if weight is not None:
             x, count = x.to(wide) * weight, self.merge(weight.to(wide), how="sum")
         # Both are copies, so they can be written in place below.
-        heads, moved = select(x, self.head_rows), select(x, self.moved_rows).flatten(0, 1)
-        into = self.group_rows.flatten().index_select(0, self.moved_rows.flatten())
+        heads, moved = select(x, self.head_rows), select(x, self.moved_rows)
+        into = select_each(self.group_rows, self.moved_rows)
         if self.drops:  # A token may have merged into a head that was dropped later.
             nothing = float("-inf") if how == "max" else 0
-            moved, into = moved.masked_fill(into[:, None] < 0, nothing), into.clamp(min=0)
+            moved, into = moved.masked_fill(into[..., None] < 0, nothing), into.clamp(min=0)
         if how == "max":
-            return heads.flatten(0, 1).index_reduce(0, into, moved, "amax").view_as(heads)
-        total = heads.to(wide)
-        total.flatten(0, 1).index_add_(0, into, moved.to(wide))
+            return largest_rows(heads, into, moved)
+        total = add_rows(heads.to(wide), into, moved.to(wide))
         if how == "direction":
             length = select(norms(x), self.head_rows)
             return (total * (length / norms(total))).to(dtype)
@@ -215,7 +228,7 @@ class TokenMap:
         Raises ValueError for a y of another shape.
         Source: ToMe, Appendix F.1 ("unmerge them by simply copying").
         """
-        _require_shape("y", y, len(self.size), self.m)
+        _require_shape("y", y, self.size.shape[0], self.m)
         if kernels.usable(y):
             return kernels.unmerge(y, self)
         if self.drops:
@@ -269,7 +282,10 @@ class TokenMap:
 
 
 def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | None = None) -> None:
-    # A wrong batch must not pass: it would read rows of other samples, or lose samples.
+    # A wrong batch must not pass: it would read rows of other samples, or lose samples. While
+    # tracing, sizes are tensors, and the trace would hold their comparison.
+    if torch.jit.is_tracing():
+        return
     if x.dim() != 3 or x.shape[:2] != (batch, n) or channels not in (None, x.shape[2]):
         needed = f"[{batch}, {n}, {channels or 'channels'}]"
         raise ValueError(f"{name} must be of shape {needed}, got {list(x.shape)}")

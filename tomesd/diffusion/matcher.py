@@ -11,6 +11,7 @@ from tomesd.core import partition
 from tomesd.core.cost import Balance, balance
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
 from tomesd.core.partition import Partition, Windows
+from tomesd.core.rows import fixed, is_exporting
 from tomesd.core.token_map import TokenMap
 from tomesd.core.workload import Branches
 from tomesd.diffusion.settings import DiffusionSettings
@@ -84,6 +85,8 @@ class Matcher:
             return f"fewer than min_tokens={settings.min_tokens}"
         if not settings.only_where_it_pays:
             return ""
+        if is_exporting():  # Batches may be of any size; the smallest one gains least.
+            batch = 1
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
@@ -138,7 +141,7 @@ class Matcher:
         self, features: Tensor, h: int, w: int, ratio: float, key: Tensor | None
     ) -> TokenMap:
         """The token map of one block: features [B, h·w, C]; a key if `is_random`."""
-        batch, n, _ = features.shape
+        batch, n = features.shape[0], fixed(features.shape[1])
         r = self.merged(ratio, h, w)
         if self.settings.method == "prune":
             dropped = partition.random(n, n_src=r, key=key, device=features.device)

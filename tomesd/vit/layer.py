@@ -194,8 +194,8 @@ class Layer:
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
         """The output of a projection, [B, N, heads · head_dim], as [B, N, heads, head_dim]."""
-        by_heads: Tensor = output.unflatten(-1, (-1, self.attention.head_dim))
-        return by_heads
+        # view and not unflatten, of which the older ONNX exporter makes a tensor of fixed size.
+        return output.view(*output.shape[:-1], -1, self.attention.head_dim)
 
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Add log(size) to the logits of the keys; rotate each merged token like its head."""

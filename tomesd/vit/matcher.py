@@ -4,7 +4,14 @@ from torch import Tensor
 
 from tomesd.core import partition
 from tomesd.core.matching import bipartite_soft_matching
+from tomesd.core.order import destinations_last
+from tomesd.core.partition import Partition
+from tomesd.core.rows import fixed
 from tomesd.core.token_map import TokenMap
+
+# What a layer gives to the next: see `ViTSettings`.
+ORDERS = ("positions", "concatenated")
+DEFAULT_ORDER = "positions"
 
 
 class Matcher:
@@ -19,8 +26,12 @@ class Matcher:
     only their mean over heads, which some hosts can compute faster.
     """
 
+    order = DEFAULT_ORDER
     needs: tuple[str, ...] = ("k",)
     averages_heads = True
+
+    def __init__(self, order: str = DEFAULT_ORDER):
+        self.order = order
 
     def token_map(
         self, features: dict[str, Tensor], prefix: int, r: int, layer: int, layers: int
@@ -31,8 +42,13 @@ class Matcher:
         protected. layer: its index among so many layers.
         """
         metric = features["k"].mean(2)
-        sides = partition.alternating(metric.shape[1], prefix=prefix, device=metric.device)
-        return bipartite_soft_matching(metric, sides, r)
+        n = fixed(metric.shape[1])
+        sides = partition.alternating(n, prefix=prefix, device=metric.device)
+        return self.ordered(bipartite_soft_matching(metric, sides, r), sides)
+
+    def ordered(self, token_map: TokenMap, sides: Partition) -> TokenMap:
+        """The map with its groups in the order in which the next layer gets them."""
+        return destinations_last(token_map, sides) if self.order == "concatenated" else token_map
 
     def merge(self, token_map: TokenMap, x: Tensor, size: Tensor) -> Tensor:
         """Merge tokens [B, N, C] that stand for so many tokens each, [B, N, 1]."""

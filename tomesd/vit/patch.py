@@ -66,9 +66,10 @@ class ViTPatch(Patch):
         self.spec = spec
         self.model = model
         self.settings = settings
-        self.matcher = matcher or Matcher()
+        self.matcher = matcher or Matcher(settings.order)
         blocks = spec.find_blocks(model)
         self.points = [spec.hook_points(index, block) for index, block in enumerate(blocks)]
+        self.seen = self._modules()
         self.prefix = spec.prefix(model)
         suffix = spec.suffix(model) if spec.suffix else 0
         self.protected = self.prefix + suffix
@@ -119,10 +120,37 @@ class ViTPatch(Patch):
         if self.spec.recorder and self.settings.unmerge and not self.settings.within_blocks:
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
 
+    def _modules(self) -> list[int]:
+        """Which modules are hooked now; it changes where one is replaced."""
+        return [
+            id(module)
+            for block in self.spec.find_blocks(self.model)
+            for module in self.spec.modules(block)
+        ]
+
+    def _check(self) -> None:
+        """Follow modules that were replaced since, and refuse what cannot be followed.
+
+        Raises TypeError for a block in which tokens cannot merge, and for ToMe's old `model.r = 8`;
+        whatever apply_patch raises.
+        """
+        model, settings = self.model, self.settings
+        if "r" in model.__dict__:
+            raise TypeError(
+                f"r must be set by apply_patch(model, r={model.r!r}), got model.r = {model.r!r}, "
+                "which changes nothing: delete it"
+            )
+        if self._modules() != self.seen:
+            fresh = type(self)(self.spec, model, settings, matcher=self.matcher)
+            self.remove()
+            self.__dict__.update(fresh.__dict__)
+            self.install()
+        elif self.spec.check:
+            self.spec.check(model, settings)
+
     def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Some hosts skip layers in training.
-        if model.training and self.spec.check and not torch.compiler.is_compiling():
-            self.spec.check(model, self.settings)
+        if not torch.compiler.is_compiling():
+            self._check()
         blocks = self.spec.find_blocks(model)
         if not isinstance(blocks, nn.Sequential) or getattr(model, "grad_checkpointing", False):
             self.forwards.call()

@@ -26,7 +26,7 @@ def per_layer(r: Schedule, layers: int) -> list[int]:
     if isinstance(r, tuple):
         mean, inflection = r
         return [
-            round(mean * (1 + inflection * (2 * i / max(1, layers - 1) - 1))) for i in range(layers)
+            int(mean * (1 + inflection * (2 * i / max(1, layers - 1) - 1))) for i in range(layers)
         ]
     if isinstance(r, list):
         if len(r) != layers:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tomesd.checks import require_one_of, require_type
 from tomesd.vit import schedule
+from tomesd.vit.matcher import DEFAULT_ORDER, ORDERS
 from tomesd.vit.schedule import Schedule
 
 # Choices that the paper compares; they are measured in benchmarks/classifier.
@@ -37,6 +38,10 @@ class ViTSettings:
         merge(x)). Every block gets all tokens, so nothing is lost for good and dense outputs stay
         sharp; r may then be up to half of the tokens. Tokens are matched by the block's input.
         Blocks whose next one needs the token grid (SAM, ViTDet) merge in this way only.
+    order: in which order a layer gives its tokens to the next, which takes every other one as a
+        destination. "positions" (default) leaves them at their places; "concatenated" is that of
+        the paper's code: unmerged sources, then destinations. On the embedded classifier the
+        latter is more accurate only where nearly all tokens merge.
 
     Tokens are matched by the cosine similarity of their keys, averaged over heads, in alternating
     halves, and averaged weighted by size. Re-entrant gradient checkpointing needs the backward of
@@ -50,11 +55,13 @@ class ViTSettings:
     speedup: float | None = None
     prop_attn: bool = True
     unmerge: bool = True
+    order: str = DEFAULT_ORDER
     within_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prop_attn", "unmerge", "within_blocks"):
             require_type(name, getattr(self, name), bool)
+        require_one_of("order", self.order, ORDERS)
         if self.speedup is not None:
             object.__setattr__(self, "speedup", require_type("speedup", self.speedup, float))
         object.__setattr__(self, "r", schedule.checked(self.r))

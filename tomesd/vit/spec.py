@@ -84,6 +84,11 @@ class ViT(Spec):
                 return found
         raise AttributeError(f"{type(model).__name__} has none of {', '.join(self.blocks)}")
 
+    def modules(self, block: Any) -> list[Any]:
+        """A block and those of its modules that are hooked, as far as it has them."""
+        places = self.places.get(type(block).__name__, ())
+        return [block, *(_get(block, path) for path in places if path)]
+
     def hook_points(self, index: int, block: Any) -> HookPoints:
         """Raises TypeError for a block of another class than `places` names, or of one that
         inherits from it and has a forward of its own."""

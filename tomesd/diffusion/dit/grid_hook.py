@@ -16,6 +16,12 @@ from tomesd.hooks import PATCH, by_name
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def record_grids(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Record the grids for the thread that calls the model, before it runs."""
+    if torch.compiler.is_exporting():
+        raise TypeError(
+            f"torch.export cannot export a patched {type(model).__name__}, whose token grid is "
+            "read from the values of an input: remove_patch first, or use torch.jit.trace, "
+            "which keeps the grid of its example"
+        )
     hooks = getattr(model, PATCH).hooks
     given = by_name(hooks.names, args, kwargs)
     hooks.state.grids = hooks.spec.grids(model, given)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tomesd.core.rows import fixed
 from tomesd.core.token_map import TokenMap
 
 
@@ -13,7 +14,8 @@ def head_entries(table: Tensor, token_map: TokenMap, dim: int, first: bool = Tru
     first: whether the others come before.
     """
     table = table.to(token_map.size.device)  # CogView4 makes its angles on the CPU.
-    length, others = table.shape[dim], table.shape[dim] - token_map.n
+    length = fixed(table.shape[dim])
+    others = length - token_map.n
     lead = others if first else 0
     if dim == 0:
         rows = token_map.head_rows[0] + lead
@@ -36,8 +38,9 @@ def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) ->
     beside: how many other keys come before and after those of the map.
     """
     batch, (before, after) = token_map.size.shape[0], beside
-    keys = torch.arange(mask.shape[-1], device=mask.device).expand(batch, -1)
-    end = mask.shape[-1] - after
+    length = fixed(mask.shape[-1])
+    keys = torch.arange(length, device=mask.device).expand(batch, -1)
+    end = length - after
     keys = torch.cat([keys[:, :before], token_map.head + before, keys[:, end:]], dim=1)
     mask = mask.expand(batch, *mask.shape[1:])
     dims = (-1, -2) if mask.dim() > 2 and mask.shape[-2] == mask.shape[-1] > 1 else (-1,)

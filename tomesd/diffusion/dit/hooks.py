@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tomesd.core.frames import concatenate
 from tomesd.core.partition import make_key
+from tomesd.core.rows import fixed
 from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.attention_bias import fit_bias
 from tomesd.diffusion.block import Place, ThreadState, add_residual, pop_place
@@ -64,6 +65,7 @@ class ModelHooks:
         given = by_name(self.names, args, kwargs)
         timestep = given[self.spec.timestep]
         grids = recorded or self.spec.grids(model, given)
+        grids = tuple((fixed(frames), fixed(h), fixed(w)) for frames, h, w in grids)
         place = Place(grids, timestep, self.state.stage)
         self.state.place = self.last = place
         self.state.inside = True
@@ -121,7 +123,8 @@ class BlockHooks:
         together = kind.text is not None and not kind.text.argument
         if together and not kind.mask and given.get("attention_mask") is not None:
             raise ValueError(_MASKED)
-        text = given[kind.text.argument].shape[1] if kind.text and kind.text.argument else 0
+        beside = kind.text and kind.text.argument
+        text = fixed(given[beside].shape[1]) if beside else 0
         self._count(place, token_map, text)
         if token_map.m == token_map.n:
             return _as_called(self.names, args, given)
@@ -158,7 +161,7 @@ class BlockHooks:
         kind, batch = self.kind, x.shape[0]
         grids = kind.own(place.grids)
         n = sum(f * h * w for f, h, w in grids)
-        text = x.shape[1] - n
+        text = fixed(x.shape[1]) - n
         alone = kind.text is None or (kind.text.argument and not kind.padded)
         if text < 0 or (text and alone):
             raise ValueError(
@@ -229,7 +232,7 @@ class BlockHooks:
             mask = mask.view(mask.shape[0], *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         if bias is not None:
-            bias = bias[: attending(attention, len(bias))]
+            bias = bias[: attending(attention, bias.shape[0])]
             mask = fit_bias(bias, attention, given[self.attention_names[0]].shape[1])
         given[how.argument] = mask
         return _as_called(self.attention_names, args, given)
@@ -250,7 +253,7 @@ class BlockHooks:
             return keys
         if not is_stock(attention) and tokens is not given:
             raise foreign_keys_error(attention, given, tokens)
-        return first_samples(token_map, len(keys)).unmerge(keys)
+        return first_samples(token_map, keys.shape[0]).unmerge(keys)
 
     def finish(self, block: nn.Module, args: Args, output: Any) -> Any:
         merged, index = self.model.state.leave_block(), self.kind.output

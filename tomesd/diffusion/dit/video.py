@@ -31,7 +31,7 @@ class VideoMatcher:
         maps, start = [], 0
         for count, length in self._cut(frames):
             end = start + count * length * h * w
-            part = x[:, start:end].unflatten(1, (count, length * h * w)).flatten(0, 1)
+            part = x[:, start:end].reshape(x.shape[0] * count, length * h * w, x.shape[2])
             if length == 1:
                 found = self.frame.token_map(part, h, w, ratio, key)
             else:

@@ -233,5 +233,5 @@ def _log_size(token_map: TokenMap, attn: Any, dtype: torch.dtype) -> Tensor:
     if is_perturbed(attn):
         # The last third of the batch (half of it without guidance) attends to itself alone.
         attending, of = (2, 3) if name.startswith("PAGCFG") else (1, 2)
-        bias = bias[: len(bias) * attending // of]
+        bias = bias[: bias.shape[0] * attending // of]
     return bias if attn.upcast_attention and name in _UPCASTING else bias.to(dtype)

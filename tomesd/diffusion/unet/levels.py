@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tomesd.core.rows import fixed
 from tomesd.diffusion.block import Place, ThreadState, pop_place
 from tomesd.diffusion.conflicts import check_guidance
 from tomesd.diffusion.matcher import Matcher
@@ -71,7 +72,7 @@ class Transformer:
     ) -> tuple[Any, ...] | None:
         """Hand the place to the blocks."""
         x = args[0] if args else kwargs["hidden_states"]
-        h, w = x.shape[-2:]
+        h, w = fixed(x.shape[-2]), fixed(x.shape[-1])
         self.last = x.shape[0], h, w, x.device
         if self.skipped:
             return None

@@ -34,8 +34,7 @@ class SplitAttention(BiasedKeys):
         return points.block.get_submodule("attention")
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
-        by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
-        return by_heads
+        return output.view(*output.shape[:-1], -1, self.attention.attention_head_size)
 
 
 class _VideoMAE(SplitAttention):
@@ -75,7 +74,9 @@ class _Blip(BiasedKeys):
         return int(attention.embed_dim)
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
-        parts = output.unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
+        parts = output.view(
+            *output.shape[:-1], 3, self.attention.num_heads, self.attention.head_dim
+        )
         part: Tensor = parts[:, :, "qkv".index(name)]
         return part
 

@@ -5,9 +5,11 @@ is written down in a table: `Family` for all pipelines of a denoiser, `Case` for
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -102,6 +104,9 @@ def build(name: str, family: Family) -> Any:
     torch.manual_seed(0)
     case = family.pipelines[name]
     kind = getattr(diffusers, name)
+    # Some clean a prompt with it without asking whether it is installed.
+    module = sys.modules[kind.__module__]
+    module.ftfy = getattr(module, "ftfy", SimpleNamespace(fix_text=str))
     parts = {}
     given = {**family.parts, **case.parts}
     for part, parameter in inspect.signature(kind.__init__).parameters.items():
@@ -124,7 +129,7 @@ def build(name: str, family: Family) -> Any:
 def _part(name: str, annotation: str, family: Family) -> Any:
     if name in ("vae", "movq"):
         return Autoencoder(family.channels, family.space, family.time, **family.vae)
-    if name.startswith("text_encoder"):
+    if name.startswith("text_encoder") and "layers" not in name:
         return TextEncoder(family.width, pooled_first="WithProjection" in annotation)
     if "tokenizer" in name or name in ("processor", "text_processor"):
         return Tokenizer()
@@ -142,6 +147,9 @@ def call(pipe: Any, name: str, family: Family, size: tuple[int, int], **more: An
     accepted = inspect.signature(type(pipe).__call__).parameters
     chosen = {key: value for key, value in ARGUMENTS.items() if key in accepted}
     chosen |= {**family.call, **family.pipelines[name].call, **more}
+    # Some draw from the global state, which is part of what a run is given.
+    torch.manual_seed(0)
+    np.random.seed(0)
     h, w = (family.cell * side for side in size)
     chosen = {
         key: _drawn(value, h, w, family.frames)
@@ -150,9 +158,6 @@ def call(pipe: Any, name: str, family: Family, size: tuple[int, int], **more: An
     }
     if "generator" in accepted:
         chosen["generator"] = torch.Generator().manual_seed(0)
-    # Some draw from the global state, which is part of what a run is given.
-    torch.manual_seed(0)
-    np.random.seed(0)
     prepare = family.pipelines[name].prepare
     if prepare is not None:
         chosen |= prepare(pipe, h, w) or {}

@@ -44,23 +44,34 @@ class Tokenizer:
         max_length: int | None = None,
         padding: Any = False,
         truncation: bool = False,
-        return_tensors: str | None = "pt",
+        return_tensors: str | None = None,
         **more: Any,
     ) -> BatchEncoding:
-        texts = [text] if isinstance(text, str) else list(text or more["text"])
-        rows = [self.encode(each) for each in texts]
+        text = more.get("text", text)
+        rows = [self.encode(each) for each in ([text] if isinstance(text, str) else text)]
+        if return_tensors is None:
+            mask = [[1] * len(row) for row in rows]
+            rows, mask = (rows[0], mask[0]) if isinstance(text, str) else (rows, mask)
+            return BatchEncoding({"input_ids": rows, "attention_mask": mask})
+        found = self.pad({"input_ids": rows}, max_length, padding)
+        if more.get("return_length"):
+            found["length"] = found["attention_mask"].sum(1)
+        if more.get("images") is not None:
+            found["pixel_values"] = torch.ones(1, 3, 8, 8)
+            found["image_grid_thw"] = torch.ones(1, 3, dtype=torch.long)
+        return found
+
+    def pad(
+        self, rows: Any, max_length: int | None = None, padding: Any = True, **_: Any
+    ) -> BatchEncoding:
+        rows = rows["input_ids"]
         longest = max(len(row) for row in rows)
         if padding == "max_length":
             longest = max_length or self.model_max_length
         rows = [row[:longest] for row in rows]
         ids = torch.tensor([row + [self.pad_token_id] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        if return_tensors is None:
-            return BatchEncoding({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
-        pictures = more.get("images")
-        extra = {} if pictures is None else {"pixel_values": torch.ones(1, 3, 8, 8)}
-        extra |= {} if pictures is None else {"image_grid_thw": torch.ones(1, 3, dtype=torch.long)}
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask} | extra)
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
     def encode(self, text: Any, **_: Any) -> list[int]:
         text = str(text)
@@ -90,11 +101,16 @@ class Tokenizer:
     def tokenizer(self) -> "Tokenizer":
         return self
 
+    @property
+    def image_processor(self) -> "Processor":
+        return Processor()
+
 
 class _Encoder(nn.Module):
     def __init__(self, width: int, config: dict[str, Any]) -> None:
         super().__init__()
         self.width = width
+        config = {"d_model": width} | config
         self.config = FrozenDict({"hidden_size": width, "projection_dim": width} | config)
 
     @property
@@ -110,20 +126,21 @@ class TextEncoder(_Encoder):
     """An embedding of each token. pooled_first: whether [0] of its output is one for the text."""
 
     def __init__(
-        self, width: int = WIDTH, pooled_first: bool = False, layers: int = 37, **config: Any
+        self, width: int = WIDTH, pooled_first: bool = False, depth: int = 37, **config: Any
     ) -> None:
         super().__init__(width, config)
         draw = torch.Generator().manual_seed(7)
         self.table = nn.Parameter(torch.randn(WORDS, width, generator=draw))
-        self.pooled_first, self.layers = pooled_first, layers
+        self.pooled_first, self.depth = pooled_first, depth
+        self.layers = nn.ModuleList([nn.Identity()])
 
     def forward(self, input_ids: Tensor | None = None, *_: Any, **more: Any) -> ModelOutput:
-        tokens = self.table[input_ids % WORDS]
+        tokens = self.layers[-1](self.table[input_ids.long() % WORDS])
         pooled = tokens.mean(1)
         names = {"last_hidden_state": tokens}
         if self.pooled_first:
             names = {"text_embeds": pooled} | names
-        names |= {"pooler_output": pooled, "hidden_states": (tokens,) * self.layers}
+        names |= {"pooler_output": pooled, "hidden_states": (tokens,) * self.depth}
         return ModelOutput(**names)
 
     @property
@@ -161,8 +178,15 @@ class ImageEncoder(_Encoder):
         return self
 
 
+class _Pictures(BatchEncoding):
+    def to(self, *_: Any, **__: Any) -> "_Pictures":
+        return self
+
+
 class Processor:
     """Pictures as tensors of one size."""
+
+    merge_size = 1
 
     size = crop_size = {"height": 8, "width": 8, "shortest_edge": 8}  # noqa: RUF012
     image_mean = image_std = (0.5, 0.5, 0.5)
@@ -171,12 +195,31 @@ class Processor:
         images = more.get("images", images)
         count = len(images) if isinstance(images, list | tuple | Tensor) else 1
         draw = torch.Generator().manual_seed(9)
-        return BatchEncoding({"pixel_values": torch.rand(count, 3, 8, 8, generator=draw)})
+        pixels = torch.rand(count, 3, 8, 8, generator=draw)
+        grid = torch.tensor([[1, 2, 2]] * count)
+        return _Pictures({"pixel_values": pixels, "image_grid_thw": grid, "spatial_shapes": grid})
 
     preprocess = __call__
 
+    def postprocess(self, image: Tensor, **_: Any) -> Tensor:
+        return image
+
     def resize(self, image: Image.Image, *_: Any, **__: Any) -> Image.Image:
         return image
+
+
+class Guardrail(_Encoder):
+    """Lets everything pass, unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__(1, {})
+        self.table = nn.Parameter(torch.ones(1))
+
+    def check_text_safety(self, *_: Any) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
 
 
 class _Posterior:
@@ -188,6 +231,11 @@ class _Posterior:
 
     def mode(self) -> Tensor:
         return self.mean
+
+
+class _Encoded(SimpleNamespace):
+    def __getitem__(self, _: int) -> _Posterior:
+        return self.latent_dist
 
 
 class Autoencoder(nn.Module):
@@ -223,15 +271,17 @@ class Autoencoder(nn.Module):
                 "patch_size": (2, 2),
                 "force_upcast": False,
                 "use_quant_conv": True,
+                "invert_scale_latents": False,
             }
             | config
         )
         self.spatial_compression_ratio = self.scale_factor = space
         self.temporal_compression_ratio = time
-        self.temperal_downsample = [True] * max(0, (time - 1).bit_length())
+        halvings = (time - 1).bit_length()
+        self.temperal_downsample = [False] * (levels - 1 - halvings) + [True] * halvings
         self.latent_channels = channels
         self.use_slicing = self.use_tiling = False
-        self.weight = nn.Parameter(torch.ones(1))
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
         self.bn = nn.BatchNorm2d(4 * channels, affine=False)
         self.register_buffer("latents_mean", torch.full((channels,), 0.1))
         self.register_buffer("latents_std", torch.full((channels,), 0.9))
@@ -250,7 +300,7 @@ class Autoencoder(nn.Module):
         if not return_dict:
             return (_Posterior(mean),)
         found = {"latent_dist": _Posterior(mean), "latent": mean, "latents": mean}
-        return SimpleNamespace(**found)
+        return _Encoded(**found)
 
     def decode(self, z: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
         x = self._channels(z, 3)

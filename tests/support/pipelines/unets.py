@@ -1,5 +1,7 @@
 """Pipelines of UNets; sizes are latents, the tokens of the finest level."""
 
+import inspect
+
 import diffusers
 import torch
 from diffusers import (
@@ -36,29 +38,64 @@ def _controlnet(family: Family):
 
 
 def _union(family: Family):
+    """The UNet's own configuration, as far as it has it, and a transformer of its pictures."""
     torch.manual_seed(2)
-    net = diffusers.ControlNetUnionModel.from_unet(
-        family.denoiser(), conditioning_embedding_out_channels=(8,) * 4
+    known = inspect.signature(diffusers.ControlNetUnionModel.__init__).parameters
+    config = {key: value for key, value in family.denoiser().config.items() if key in known}
+    net = diffusers.ControlNetUnionModel(
+        **config,
+        conditioning_embedding_out_channels=(8,) * 4,
+        num_trans_channel=16,
+        num_trans_head=2,
+        num_trans_layer=1,
+        num_proj_channel=16,
+        num_control_type=2,
     )
     randomize_zeros(net, std=0.1)
     return net.eval()
 
 
-def _adapter(_: Family, channels=(16, 32, 32)):
-    torch.manual_seed(3)
-    net = diffusers.T2IAdapter(
-        channels=list(channels), num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter"
+def _side_net(family: Family):
+    """Of ControlNet-XS."""
+    return diffusers.ControlNetXSAdapter.from_unet(
+        family.denoiser(), size_ratio=1, conditioning_embedding_out_channels=(8,) * 4
     )
-    return net.eval()
+
+
+def _adapter(_: Family):
+    torch.manual_seed(3)
+    return diffusers.T2IAdapter(3, (16, 32, 32), num_res_blocks=1).eval()
+
+
+def _adapter_xl(_: Family):
+    torch.manual_seed(3)
+    return diffusers.T2IAdapter(3, (16, 16, 32, 32), 1, 16, "full_adapter_xl").eval()
 
 
 _CONTROLNET = {"controlnet": _controlnet}
 _UNION = {"controlnet": _union}
 _PAG = {"pag_applied_layers": ["down", "mid"]}
 _MARIGOLD = {"processing_resolution": 0, "output_type": "np"}
+_ZERO = {"video_length": FRAMES, "t0": 0, "t1": 1}
 _EVERY_STEP = {"strength": 1.0}
 
 
+# Attention is not in transformers there, as in the published one.
+_LATENT_UPSCALER = {
+    "in_channels": 8,
+    "time_cond_proj_dim": 128 + WIDTH,
+    "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+    "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+    "block_out_channels": (16, 32, 32),
+    "mid_block_type": None,
+    "act_fn": "gelu",
+    "norm_num_groups": None,
+    "conv_in_kernel": 1,
+    "conv_out_kernel": 1,
+    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_type": "fourier",
+    "attention_head_dim": 8,
+}
 _UNCLIP = {
     "image_normalizer": lambda _: StableUnCLIPImageNormalizer(WIDTH),
     "image_noising_scheduler": lambda _: DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -82,9 +119,18 @@ class _QFormer(ImageEncoder):
         return torch.ones(1, self.config.num_query_tokens, self.width)
 
 
+class _ContextEncoder(TextEncoder):
+    """The tokens of a picture are among the text's."""
+
+    def forward(self, input_ids, ctx_embeddings=None, ctx_begin_pos=None):
+        (tokens, *_) = super().forward(input_ids).to_tuple()
+        found = [tokens] if ctx_embeddings is None else [ctx_embeddings, tokens]
+        return (torch.cat(found, dim=1),)
+
+
 _BLIP = {
     "qformer": lambda _: _QFormer(num_query_tokens=2),
-    "text_encoder": lambda _: TextEncoder(max_position_embeddings=20),
+    "text_encoder": lambda _: _ContextEncoder(max_position_embeddings=20),
     "image_processor": lambda _: Processor(),
 }
 _SUBJECT = {
@@ -94,6 +140,10 @@ _SUBJECT = {
     "target_subject_category": ["dog"],
     "output_type": "pt",
 }
+
+
+def _second_level(h, w):
+    return (h // 16, w // 16)
 
 
 def _gligen(attention_type="gated"):
@@ -141,13 +191,13 @@ SD = Family(
         "StableDiffusionLatentUpscalePipeline": Case(
             {"scheduler": lambda _: _euler()},
             {"image": lambda h, w: torch.rand(1, 4, (h + 8) // 16, (w + 8) // 16)},
-            {"in_channels": 8, "time_cond_proj_dim": 128 + WIDTH},
+            _LATENT_UPSCALER,
         ),
         "StableDiffusionImageVariationPipeline": Case(),
         "StableDiffusionControlNetPipeline": Case(_CONTROLNET),
         "StableDiffusionControlNetImg2ImgPipeline": Case(_CONTROLNET),
         "StableDiffusionControlNetInpaintPipeline": Case(_CONTROLNET),
-        "StableDiffusionControlNetXSPipeline": NOTHING,
+        "StableDiffusionControlNetXSPipeline": Case({"controlnet": _side_net}),
         "StableDiffusionAdapterPipeline": Case({"adapter": _adapter}),
         "StableDiffusionPAGPipeline": Case(_PAG),
         "StableDiffusionPAGImg2ImgPipeline": Case(_PAG),
@@ -167,7 +217,11 @@ SD = Family(
         "MarigoldDepthPipeline": Case({'prediction_type': 'depth'}, _MARIGOLD, {"in_channels": 8}),
         "MarigoldNormalsPipeline": Case({'prediction_type': 'normals'}, _MARIGOLD, {"in_channels": 8}),
         "MarigoldIntrinsicsPipeline": Case({'prediction_type': 'intrinsics', 'target_properties': {'target_names': ['albedo']}}, _MARIGOLD, {"in_channels": 8}),
-        "CycleDiffusionPipeline": Case(call={"source_prompt": "a dog"}),
+        "CycleDiffusionPipeline": Case(
+            # The last variance would be zero otherwise, and is divided by.
+            {"scheduler": lambda _: DDIMScheduler(set_alpha_to_one=False)},
+            {"source_prompt": "a dog"},
+        ),
         "PaintByExamplePipeline": Case(
             {"image_encoder": lambda _: _ExampleEncoder()},
             {"example_image": PICTURE},
@@ -175,7 +229,7 @@ SD = Family(
         ),
         "SemanticStableDiffusionPipeline": Case(call={"editing_prompt": ["a dog"]}),
         "StableDiffusionAttendAndExcitePipeline": Case(
-            call={"token_indices": [1], "max_iter_to_alter": 1}
+            call={"token_indices": [1], "max_iter_to_alter": 1, "attn_res": _second_level}
         ),
         "StableDiffusionDiffEditPipeline": Case(
             {
@@ -202,10 +256,12 @@ SD = Family(
                 "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]],
             },
         ),
-        "StableDiffusionLDM3DPipeline": Case(),
+        "StableDiffusionLDM3DPipeline": Case(call={"output_type": "np"}),
         "StableDiffusionModelEditingPipeline": Case(),
         "StableDiffusionPanoramaPipeline": Case(),
-        "StableDiffusionParadigmsPipeline": Case(),
+        "StableDiffusionParadigmsPipeline": Case(
+            {"scheduler": lambda _: diffusers.DDIMParallelScheduler()}
+        ),
         "StableDiffusionPipelineSafe": Case(),
         "StableDiffusionPix2PixZeroPipeline": Case(
             call={
@@ -214,7 +270,7 @@ SD = Family(
             }
         ),
         "StableDiffusionSAGPipeline": Case(),
-        "TextToVideoZeroPipeline": Case(call={"video_length": FRAMES}),
+        "TextToVideoZeroPipeline": Case(call=_ZERO),
         "AltDiffusionPipeline": Case(),
         "AltDiffusionImg2ImgPipeline": Case(),
         "StableUnCLIPPipeline": Case(
@@ -263,8 +319,8 @@ SDXL = Family(
         "StableDiffusionXLControlNetUnionInpaintPipeline": Case(
             _UNION, {"control_image": [PICTURE], "control_mode": [0]}
         ),
-        "StableDiffusionXLControlNetXSPipeline": NOTHING,
-        "StableDiffusionXLAdapterPipeline": Case({"adapter": _adapter}),
+        "StableDiffusionXLControlNetXSPipeline": Case({"controlnet": _side_net}),
+        "StableDiffusionXLAdapterPipeline": Case({"adapter": _adapter_xl}),
         "StableDiffusionXLPAGPipeline": Case({"pag_applied_layers": ["mid"]}),
         "StableDiffusionXLPAGImg2ImgPipeline": Case({"pag_applied_layers": ["mid"]}, _EVERY_STEP),
         "StableDiffusionXLPAGInpaintPipeline": Case({"pag_applied_layers": ["mid"]}),
@@ -276,7 +332,7 @@ SDXL = Family(
             call={"editing_prompt": ["a dog"], "num_inference_steps": None},
             prepare=_invert,
         ),
-        "TextToVideoZeroSDXLPipeline": Case(call={"video_length": FRAMES}),
+        "TextToVideoZeroSDXLPipeline": Case(call=_ZERO),
         "KolorsPipeline": Case(),
         "KolorsImg2ImgPipeline": Case(call=_EVERY_STEP),
         "KolorsPAGPipeline": Case({"pag_applied_layers": ["mid"]}),
@@ -306,7 +362,14 @@ MOTION = Family(
             {"controlnet": lambda _: tiny_unets.TINY["SparseControlNetModel"].build()}
         ),
         "AnimateDiffPAGPipeline": Case({"pag_applied_layers": ["mid"]}),
-        "AnimateDiffSDXLPipeline": Case(),
+        "AnimateDiffSDXLPipeline": Case(
+            config={
+                "cross_attention_dim": 2 * WIDTH,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+            }
+        ),
         "PIAPipeline": Case(config={"in_channels": 9}),
     },
     DDIMScheduler,

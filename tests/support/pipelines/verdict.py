@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tomesd
 from tests.support.pipelines.build import Family, build, call
@@ -51,13 +51,28 @@ def verdict(name: str, family: Family) -> Verdict:
         tomesd.remove_patch(pipe)
         undone = call(pipe, name, family, size)
         assert torch.equal(undone, before), "not undone bit for bit"
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     assert not any(map(count_hooks, modules)), "hooks are left"
     return Verdict(merged=tuple(sorted(parts)))
 
 
 def _recorded(pipe: Any, name: str, family: Family, size: tuple[int, int]) -> tuple[Tensor, int]:
     """The output, and how many pairs of queries and keys attention computed."""
-    with AttentionRecorder() as attention:
+    with _Work() as work:
         output = call(pipe, name, family, size)
-    return output, sum(queries * keys for queries, keys in attention.seen)
+    return output, work.pairs
+
+
+class _Work(AttentionRecorder):
+    """Counts logits, also of processors that compute them themselves."""
+
+    pairs = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = super().__torch_function__(function, types, args, kwargs)
+        if function is torch.baddbmm:
+            self.pairs += output.shape[-2] * output.shape[-1]
+        elif function is nn.functional.scaled_dot_product_attention:
+            queries, keys = self.seen.pop()
+            self.pairs += queries * keys
+        return output

@@ -45,6 +45,7 @@ class ThreadState:
 
     stage, timestep, grids, place: of the forward pass; grids only until it begins, where a hook
         reads them from its data.
+    runs: whether the model is in a forward pass, where its blocks are another model's too.
     map, x, merged, bias: of the block that is running: its token map or None where nothing merges,
         its tokens before and after merging where all of it runs on merged tokens, and log(size) of
         its keys.
@@ -54,6 +55,7 @@ class ThreadState:
     timestep: Any = 0
     grids: tuple[Grid, ...] | None = None
     place: Place | None = None
+    runs: bool = False
     map: TokenMap | None = None
     x: Tensor | None = None
     merged: Tensor | None = None

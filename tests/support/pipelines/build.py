@@ -49,12 +49,13 @@ Given = Mapping[str, Any]
 class Case:
     """One pipeline. parts, call: what it is built from and called with besides; None leaves out.
 
-    config: of its denoiser. prepare: what is called before it, with it, the height and the width.
+    config: of its denoiser. sizes: if not its family's. prepare: what is called before it, with it, the height and the width.
     """
 
     parts: Given = field(default_factory=dict)
     call: Given = field(default_factory=dict)
     config: Given = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
     prepare: Callable[[Any, int, int], dict[str, Any] | None] | None = None
 
 

@@ -154,8 +154,8 @@ IMAGES = (
             "StableDiffusion3ControlNetInpaintingPipeline": Case(
                 _controlnet("SD3ControlNetModel", **_SD3, extra_conditioning_channels=1)
             ),
-            "StableDiffusion3PAGPipeline": Case(_PAG),
-            "StableDiffusion3PAGImg2ImgPipeline": Case(_PAG),
+            "StableDiffusion3PAGPipeline": Case(_PAG, config={"dual_attention_layers": ()}),
+            "StableDiffusion3PAGImg2ImgPipeline": Case(_PAG, config={"dual_attention_layers": ()}),
         },
         _SD3,
         channels=16,

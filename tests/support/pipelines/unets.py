@@ -1,6 +1,7 @@
 """Pipelines of UNets; sizes are latents, the tokens of the finest level."""
 
 import inspect
+from dataclasses import replace
 
 import diffusers
 import torch
@@ -37,6 +38,10 @@ def _controlnet(family: Family):
     return controlnet(family.denoiser())
 
 
+# As many as ControlNet-XS is made for.
+_TWO_LAYERS = {"layers_per_block": 2}
+
+
 def _union(family: Family):
     """The UNet's own configuration, as far as it has it, and a transformer of its pictures."""
     torch.manual_seed(2)
@@ -58,7 +63,7 @@ def _union(family: Family):
 def _side_net(family: Family):
     """Of ControlNet-XS."""
     return diffusers.ControlNetXSAdapter.from_unet(
-        family.denoiser(), size_ratio=1, conditioning_embedding_out_channels=(8,) * 4
+        family.denoiser(**_TWO_LAYERS), size_ratio=1, conditioning_embedding_out_channels=(8,) * 4
     )
 
 
@@ -166,6 +171,20 @@ def _diff_edit(pipe, h, w) -> dict:
     return {"image_latents": inverted.latents, "mask_image": mask, "inpaint_strength": 1.0}
 
 
+_THREE_LEVELS = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
+_LEDITS = Case(
+    {
+        "scheduler": lambda _: diffusers.DPMSolverMultistepScheduler(
+            algorithm_type="sde-dpmsolver++", solver_order=2
+        )
+    },
+    {"editing_prompt": ["a dog"], "num_inference_steps": None},
+    sizes=((8, 8), (12, 16)),
+    prepare=_invert,
+)
 SD = Family(
     sd_unet,
     {
@@ -197,7 +216,9 @@ SD = Family(
         "StableDiffusionControlNetPipeline": Case(_CONTROLNET),
         "StableDiffusionControlNetImg2ImgPipeline": Case(_CONTROLNET),
         "StableDiffusionControlNetInpaintPipeline": Case(_CONTROLNET),
-        "StableDiffusionControlNetXSPipeline": Case({"controlnet": _side_net}),
+        "StableDiffusionControlNetXSPipeline": Case(
+            {"controlnet": _side_net}, config=_TWO_LAYERS
+        ),
         "StableDiffusionAdapterPipeline": Case({"adapter": _adapter}),
         "StableDiffusionPAGPipeline": Case(_PAG),
         "StableDiffusionPAGImg2ImgPipeline": Case(_PAG),
@@ -210,10 +231,8 @@ SD = Family(
         "LatentConsistencyModelImg2ImgPipeline": Case(
             {"scheduler": lambda _: LCMScheduler()}, config={"time_cond_proj_dim": 8}
         ),
-        "LEditsPPPipelineStableDiffusion": Case(
-            call={"editing_prompt": ["a dog"], "num_inference_steps": None},
-            prepare=_invert,
-        ),
+        # It reads maps of a quarter of the latents' sides.
+        "LEditsPPPipelineStableDiffusion": replace(_LEDITS, config=_THREE_LEVELS),
         "MarigoldDepthPipeline": Case({'prediction_type': 'depth'}, _MARIGOLD, {"in_channels": 8}),
         "MarigoldNormalsPipeline": Case({'prediction_type': 'normals'}, _MARIGOLD, {"in_channels": 8}),
         "MarigoldIntrinsicsPipeline": Case({'prediction_type': 'intrinsics', 'target_properties': {'target_names': ['albedo']}}, _MARIGOLD, {"in_channels": 8}),
@@ -319,8 +338,12 @@ SDXL = Family(
         "StableDiffusionXLControlNetUnionInpaintPipeline": Case(
             _UNION, {"control_image": [PICTURE], "control_mode": [0]}
         ),
-        "StableDiffusionXLControlNetXSPipeline": Case({"controlnet": _side_net}),
-        "StableDiffusionXLAdapterPipeline": Case({"adapter": _adapter_xl}),
+        "StableDiffusionXLControlNetXSPipeline": Case(
+            {"controlnet": _side_net}, config=_TWO_LAYERS
+        ),
+        "StableDiffusionXLAdapterPipeline": Case(
+            {"adapter": _adapter_xl}, sizes=((8, 8), (10, 14))
+        ),
         "StableDiffusionXLPAGPipeline": Case({"pag_applied_layers": ["mid"]}),
         "StableDiffusionXLPAGImg2ImgPipeline": Case({"pag_applied_layers": ["mid"]}, _EVERY_STEP),
         "StableDiffusionXLPAGInpaintPipeline": Case({"pag_applied_layers": ["mid"]}),
@@ -328,14 +351,8 @@ SDXL = Family(
         "StableDiffusionXLControlNetPAGImg2ImgPipeline": Case(
             {"pag_applied_layers": ["mid"]} | _CONTROLNET
         ),
-        "LEditsPPPipelineStableDiffusionXL": Case(
-            call={"editing_prompt": ["a dog"], "num_inference_steps": None},
-            prepare=_invert,
-        ),
+        "LEditsPPPipelineStableDiffusionXL": _LEDITS,
         "TextToVideoZeroSDXLPipeline": Case(call=_ZERO),
-        "KolorsPipeline": Case(),
-        "KolorsImg2ImgPipeline": Case(call=_EVERY_STEP),
-        "KolorsPAGPipeline": Case({"pag_applied_layers": ["mid"]}),
     },
     DDIMScheduler,
     cell=8,

@@ -75,9 +75,9 @@ VIDEOS = (
         "CosmosTransformer3DModel",
         {
             "CosmosTextToWorldPipeline": Case(_EDM),
-            "CosmosVideoToWorldPipeline": Case(_EDM, call={"image": None}, config={"in_channels": 5}),
+            "CosmosVideoToWorldPipeline": Case(_EDM, call={"video": None}, config={"in_channels": 5}),
             "Cosmos2TextToImagePipeline": Case(_KARRAS),
-            "Cosmos2VideoToWorldPipeline": Case(_KARRAS, call={"image": None}, config={"in_channels": 5}),
+            "Cosmos2VideoToWorldPipeline": Case(_KARRAS, call={"video": None}, config={"in_channels": 5}),
             "Cosmos2_5_PredictBasePipeline": Case(
                 call={
                     "image": None,
@@ -155,19 +155,9 @@ VIDEOS = (
         "HunyuanVideo15Transformer3DModel",
         {
             "HunyuanVideo15Pipeline": Case(),
+            "HunyuanVideo15ImageToVideoPipeline": Case(config={"target_size": 96}),
         },
         {"in_channels": 9},
-        time=4,
-        frames=5,
-        parts=_GUIDER,
-    ),
-    # It scales what it is given to some 640 pixels: few latents, all the same.
-    of(
-        "HunyuanVideo15Transformer3DModel",
-        ("HunyuanVideo15ImageToVideoPipeline",),
-        {"in_channels": 9},
-        space=64,
-        cell=128,
         time=4,
         frames=5,
         parts=_GUIDER,

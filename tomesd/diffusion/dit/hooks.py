@@ -52,9 +52,20 @@ class ModelHooks:
         grids = recorded or self.spec.grids(model, given)
         place = Place(grids, timestep, self.state.stage)
         self.state.place = self.last = place
+        self.state.runs = True
         if self.spec.kwargs:
             given[self.spec.kwargs] = place.add_to(given.get(self.spec.kwargs))
         return _as_called(self.names, args, given)
+
+    def leave(self, model: nn.Module, args: Args, output: Any) -> None:
+        self.state.runs = False
+
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether another model runs the block: neither this one does nor autograd, once more."""
+        return (
+            self.spec.shares and not self.state.runs and torch._C._current_graph_task_id() == -1
+        )
 
     def append_place(self, rope: nn.Module, args: Args, output: Any) -> Any:
         if isinstance(output, dict) and self.place is not None:
@@ -92,6 +103,8 @@ class BlockHooks:
 
     def merge(self, block: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         kind, state = self.kind, self.model.state
+        if self.model.is_borrowed:
+            return args, kwargs
         given = by_name(self.names, args, kwargs)
         x = given[kind.tokens]
         x = x if kind.batch_first else x.transpose(0, 1)

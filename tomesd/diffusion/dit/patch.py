@@ -138,6 +138,8 @@ class DiTPatch(DenoiserPatch):
 
             self.before(self.model, record_grids)
         self.before(self.model, hooks.record_place)
+        if spec.shares:
+            self.after(self.model, hooks.leave, always=True)
         if spec.rope:
             self.after(self.model.get_submodule(spec.rope), hooks.append_place)
         for kind in spec.lists:

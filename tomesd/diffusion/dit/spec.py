@@ -144,6 +144,8 @@ class DiT(Spec):
     reads_data: whether `grids` reads the values of tensors, which a graph cannot.
     timestep: the model's argument with the timestep.
     unmerged: other lists of blocks, and why they do not merge: for reports.
+    shares: whether another model runs some of the blocks too, on tokens of its own: they merge in
+        this model's forward passes alone.
     """
 
     blocks: Blocks | tuple[Blocks, ...]
@@ -153,6 +155,7 @@ class DiT(Spec):
     reads_data: bool = False
     timestep: str = "timestep"
     unmerged: tuple[tuple[str, str], ...] = ()
+    shares: bool = False
 
     @property
     def lists(self) -> tuple[Blocks, ...]:

@@ -40,7 +40,10 @@ def _blocks(name: str) -> Blocks:
 
 
 register(
-    DiT((_blocks("noise_refiner"), _blocks("layers")), _listed_latents, timestep="t"),
+    # Its ControlNet refines the image with the same blocks.
+    DiT(
+        (_blocks("noise_refiner"), _blocks("layers")), _listed_latents, timestep="t", shares=True
+    ),
     "diffusers.ZImageTransformer2DModel",
 )
 

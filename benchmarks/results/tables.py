@@ -6,6 +6,7 @@
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
 - fid: distances of merging and of random pruning
+- pipelines: what came of merging in each pipeline of diffusers
 - cost:levels, cost:shares, cost:ideal, cost:budget: the cost model
 """
 
@@ -172,6 +173,31 @@ def fid(result: Record) -> str:
     return "\n".join(lines)
 
 
+def pipelines(result: Record) -> str:
+    """A row for each denoiser and each outcome of its pipelines."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["denoiser"], _outcome(row)), []).append(row["name"])
+    for name, reason in result["settings"]["not tried"].items():
+        groups.setdefault((MISSING, f"not tried: {reason}"), []).append(name)
+    merged = sum(bool(row["merged"]) for row in result["rows"])
+    rows = [
+        [f"`{denoiser}`" if denoiser != MISSING else MISSING, ", ".join(names), outcome]
+        for (denoiser, outcome), names in groups.items()
+    ]
+    table = markdown.table(["denoiser", "pipelines", "outcome"], rows)
+    version = result["environment"]["diffusers_version"]
+    return f"{table}\n\n{merged} of diffusers {version}'s pipelines merge."
+
+
+def _outcome(row: Record) -> str:
+    if row["merged"]:
+        return "merges"
+    if row["fault"]:
+        return "**fault**: " + row["fault"].partition(" (")[0]
+    return "refused: " + row["refusal"].partition(": ")[2].partition(". ")[0]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a result. result: its name in `files.RESULTS`."""
@@ -194,6 +220,7 @@ TABLES: dict[str, Table] = {
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
     "fid": Table("fid", fid),
+    "pipelines": Table("pipelines", pipelines),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.
 COST_TABLES: dict[str, str] = {

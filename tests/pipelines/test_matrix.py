@@ -24,13 +24,10 @@ SAMPLE = {
     *("SanaPipeline", "HunyuanVideoFramepackPipeline"),
 }
 _MAPS = "its processors keep attention maps and read them as those of all tokens"
-_PAG = "the bias is made for the whole batch, which its processor splits"
 FAULTS = {
     "StableDiffusionSAGPipeline": _MAPS,
     "StableDiffusionAttendAndExcitePipeline": _MAPS,
     "LEditsPPPipelineStableDiffusion": _MAPS,
-    "StableDiffusion3PAGPipeline": _PAG,
-    "StableDiffusion3PAGImg2ImgPipeline": _PAG,
     "Flux2KleinKVPipeline": "refused in its first step, not by apply_patch",
     "ZImageOmniPipeline": "refused in its first step, not by apply_patch",
 }

@@ -49,7 +49,8 @@ Given = Mapping[str, Any]
 class Case:
     """One pipeline. parts, call: what it is built from and called with besides; None leaves out.
 
-    config: of its denoiser. sizes: if not its family's. prepare: what is called before it, with it, the height and the width.
+    config: of its denoiser. sizes: if not its family's. prepare: what is called before it, with it,
+        the height and the width.
     """
 
     parts: Given = field(default_factory=dict)
@@ -147,7 +148,7 @@ def call(pipe: Any, name: str, family: Family, size: tuple[int, int], **more: An
     """What the pipeline returns for a size in tokens: one tensor, from one seed."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     chosen = {key: value for key, value in ARGUMENTS.items() if key in accepted}
-    chosen |= {**family.call, **family.pipelines[name].call, **more}
+    chosen |= {**family.call, **family.pipelines[name].call}
     # Some draw from the global state, which is part of what a run is given.
     torch.manual_seed(0)
     np.random.seed(0)
@@ -157,6 +158,7 @@ def call(pipe: Any, name: str, family: Family, size: tuple[int, int], **more: An
         for key, value in chosen.items()
         if value is not None
     }
+    chosen |= more
     if "generator" in accepted:
         chosen["generator"] = torch.Generator().manual_seed(0)
     prepare = family.pipelines[name].prepare

@@ -57,7 +57,6 @@ _MEGAPIXEL = {"space": 128, "cell": 256}
 _QWEN_NET = _controlnet("QwenImageControlNetModel")
 
 
-
 def _small(pipe, h, w) -> None:
     """Pictures are scaled to the area of so many latents."""
     pipe.default_sample_size = 12
@@ -197,8 +196,12 @@ IMAGES = (
         scheduler=diffusers.DPMSolverMultistepScheduler,
         call={"use_resolution_binning": False},
     ),
-    of("DiTTransformer2DModel", {"DiTPipeline": Case(call={"class_labels": [1]})},
-       scheduler=diffusers.DDIMScheduler, sizes=((8, 8),)),
+    of(
+        "DiTTransformer2DModel",
+        {"DiTPipeline": Case(call={"class_labels": [1]})},
+        scheduler=diffusers.DDIMScheduler,
+        sizes=((8, 8),),
+    ),
     of(
         "HunyuanDiT2DModel",
         {
@@ -212,10 +215,15 @@ IMAGES = (
         scheduler=diffusers.DDPMScheduler,
         call={"use_resolution_binning": False},
     ),
-    of("CogView3PlusTransformer2DModel", ("CogView3PlusPipeline",),
-       scheduler=diffusers.CogVideoXDDIMScheduler),
-    of("CogView4Transformer2DModel",
-       {"CogView4Pipeline": Case(), "CogView4ControlPipeline": Case(config=_CONTROL)}),
+    of(
+        "CogView3PlusTransformer2DModel",
+        ("CogView3PlusPipeline",),
+        scheduler=diffusers.CogVideoXDDIMScheduler,
+    ),
+    of(
+        "CogView4Transformer2DModel",
+        {"CogView4Pipeline": Case(), "CogView4ControlPipeline": Case(config=_CONTROL)},
+    ),
     of(
         "GlmImageTransformer2DModel",
         {
@@ -265,8 +273,11 @@ IMAGES = (
             "ZImageControlNetInpaintPipeline": Case({"controlnet": lambda _: _z_image_net(9)}),
         },
     ),
-    of("PRXTransformer2DModel", ("PRXPipeline", "PRXPixelPipeline"),
-       call={"use_resolution_binning": False}),
+    of(
+        "PRXTransformer2DModel",
+        ("PRXPipeline", "PRXPixelPipeline"),
+        call={"use_resolution_binning": False},
+    ),
     of(
         "Krea2Transformer2DModel",
         {"Krea2Pipeline": Case({"text_encoder_select_layers": (0, 1, 2)})},
@@ -289,7 +300,12 @@ IMAGES = (
         ("ErnieImagePipeline",),
         {"in_channels": 16, "out_channels": 16, "patch_size": 1},
     ),
-    of("JoyImageEditTransformer3DModel", ("JoyImageEditPipeline",), space=32, cell=64,
-       sizes=((16, 16), (13, 18))),
+    of(
+        "JoyImageEditTransformer3DModel",
+        ("JoyImageEditPipeline",),
+        space=32,
+        cell=64,
+        sizes=((16, 16), (13, 18)),
+    ),
     of("JoyImageEditPlusTransformer3DModel", ("JoyImageEditPlusPipeline",)),
 )

@@ -47,7 +47,11 @@ def of(
 def _attention_alone(**config: Any) -> nn.Module:
     """A UNet whose attention is not in transformers, as in DeepFloyd IF and Kandinsky 2."""
     return sd_unet(
-        down_block_types=("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D", "DownBlock2D"),
+        down_block_types=(
+            "SimpleCrossAttnDownBlock2D",
+            "SimpleCrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("UpBlock2D", "SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"),
         only_cross_attention=False,
@@ -76,9 +80,7 @@ REFUSED = (
         {
             "SanaPipeline": Case(),
             "SanaPAGPipeline": Case({"pag_applied_layers": []}),
-            "SanaControlNetPipeline": Case(
-                {"controlnet": lambda _: blank("SanaControlNetModel")}
-            ),
+            "SanaControlNetPipeline": Case({"controlnet": lambda _: blank("SanaControlNetModel")}),
             "SanaSprintPipeline": Case(),
             "SanaSprintImg2ImgPipeline": Case(),
         },
@@ -193,7 +195,9 @@ REFUSED = (
 )
 
 _NO_PICTURE = "makes neither images nor videos"
-_NO_DENOISER = "makes embeddings or larger latents for other pipelines, without a denoiser of images"
+_NO_DENOISER = (
+    "makes embeddings or larger latents for other pipelines, without a denoiser of images"
+)
 _ONNX = "runs exported models, which no hook can reach"
 _PARTS = "needs parts that are not built here: "
 NOT_TRIED: dict[str, str] = {

@@ -216,9 +216,7 @@ SD = Family(
         "StableDiffusionControlNetPipeline": Case(_CONTROLNET),
         "StableDiffusionControlNetImg2ImgPipeline": Case(_CONTROLNET),
         "StableDiffusionControlNetInpaintPipeline": Case(_CONTROLNET),
-        "StableDiffusionControlNetXSPipeline": Case(
-            {"controlnet": _side_net}, config=_TWO_LAYERS
-        ),
+        "StableDiffusionControlNetXSPipeline": Case({"controlnet": _side_net}, config=_TWO_LAYERS),
         "StableDiffusionAdapterPipeline": Case({"adapter": _adapter}),
         "StableDiffusionPAGPipeline": Case(_PAG),
         "StableDiffusionPAGImg2ImgPipeline": Case(_PAG),
@@ -233,9 +231,15 @@ SD = Family(
         ),
         # It reads maps of a quarter of the latents' sides.
         "LEditsPPPipelineStableDiffusion": replace(_LEDITS, config=_THREE_LEVELS),
-        "MarigoldDepthPipeline": Case({'prediction_type': 'depth'}, _MARIGOLD, {"in_channels": 8}),
-        "MarigoldNormalsPipeline": Case({'prediction_type': 'normals'}, _MARIGOLD, {"in_channels": 8}),
-        "MarigoldIntrinsicsPipeline": Case({'prediction_type': 'intrinsics', 'target_properties': {'target_names': ['albedo']}}, _MARIGOLD, {"in_channels": 8}),
+        "MarigoldDepthPipeline": Case({"prediction_type": "depth"}, _MARIGOLD, {"in_channels": 8}),
+        "MarigoldNormalsPipeline": Case(
+            {"prediction_type": "normals"}, _MARIGOLD, {"in_channels": 8}
+        ),
+        "MarigoldIntrinsicsPipeline": Case(
+            {"prediction_type": "intrinsics", "target_properties": {"target_names": ["albedo"]}},
+            _MARIGOLD,
+            {"in_channels": 8},
+        ),
         "CycleDiffusionPipeline": Case(
             # The last variance would be zero otherwise, and is divided by.
             {"scheduler": lambda _: DDIMScheduler(set_alpha_to_one=False)},
@@ -347,7 +351,9 @@ SDXL = Family(
         "StableDiffusionXLPAGPipeline": Case({"pag_applied_layers": ["mid"]}),
         "StableDiffusionXLPAGImg2ImgPipeline": Case({"pag_applied_layers": ["mid"]}, _EVERY_STEP),
         "StableDiffusionXLPAGInpaintPipeline": Case({"pag_applied_layers": ["mid"]}),
-        "StableDiffusionXLControlNetPAGPipeline": Case({"pag_applied_layers": ["mid"]} | _CONTROLNET),
+        "StableDiffusionXLControlNetPAGPipeline": Case(
+            {"pag_applied_layers": ["mid"]} | _CONTROLNET
+        ),
         "StableDiffusionXLControlNetPAGImg2ImgPipeline": Case(
             {"pag_applied_layers": ["mid"]} | _CONTROLNET
         ),

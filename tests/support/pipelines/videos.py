@@ -14,9 +14,7 @@ _WAN = {"time": 4, "frames": 9, "scheduler": diffusers.UniPCMultistepScheduler}
 
 _EDM = {"scheduler": lambda _: diffusers.EDMEulerScheduler()}
 # Its sigmas would end, and so its timesteps begin, at zero otherwise.
-_KARRAS = {
-    "scheduler": lambda _: diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-}
+_KARRAS = {"scheduler": lambda _: diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)}
 _GUIDER = {"guider": lambda _: ClassifierFreeGuidance()}
 
 
@@ -32,10 +30,19 @@ def _this_size(pipe, h, w) -> None:
 
 
 VIDEOS = (
-    of("AllegroTransformer3DModel", ("AllegroPipeline",),
-       scheduler=diffusers.EulerAncestralDiscreteScheduler, time=4, frames=5),
-    of("LatteTransformer3DModel", {"LattePipeline": Case(call={"video_length": 2}, config={"out_channels": 8})},
-       scheduler=diffusers.DDIMScheduler, frames=2),
+    of(
+        "AllegroTransformer3DModel",
+        ("AllegroPipeline",),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler,
+        time=4,
+        frames=5,
+    ),
+    of(
+        "LatteTransformer3DModel",
+        {"LattePipeline": Case(call={"video_length": 2}, config={"out_channels": 8})},
+        scheduler=diffusers.DDIMScheduler,
+        frames=2,
+    ),
     of(
         "WanTransformer3DModel",
         {
@@ -46,8 +53,12 @@ VIDEOS = (
         },
         **_WAN,
     ),
-    of("ChronoEditTransformer3DModel",
-       {"ChronoEditPipeline": Case(config={"in_channels": 12, "image_dim": 16})}, time=4, frames=5),
+    of(
+        "ChronoEditTransformer3DModel",
+        {"ChronoEditPipeline": Case(config={"in_channels": 12, "image_dim": 16})},
+        time=4,
+        frames=5,
+    ),
     # Latents of what changes and of what does not, and a mask of 8×8 pixels.
     of("WanVACETransformer3DModel", ("WanVACEPipeline",), {"vace_in_channels": 4 + 4 + 64}, **_WAN),
     of(
@@ -56,8 +67,12 @@ VIDEOS = (
         {"image_dim": WIDTH},
         **_WAN,
     ),
-    of("AnyFlowTransformer3DModel", {"AnyFlowPipeline": Case(call={"video": None})},
-       time=4, frames=9),
+    of(
+        "AnyFlowTransformer3DModel",
+        {"AnyFlowPipeline": Case(call={"video": None})},
+        time=4,
+        frames=9,
+    ),
     of(
         "SkyReelsV2Transformer3DModel",
         {
@@ -75,9 +90,13 @@ VIDEOS = (
         "CosmosTransformer3DModel",
         {
             "CosmosTextToWorldPipeline": Case(_EDM),
-            "CosmosVideoToWorldPipeline": Case(_EDM, call={"video": None}, config={"in_channels": 5}),
+            "CosmosVideoToWorldPipeline": Case(
+                _EDM, call={"video": None}, config={"in_channels": 5}
+            ),
             "Cosmos2TextToImagePipeline": Case(_KARRAS),
-            "Cosmos2VideoToWorldPipeline": Case(_KARRAS, call={"video": None}, config={"in_channels": 5}),
+            "Cosmos2VideoToWorldPipeline": Case(
+                _KARRAS, call={"video": None}, config={"in_channels": 5}
+            ),
             "Cosmos2_5_PredictBasePipeline": Case(
                 call={
                     "image": None,
@@ -167,7 +186,10 @@ VIDEOS = (
         {
             "MotifVideoPipeline": Case(),
             "MotifVideoImage2VideoPipeline": Case(
-                {"text_encoder": lambda _: _SeeingEncoder(), "feature_extractor": lambda _: Processor()},
+                {
+                    "text_encoder": lambda _: _SeeingEncoder(),
+                    "feature_extractor": lambda _: Processor(),
+                },
                 config={"image_embed_dim": WIDTH},
             ),
         },
@@ -180,9 +202,7 @@ VIDEOS = (
         "Kandinsky5Transformer3DModel",
         {
             "Kandinsky5T2VPipeline": Case(),
-            "Kandinsky5I2VPipeline": Case(
-                call={"num_frames": 17}, config={"visual_cond": True}
-            ),
+            "Kandinsky5I2VPipeline": Case(call={"num_frames": 17}, config={"visual_cond": True}),
         },
         time=4,
         frames=5,
@@ -194,6 +214,10 @@ VIDEOS = (
             "Kandinsky5I2IPipeline": Case(config={"visual_cond": True}, prepare=_this_size),
         },
     ),
-    of("Kandinsky6Transformer3DModel", {"Kandinsky6TI2VAPipeline": Case(call={"sample_audio": False, "image": None})},
-       time=4, frames=5),
+    of(
+        "Kandinsky6Transformer3DModel",
+        {"Kandinsky6TI2VAPipeline": Case(call={"sample_audio": False, "image": None})},
+        time=4,
+        frames=5,
+    ),
 )

@@ -63,9 +63,7 @@ class ModelHooks:
     @property
     def is_borrowed(self) -> bool:
         """Whether another model runs the block: neither this one does nor autograd, once more."""
-        return (
-            self.spec.shares and not self.state.runs and torch._C._current_graph_task_id() == -1
-        )
+        return self.spec.shares and not self.state.runs and torch._C._current_graph_task_id() == -1
 
     def append_place(self, rope: nn.Module, args: Args, output: Any) -> Any:
         if isinstance(output, dict) and self.place is not None:

@@ -9,7 +9,7 @@ from tests.support.slow import slow
 from tests.support.tiny_model import WIDTH
 from tests.support.tiny_pipelines import sd_pipeline
 from tests.support.tiny_unets import predict, sd_unet, unet_inputs
-from tests.support.tiny_vits import FAMILIES, Vit, build
+from tests.support.tiny_vits import FAMILIES, SPEECH, Vit, build
 from tests.support.vit_reference import encode
 
 R = [3, 0, 9]
@@ -20,6 +20,9 @@ GRIDS = {
     "Whisper": (36,),
     "ViViT": (2, 3, 3),
     "VideoMAE": (2, 3, 3),  # 4 frames, two in each patch.
+    "V-JEPA 2": (2, 3, 3),
+    "RADIO": (36,),  # Its patches are cut out as a row.
+    **dict.fromkeys(SPEECH, (37,)),
     "ViTMAE": (27,),  # It sees three quarters of 36 patches, in random order.
 }
 
@@ -50,7 +53,7 @@ def test_the_groups_of_every_layer_are_those_of_the_reference(name):
     for layer, record in enumerate(traced):
         schedule = [r if i <= layer else 0 for i, r in enumerate(R)]
         for tokens, got in zip(first, record.group.tolist(), strict=True):
-            _, groups = encode(tokens, vit.reference, schedule, vit.prefix)
+            _, groups = encode(tokens, vit.reference, schedule, vit.prefix, suffix=vit.suffix)
             assert together(got) == {frozenset(members) for members in groups}
 
 
@@ -61,9 +64,10 @@ def test_patches_lie_in_their_grid_and_prefix_tokens_stay_separate(name):
     last = traced_run(vit, r=3)[-1]
     grid = GRIDS.get(name, (6, 6))
     assert last.grid == grid
-    assert last.patches.shape == (2, *grid)
+    assert last.patches.shape == (len(last.group), *grid)
     assert last.prefix == vit.prefix
-    assert torch.equal(last.patches.flatten(1), last.group[:, vit.prefix :])
+    end = last.group.shape[1] - vit.suffix
+    assert torch.equal(last.patches.flatten(1), last.group[:, vit.prefix : end])
     for group in last.group.tolist():
         assert all(group.count(group[i]) == 1 for i in range(vit.prefix))
 

@@ -9,6 +9,7 @@ from tomesd.api import apply_patch, patched, remove_patch, report
 from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.ratio_schedule import RatioSchedule
 from tomesd.diffusion.settings import DiffusionSettings
+from tomesd.kernels import use_kernels
 from tomesd.registry import register, supported
 from tomesd.reports import Report
 from tomesd.tracing import TokenGroups, trace
@@ -32,4 +33,5 @@ __all__ = [
     "report",
     "supported",
     "trace",
+    "use_kernels",
 ]

@@ -1,6 +1,7 @@
 """The plugin's verbs: apply_patch, remove_patch, patched, report."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
 from tomesd.diffusion.unet import UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
-from tomesd.reports import Report
+from tomesd.reports import Report, ReportRow
 from tomesd.vit import ViT, ViTPatch
 from tomesd.vit.settings import ViTSettings, vit_settings
 
@@ -129,10 +130,24 @@ def report(model: Any) -> Report:
     "Attention saved" is the share of query–key pairs in self-attention that need not be computed.
     Raises ValueError if nothing in the model is patched.
     """
-    found = {name: getattr(target, PATCH).rows() for name, target in patched_modules(model).items()}
-    if not found:
+    patched = patched_modules(model)
+    if not patched:
         raise not_patched_error(model)
+    found = {name: _rows(target) for name, target in patched.items()}
+    if not any(isinstance(getattr(each, PATCH), ViTPatch) for each in patched.values()):
+        later = [ReportRow("all of it", 0, 0, 0, 1.0, "not patched: it came later")]
+        others = {name: each for name, each in _modules(model).items() if name not in patched}
+        found |= {n: later for n, m in others.items() if isinstance(registry.find(m), UNet | DiT)}
     return Report(found)
+
+
+def _rows(target: nn.Module) -> list[ReportRow]:
+    """The rows of one patched model."""
+    patch = getattr(target, PATCH)
+    gone = set(getattr(patch, "blocks", ())) - set(target.modules())
+    note = "replaced since: apply_patch again to merge in the new ones"
+    rows: list[ReportRow] = patch.rows()
+    return rows + [ReportRow("blocks", len(gone), 0, 0, 1.0, note)] * bool(gone)
 
 
 def patched_modules(model: Any) -> dict[str, nn.Module]:
@@ -141,7 +156,10 @@ def patched_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def not_patched_error(model: Any) -> ValueError:
-    return ValueError(f"model must be patched, got a {type(model).__name__} without a patch")
+    return ValueError(
+        f"model must be patched, got a {type(model).__name__} without a patch: call apply_patch on "
+        "it, also if the part that was patched has been replaced"
+    )
 
 
 def _modules(model: Any) -> dict[str, nn.Module]:
@@ -159,6 +177,9 @@ def _choose(
     model: Any, ratio: Ratio | None, preset: str | None, settings: dict[str, Any]
 ) -> tuple[list[nn.Module], DiffusionSettings | ViTSettings]:
     """Which models to patch, and how: denoisers by ratio, Vision Transformers by r."""
+    pipeline = "" if isinstance(model, nn.Module) else registry.why_refused(model)
+    if pipeline:
+        raise TypeError(pipeline)
     specs = {module: registry.find(module) for module in _modules(model).values()}
     vits = [module for module, spec in specs.items() if isinstance(spec, ViT)]
     denoisers = [module for module, spec in specs.items() if isinstance(spec, UNet | DiT)]
@@ -179,6 +200,10 @@ def _choose(
             f"{found} must be given r, the number of tokens to merge in each layer (for example "
             "r=8); ratio and preset are for diffusion models"
         )
+    denoiser = _denoiser_part(model)
+    if denoiser is not None:
+        left = f"{type(denoiser).__name__}, its denoiser, is left as it is"
+        warnings.warn(f"r merges tokens in {found} of the pipeline alone: {left}", stacklevel=3)
     return vits, vit_settings(settings)
 
 
@@ -190,11 +215,11 @@ def _denoiser_part(model: Any) -> nn.Module | None:
 
 
 def _why_unsupported(model: Any) -> str:
-    modules = _modules(model)
-    refused = (registry.why_refused(module) for module in modules.values())
-    for reason in filter(None, refused):
+    modules, denoiser = _modules(model), _denoiser_part(model)
+    # A pipeline is told of its denoiser, whatever else it has.
+    asked = modules.values() if denoiser is None else denoiser.modules()
+    for reason in filter(None, map(registry.why_refused, asked)):
         return reason
-    denoiser = _denoiser_part(model)
     model = model if denoiser is None else denoiser
     name = type(model).__name__
     if hasattr(model, "load_components") and not modules:

@@ -29,9 +29,10 @@ class TokenGroups:
     model: the name of the patched model in what was traced, as `tomesd.report` gives it.
     step: the number of the model's forward within the trace, from 0: the denoising step.
     where: the block. In a Vision Transformer tokens merge for good, and this is the group of each
-        input token after that block; in a denoiser, what merges inside that block only.
+        input token after that block; in a denoiser, or with within_blocks=True, what merges inside
+        that block only.
     group: int64 [B, prefix + patches], on the CPU: the group of each token, −1 for a dropped one.
-        Group numbers are per sample.
+        Group numbers are per sample. Detection tokens (YOLOS) follow the patches.
     prefix: how many class, distillation and register tokens lead; each is a group of its own.
     grid: the layout of the other tokens: (h, w) for images and latents, (frames, h, w) for videos,
         (frequencies, times) for sound; (patches,) if some are masked out.
@@ -47,7 +48,8 @@ class TokenGroups:
     @property
     def patches(self) -> Tensor:
         """One integer for each patch: int64 [B, *grid], without the prefix."""
-        patches: Tensor = self.group[:, self.prefix :].unflatten(1, self.grid)
+        end = self.prefix + math.prod(self.grid)
+        patches: Tensor = self.group[:, self.prefix : end].unflatten(1, self.grid)
         return patches
 
 
@@ -97,18 +99,22 @@ def _watch_vit(name: str, vit: Any, traced: list[TokenGroups]) -> Iterator[Remov
         grid = grids.pop(threading.get_ident(), None)
         if grid is None or patch is None or not any(patch.forward.schedule):
             return
-        step, maps = next(steps), patch.forward.maps
-        patches = maps[0].n - patch.prefix
+        step, maps = next(steps), patch.traced()
+        if not maps:
+            return
+        patches = next(iter(maps.values())).n - patch.protected
         if math.prod(grid) != patches:  # A masked autoencoder: the others are in random order.
             grid = (patches,)
         traced.extend(
             TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
-            for layer, so_far in enumerate(maps[1:])
+            for layer, so_far in maps.items()
         )
 
     # In all families a convolution embeds the patches, and its output is their grid.
     for where, module in vit.named_modules():
-        cut_out = isinstance(module, nn.Linear) and where.endswith("patch_embedding")
+        cut_out = isinstance(module, nn.Linear) and where.endswith(
+            ("patch_embedding", "patch_projection")
+        )
         if cut_out or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             yield module.register_forward_hook(record_grid)
     yield getattr(vit, PATCH).points[-1].block.register_forward_hook(record)

@@ -5,10 +5,16 @@ from functools import cache
 
 from benchmarks.common.arguments import Command, number
 from benchmarks.cost.counts import MODELS, STEP, Count, count
-from benchmarks.cost.tables import budget_table, ideal_table, levels_table, shares_table
+from benchmarks.cost.tables import (
+    budget_table,
+    cards_table,
+    ideal_table,
+    levels_table,
+    shares_table,
+)
 from tomesd.core.merging_work import WINDOW
 
-TABLES = ("levels", "shares", "ideal", "budget")
+TABLES = ("levels", "shares", "ideal", "budget", "cards")
 
 
 def prepare(args: Namespace) -> Namespace:
@@ -39,6 +45,8 @@ def render(args: Namespace) -> list[str]:
             tables += [levels_table(counts, ratio, args.window) for ratio in args.ratio]
         if name == "budget":
             tables += [budget_table(counts, ratio, args.window) for ratio in args.ratio]
+        if name == "cards":
+            tables += [cards_table(counts, ratio, args.window) for ratio in args.ratio]
     return tables
 
 

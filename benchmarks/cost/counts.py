@@ -78,7 +78,9 @@ class Count(NamedTuple):
         wide = self.model.config["cross_attention_dim"]
         return workload.block(*at, r=r, branches=branches, text_tokens=text, text_channels=wide)
 
-    def patch(self, level: Level, r: int, branches: Branches, window: int | None) -> list[Work]:
+    def patch(
+        self, level: Level, r: int, branches: Branches, window: int | None, fused: bool = False
+    ) -> list[Work]:
         """The work of merging r tokens in one block of a level."""
         return merging_work.patch(
             self.batch,
@@ -88,6 +90,7 @@ class Count(NamedTuple):
             branches=branches,
             destinations=_destinations(level, r),
             window=window,
+            fused=fused,
         )
 
     def ideal(self, ratio: float, branches: Branches, everywhere: bool = False) -> float:

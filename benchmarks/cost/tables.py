@@ -140,15 +140,46 @@ def budget_table(counts: Iterable[Count], ratio: float, window: int) -> str:
         r = merged(level, ratio)
         for name, branches in MERGES.items():
             full, less = counted.block(level), counted.block(level, r, branches)
-            own = counted.patch(level, r, branches, window)
             cells = [*_place(counted, level), name]
             for kind, _, times in units:
-                saved = cost.seconds(full, kind) - cost.seconds(less, kind)
-                spent = cost.seconds(own, kind)
+                # On a GPU kernels merge, and Python prepares each operator.
+                own = counted.patch(level, r, branches, window, fused=kind != "cpu")
+                saved, spent = cost.weigh(full, less, own, kind, joint=counted.model.joint)
                 cells += [_figure(times * part) for part in (saved, (1 - SHARE) * saved, spent)]
                 cells.append("yes" if saved > spent else "no")
             rows.append(cells)
     return markdown.table(["model", "px", "tokens × channels", "what merges", *columns], rows)
+
+
+# Cards of the table of `cards_table`, of those that `cost.PUBLISHED` knows.
+CARDS = ("RTX 3060", "RTX 3090", "RTX 4070", "RTX 4090", "RTX 5090", "A100", "H100")
+
+
+def cards_table(counts: Iterable[Count], ratio: float, window: int) -> str:
+    """Markdown: how many times as fast merging whole blocks is expected to make them, by card.
+
+    >>> print(cards_table([count(MODELS["sd15"], 512)], ratio=0.5, window=32))
+    | model | px | tokens × channels | RTX 3060 | ...
+
+    Eager / in a graph. A dash: it would not be faster, and `only_where_it_pays` leaves it alone.
+    """
+    rows = []
+    for counted, level in _each_level(counts):
+        r, whole = merged(level, ratio), Branches(merge_block=True)
+        full, less = counted.block(level), counted.block(level, r, whole)
+        own = counted.patch(level, r, whole, window, fused=True)
+        cells = []
+        for card in CARDS:
+            gains = []
+            for eager in (True, False):
+                found = cost.weigh(full, less, own, card, joint=counted.model.joint, eager=eager)
+                host = cost.host_seconds(card, counted.model.joint) if eager else 0.0
+                before = max(cost.seconds(full, card), host)
+                after = before - found.saved + found.spent
+                gains.append(f"{before / after:.2f}" if found.pays else markdown.MISSING)
+            cells.append(" / ".join(gains))
+        rows.append([*_place(counted, level), *cells])
+    return markdown.table(["model", "px", "tokens × channels", *CARDS], rows)
 
 
 def _each_level(counts: Iterable[Count]) -> list[tuple[Count, Level]]:

@@ -77,6 +77,20 @@ def _read_benchmark(file: Path) -> Record:
     }
 
 
+def _read_coverage(file: Path) -> Record:
+    found = _json(file)
+    return {
+        "command": found["command"],
+        "environment": _environment(found["environment"]),
+        "rows": [{**row, "why": ""} for row in found["rows"] if row["merges"]],
+    }
+
+
+def _read_dense(file: Path) -> Record:
+    found = _json(file)
+    return {**found, "environment": _environment(found["environment"])}
+
+
 def _read_classifier(file: Path) -> Record:
     settings = _json(file.with_name("settings.json"))
     rows = [row for row in read_records(file) if not row["name"].startswith("random ")]
@@ -150,6 +164,8 @@ RESULTS: dict[str, Result] = {
         _read_fid,
     ),
     "pipelines": Result("python -m tests.pipelines runs/pipelines.json", _read_pipelines),
+    "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "dense": Result("python scripts/dense.py", _read_dense),
 }
 
 

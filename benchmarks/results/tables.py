@@ -5,11 +5,15 @@
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
+- coverage: models of transformers and timm that merge
+- dense-angles, dense-ways: how close merged features stay
 - fid: distances of merging and of random pruning
 - pipelines: what came of merging in each pipeline of diffusers
-- cost:levels, cost:shares, cost:ideal, cost:budget: the cost model
+- cost:levels, cost:shares, cost:ideal, cost:budget, cost:cards: the cost model
+- gpu: a section for each GPU that was measured; kernels: what they take of one
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +22,12 @@ from typing import Any
 from benchmarks.common import markdown
 from benchmarks.common.markdown import MISSING, figure, spread
 from benchmarks.cost import command as cost
+from benchmarks.coverage.models import Covered
+from benchmarks.coverage.models import table as coverage_table
+from benchmarks.dense.command import angles_table, ways_table
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
-from benchmarks.results import paper
+from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
 
 _FRONTIER = {
@@ -163,6 +170,10 @@ def vit_speed(result: Record) -> str:
     )
 
 
+def coverage(result: Record) -> str:
+    return coverage_table([Covered(**row) for row in result["rows"]])
+
+
 def fid(result: Record) -> str:
     lines = fid_table(result["rows"], Features(result["settings"]["features"])).splitlines()
     lines[0] += " the paper's FID ↓ | the paper's s/im ↓ |"
@@ -221,6 +232,9 @@ TABLES: dict[str, Table] = {
     "vit-b16": Table("vit-b16", vit_speed),
     "fid": Table("fid", fid),
     "pipelines": Table("pipelines", pipelines),
+    "coverage": Table("coverage", coverage),
+    "dense-angles": Table("dense", lambda result: angles_table(result["rows"])),
+    "dense-ways": Table("dense", lambda result: ways_table(result["rows"])),
 }
 # The options of scripts/cost.py with which docs/performance.md shows its tables.
 COST_TABLES: dict[str, str] = {
@@ -228,8 +242,11 @@ COST_TABLES: dict[str, str] = {
     "cost:levels": "--table levels --size 512 1024 2048",
     "cost:ideal": "--table ideal --ratio 0.25 0.5 0.75 --size 512 1024 2048",
     "cost:budget": "--table budget --size 512 1024",
+    "cost:cards": "--table cards --size 512 1024",
 }
-NAMES = (*TABLES, *COST_TABLES)
+# Tables of what scripts/gpu.py writes, with the command.
+GPU_TABLES: dict[str, str] = {"gpu": gpu.COMMAND, "kernels": gpu.KERNELS_COMMAND}
+NAMES = (*TABLES, *COST_TABLES, *GPU_TABLES)
 
 
 def render(name: str, root: Path = ROOT) -> str:
@@ -243,6 +260,10 @@ def render(name: str, root: Path = ROOT) -> str:
     if name in COST_TABLES:
         (table,) = cost.render(cost.main.parser().parse_args(COST_TABLES[name].split()))
         return table
+    if name == "gpu":
+        return gpu.page(root)
+    if name == "kernels":
+        return gpu.kernels(json.loads((root / "results" / "kernels.json").read_text()))
     if name not in TABLES:
         raise ValueError(f"table must be one of {', '.join(NAMES)}, got {name!r}")
     chosen = TABLES[name]
@@ -266,5 +287,7 @@ def source(name: str) -> str:
     """
     if name in COST_TABLES:
         return f"python scripts/cost.py {COST_TABLES[name]}"
+    if name in GPU_TABLES:
+        return f"results/, {GPU_TABLES[name]}"
     result = TABLES[name].result
     return f"results/{result}.json, {RESULTS[result].command}"

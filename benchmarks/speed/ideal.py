@@ -96,7 +96,7 @@ class _BlockSlice:
         side, ratio = math.isqrt(n), self.matcher.settings.ratio
         assert isinstance(ratio, float)
         self.rest = None
-        if self.matcher.why_not(ratio, x.device.type, batch, side, side, channels, joint=True):
+        if self.matcher.why_not(ratio, x.device, batch, side, side, channels, joint=True):
             return args, kwargs
         merged = self.matcher.merged(ratio, side, side)
         self.rest = x[:, n - merged :]

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,20 +99,35 @@ def test_the_operators_that_are_charged_for_are_those_that_are_called():
     matcher, x = Matcher(DiffusionSettings()), torch.randn(2, 16, 8)
     made = matcher.token_map(x, 4, 4, 0.5, None)
     merged = made.merge(x)
-    refined, norms = Matcher(DiffusionSettings(refine=2)), merging_work.NORM_CALLS
+    refined, norms = Matcher(DiffusionSettings(refine=2)), merging_work.PYTORCH.norms
     for charged, call in (
-        (merging_work.MATCH_CALLS, lambda: matcher.token_map(x, 4, 4, 0.5, None)),
+        (merging_work.PYTORCH.match, lambda: matcher.token_map(x, 4, 4, 0.5, None)),
         (
-            merging_work.MATCH_CALLS + 2 * merging_work.REFINE_CALLS,
+            merging_work.PYTORCH.match + 2 * merging_work.PYTORCH.refine,
             lambda: refined.token_map(x, 4, 4, 0.5, None),
         ),
-        (merging_work.MERGE_CALLS, lambda: made.merge(x)),
-        (merging_work.MERGE_CALLS + norms, lambda: made.merge(x, how="direction")),
-        (merging_work.UNMERGE_CALLS, lambda: made.unmerge(merged)),
+        (merging_work.PYTORCH.merge, lambda: made.merge(x)),
+        (merging_work.PYTORCH.merge + norms, lambda: made.merge(x, how="direction")),
+        (merging_work.PYTORCH.unmerge, lambda: made.unmerge(merged)),
     ):
         with _Calls() as seen:
             call()
         assert seen.count == pytest.approx(charged, rel=0.2)
+
+
+def test_a_block_prepares_the_operators_that_it_is_charged_for():
+    x, text = torch.randn(2, 16, 8), torch.randn(2, 5, 8)
+    block, joint = (
+        BasicTransformerBlock(8, 2, 4, cross_attention_dim=8).eval(),
+        JointTransformerBlock(8, 2, 4).eval(),
+    )
+    with torch.no_grad():
+        with _Calls() as seen:
+            block(x, encoder_hidden_states=text)
+        assert seen.count == workload.OPERATORS
+        with _Calls() as seen:
+            joint(x, encoder_hidden_states=text, temb=torch.randn(2, 8))
+        assert seen.count == workload.JOINT_OPERATORS
 
 
 class _Calls(TorchDispatchMode):
@@ -216,6 +231,50 @@ def test_an_unknown_device_merges_where_a_fast_gpu_would(batch, tokens, channels
     at = (batch, tokens, tokens // 2, channels)
     got = cost.balance("xpu", *at, branches=branches).pays
     assert got == cost.balance("cuda", *at, branches=branches).pays
+
+
+# A device and the shape of a block that it computes faster than Python prepares it.
+FAST, SHORT = "NVIDIA H100 80GB HBM3", (2, 4096, 2048, 320)
+
+
+def test_an_eager_gpu_that_waits_for_python_is_left_alone():
+    whole = {"branches": Branches(merge_block=True), "fused": True}
+    assert cost.balance(FAST, *SHORT, **whole).saved == 0
+    assert not cost.balance(FAST, *SHORT, **whole).pays
+    assert cost.balance(FAST, *SHORT, **whole, eager=False).pays
+    assert cost.balance("NVIDIA GeForce RTX 3060", *SHORT, **whole).pays
+
+
+@given(**ROOM)
+def test_kernels_never_cost_more_than_pytorch(batch, tokens, channels, kind, branches):
+    at = (kind, batch, tokens, tokens // 2, channels)
+    fused = cost.balance(*at, branches=branches, fused=True)
+    assert fused.spent <= cost.balance(*at, branches=branches).spent * (1 + 1e-9) + 1e-15
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA GeForce RTX 4070 Ti", "RTX 4070"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA GeForce GTX 1650", "RTX 4090"),
+        ("xpu", "RTX 4090"),
+    ],
+)
+def test_a_card_is_known_by_its_name(name, known):
+    teraflops, gigabytes = cost.PUBLISHED[known]
+    assert cost.rates(name).matmul == teraflops * 1e12
+    assert cost.rates(name).memory == gigabytes * 1e9
+
+
+def test_measured_rates_go_before_published_ones(monkeypatch):
+    monkeypatch.setitem(cost.MEASURED, "NVIDIA A10", cost.CPU)
+    assert cost.rates("NVIDIA A10") is cost.CPU
 
 
 def test_whether_it_pays_is_decided_while_compiling():

@@ -67,7 +67,8 @@ def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
 
     # Replaced as an attribute: diffusers' setters look at a processor's signature.
     model = tiny.patched(when, change)
-    assert torch.equal(tiny.predict(model), expected)
+    # Where they can be, keys are unmerged for it instead of weighed: the same but for rounding.
+    torch.testing.assert_close(tiny.predict(model), expected, rtol=0, atol=1e-5)
     assert own
     lengths = {length for processor in own for length, _ in processor.seen}
     assert lengths <= {tiny.frames * 18, tiny.frames * 18 + 5}

@@ -58,8 +58,6 @@ def _models() -> dict[str, type]:
                 own = isinstance(kind, type) and kind.__module__ == module.__name__
                 if own and issubclass(kind, diffusers.ModelMixin):
                     found[name] = kind
-    # A UNet2DConditionModel by its class, if not by what is in it: see below.
-    del found["DreamLiteUNetModel"]
     return found
 
 
@@ -73,9 +71,8 @@ def test_every_denoiser_of_diffusers_merges_or_is_refused_by_name_with_a_reason(
         # The same blocks in the same places as a ControlNetModel; test_addons_after_patching.
         assert name in tested | {"ControlNetUnionModel"}
         return
-    # Without its layers: what it is called is all that counts.
-    empty = MODELS[name].__new__(MODELS[name])
-    torch.nn.Module.__init__(empty)
+    # What it is called is all that counts.
+    empty = _empty(name)
     if "Multi" in name:
         # A list of ControlNets, each of which merges if it can.
         empty.nets = torch.nn.ModuleList([CONTROLNETS["SD3ControlNetModel"].build()])
@@ -87,14 +84,15 @@ def test_every_denoiser_of_diffusers_merges_or_is_refused_by_name_with_a_reason(
     assert not any("_tomesd" in key for key in vars(empty))
 
 
-def test_a_unet_with_transformers_of_its_own_is_refused_by_their_name():
-    model = diffusers.DreamLiteUNetModel(
-        sample_size=8, block_out_channels=(16, 32, 32), attention_head_dim=8, num_kv_heads=1,
-        cross_attention_dim=16, norm_num_groups=8, layers_per_block=1,
+def test_a_unet_with_attention_but_no_transformers_is_refused_with_the_reason():
+    """As those of DeepFloyd IF and Kandinsky 2 are."""
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_dim=16, norm_num_groups=8,
     )  # fmt: skip
-    with pytest.raises(
-        ValueError, match="in DreamLiteUNetModel: DreamLiteTransformer2DModel is not"
-    ):
+    with pytest.raises(ValueError, match="its attention has no transformer around it, and is too"):
         tomesd.apply_patch(model)
     assert count_hooks(model) == 0
 
@@ -114,6 +112,40 @@ def test_a_pipeline_is_told_of_its_denoiser_and_not_of_its_image_encoder():
     with pytest.raises(TypeError, match=r"got CosmosTransformer3DModel\. The closest") as refused:
         tomesd.apply_patch(Pipeline(), ratio=0.5)
     assert len(str(refused.value)) <= 300
+
+
+@pytest.mark.parametrize("part", ["transformer", "unet", "prior", "decoder"])
+def test_a_pipeline_is_told_the_reason_of_its_denoiser_whatever_else_it_has(part):
+    """Also if something else in it is refused for a reason of its own."""
+
+    class Pipeline:
+        components: ClassVar = {
+            "another": _empty("SanaTransformer2DModel"),
+            "image_encoder": build_vit("CLIP").model,
+            part: _empty("LTX2VideoTransformer3DModel"),
+        }
+
+    for settings in ({}, {"ratio": 0.5}):
+        with pytest.raises(TypeError, match="must not be a LTX2VideoTransformer3DModel: in its"):
+            tomesd.apply_patch(Pipeline(), **settings)
+
+
+def test_one_learns_that_r_leaves_the_denoiser_of_a_pipeline_as_it_is():
+    class Pipeline:
+        components: ClassVar = {
+            "image_encoder": build_vit("CLIP").model,
+            "transformer": _empty("LTX2VideoTransformer3DModel"),
+        }
+
+    with pytest.warns(UserWarning, match=r"CLIP\w* of the pipeline alone: LTX2VideoTransformer3D"):
+        tomesd.apply_patch(Pipeline(), r=1)
+
+
+def _empty(name: str) -> torch.nn.Module:
+    """A model without its layers."""
+    model = MODELS[name].__new__(MODELS[name])
+    torch.nn.Module.__init__(model)
+    return model
 
 
 def test_supported_lists_what_can_be_patched():
@@ -180,7 +212,9 @@ def test_a_video_conditioned_on_replaced_tokens_is_refused():
 @pytest.mark.parametrize("prop_attn", [False, True])
 def test_causal_attention_between_frames_is_refused(prop_attn):
     tiny = TINY["SkyReelsV2Transformer3DModel"]
-    model = tomesd.apply_patch(tiny.build(num_frame_per_block=3), prop_attn=prop_attn)
+    model = tomesd.apply_patch(tiny.build(), prop_attn=prop_attn)
+    # As its pipeline does it.
+    model._set_ar_attention(3)
     with pytest.raises(ValueError, match="attention_mask on self-attention"):
         tiny.call(model)
 

@@ -30,6 +30,7 @@ _TRANSFORMERS = {
 }
 _VITS = {
     *("timm", "timm with registers", "timm with norms after", "torchvision"),
+    *("timm EVA-02", "timm BEiT", "DINOv3", "BEiT", "YOLOS", "HuBERT"),
     *("ViT", "ViTMAE", "DINOv2 backbone", "CLIP", "SigLIP 2", "VideoMAE", "BLIP", "AST", "Whisper"),
 }
 

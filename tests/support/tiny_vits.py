@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -12,11 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from tests.support.tiny_vits_base import DEPTH, HEADS, WIDTH, Vit, heads, images
+from tests.support.tiny_vits_more import MORE, SPEECH
+from tests.support.tiny_vits_placed import PLACED, TIMM_PLACED
+from tests.support.tiny_vits_rotary import EVA, ROTARY
 from tests.support.tiny_vits_towers import TOWERS
 from tests.support.tiny_vits_transformers import ENCODERS
 from tests.support.vit_reference import Block
 
-__all__ = ["FAMILIES", "HEADS", "TIMM", "TRANSFORMERS", "WIDTH", "Vit", "build"]
+__all__ = ["FAMILIES", "HEADS", "SPEECH", "TIMM", "TRANSFORMERS", "WIDTH", "Vit", "build"]
 
 
 def build(name: str, seed: int = 0, **config) -> Vit:
@@ -78,19 +82,36 @@ def _timm(**config) -> Vit:
 
 def _torchvision() -> Vit:
     model = TorchvisionViT(24, 4, DEPTH, HEADS, WIDTH, 2 * WIDTH, num_classes=5)
+    return _with_mha(model, model.encoder.layers, "self_attention")
+
+
+def _open_clip() -> Vit:
+    transformer = pytest.importorskip("open_clip.transformer")
+    model = transformer.VisionTransformer(24, 4, WIDTH, DEPTH, HEADS, 2.0, 0.7, output_dim=5)
+    return _with_mha(model, model.transformer.resblocks, "attn")
+
+
+def _with_mha(model: Any, blocks: Any, name: str) -> Vit:
+    """A model whose attention is PyTorch's MultiheadAttention."""
 
     def describe(block: Any) -> Block:
-        attention = block.self_attention
+        attention = getattr(block, name)
+        scales = [getattr(block, scale, nn.Identity()) for scale in ("ls_1", "ls_2")]
 
         def qkv(x: Tensor) -> tuple[Tensor, ...]:
             joint = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
             q, k, v = (heads(part) for part in joint.chunk(3, dim=-1))
             return q, k, v
 
-        return Block(block.ln_1, qkv, attention.out_proj, lambda x: block.mlp(block.ln_2(x)))
+        return Block(
+            block.ln_1,
+            qkv,
+            lambda x: scales[0](attention.out_proj(x)),
+            lambda x: scales[1](block.mlp(block.ln_2(x))),
+        )
 
-    blocks = list(model.encoder.layers)
-    return Vit(model, {"x": images()}, blocks, [describe(block) for block in blocks], prefix=1)
+    reference = [describe(block) for block in blocks]
+    return Vit(model, {"x": images()}, list(blocks), reference, prefix=1)
 
 
 TIMM = {
@@ -100,5 +121,8 @@ TIMM = {
     "timm without class token": lambda: _timm(class_token=False, global_pool="avg"),
     "timm with norms after": lambda: _timm(block_fn=ResPostBlock),
 }
-TRANSFORMERS = ENCODERS | TOWERS
-FAMILIES: dict[str, Callable[..., Vit]] = TIMM | TRANSFORMERS | {"torchvision": _torchvision}
+TIMM |= EVA | TIMM_PLACED
+TRANSFORMERS = ENCODERS | TOWERS | ROTARY | PLACED | MORE | SPEECH
+FAMILIES: dict[str, Callable[..., Vit]] = (
+    TIMM | TRANSFORMERS | {"torchvision": _torchvision, "open_clip": _open_clip}
+)

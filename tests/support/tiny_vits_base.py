@@ -16,7 +16,7 @@ class Vit:
     """A model, an input for it, and what the tests need to know about it.
 
     blocks, reference: its transformer blocks, and what they compute, for vit_reference. prefix: its
-    class, distillation and register tokens.
+    class, distillation and register tokens. suffix: tokens at the end that never merge.
     """
 
     model: Any
@@ -24,6 +24,7 @@ class Vit:
     blocks: list[nn.Module]
     reference: list[Block]
     prefix: int
+    suffix: int = 0
 
     def output(self) -> Tensor:
         out = self.model(**self.inputs)
@@ -38,3 +39,9 @@ def images(size: int = 24) -> Tensor:
 def heads(x: Tensor) -> Tensor:
     """[N, C] as [heads, N, C / heads]."""
     return x.unflatten(-1, (HEADS, -1)).transpose(0, 1)
+
+
+def tokens_of(output: Any) -> Tensor:
+    """What a block gives: its tokens, or a tuple that starts with them."""
+    tokens: Tensor = output[0] if isinstance(output, tuple) else output
+    return tokens

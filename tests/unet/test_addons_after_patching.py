@@ -6,6 +6,7 @@ from diffusers import (
     ControlNetUnionModel,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionXLControlNetUnionPipeline,
 )
 from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
@@ -13,9 +14,10 @@ from peft import LoraConfig
 from PIL import Image
 
 import tomesd
-from tests.support.tiny_pipelines import build_pipeline, sdxl_components
+from tests.support.recorders import inputs_of
+from tests.support.tiny_pipelines import build_pipeline, sample, sd_pipeline, sdxl_components
 from tests.support.tiny_transformers import TINY
-from tests.support.tiny_unets import predict, sd_unet
+from tests.support.tiny_unets import controlnet, predict, sd_unet
 
 SD3 = TINY["SD3Transformer2DModel"]
 PLAIN = {"dual_attention_layers": (), "qk_norm": None}
@@ -84,9 +86,11 @@ def test_caches_applied_by_diffusers_functions_are_refused(name, apply, when):
     model = tiny.build()
     if when == "before":
         apply(model)
+        with pytest.raises(ValueError, match="cache"):
+            tomesd.apply_patch(model)
+        return
     tomesd.apply_patch(model)
-    if when == "after":
-        apply(model)
+    apply(model)
     with model.cache_context("cond"), pytest.raises(ValueError, match="cache"):
         tiny.call(model)
 
@@ -182,3 +186,55 @@ def test_a_union_controlnet_merges_beside_its_unet():
     assert all(
         any(row.merged < row.tokens for row in rows) for rows in tomesd.report(pipe).rows.values()
     )
+
+
+SIZE = {"height": 80, "width": 112}
+FINEST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+
+def test_a_pipeline_made_from_a_patched_one_merges_and_its_steps_count_for_a_schedule():
+    pipe = sd_pipeline()
+    tomesd.apply_patch(pipe, ratio=tomesd.RatioSchedule.first(0.5, until=0.5))
+    picture = Image.linear_gradient("L").convert("RGB").resize((112, 80))
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    with inputs_of(other.unet, FINEST) as seen:
+        sample(other, image=picture, strength=1.0, num_inference_steps=4)
+    assert seen == [(2, 70), (2, 70), (2, 140), (2, 140)]
+    assert tomesd.report(other).rows["unet"] == tomesd.report(pipe).rows["unet"]
+    tomesd.remove_patch(other)
+    with pytest.raises(ValueError, match="without a patch"):
+        tomesd.report(pipe)
+
+
+def test_one_learns_that_the_part_that_was_patched_has_been_replaced():
+    pipe = tomesd.apply_patch(sd_pipeline())
+    pipe.unet = sd_unet(seed=1)
+    with pytest.raises(ValueError, match="also if the part that was patched has been replaced"):
+        tomesd.report(pipe)
+    both = torch.nn.ModuleDict({"unet": sd_unet(), "controlnet": controlnet(sd_unet())})
+    tomesd.apply_patch(both)
+    both["unet"] = sd_unet(seed=1)
+    assert "not patched: it came later" in str(tomesd.report(both))
+    assert tomesd.report(both).rows["controlnet"][0].note == ""
+
+
+def test_one_learns_that_blocks_were_replaced():
+    unet = tomesd.apply_patch(sd_unet())
+    assert "replaced" not in str(tomesd.report(unet))
+    unet.down_blocks[0].attentions[0] = sd_unet().down_blocks[0].attentions[0]
+    assert "replaced since: apply_patch again" in str(tomesd.report(unet))
+    assert predict(unet).isfinite().all()
+
+
+@torch.no_grad()
+def test_an_error_in_the_middle_of_a_block_leaves_nothing_behind():
+    unet = tomesd.apply_patch(sd_unet())
+    expected = predict(unet)
+    for part in ("attn1", "attn2", "ff", "attn1.to_k"):
+        module = unet.get_submodule(FINEST.removesuffix("attn1") + part)
+        handle = module.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict(unet, h=8, w=8)
+        handle.remove()
+        assert torch.equal(predict(unet), expected)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tomesd
@@ -221,3 +222,21 @@ def test_levels_that_are_left_alone_compile_too():
     unet, counter = _compile(tomesd.apply_patch(sd_unet(), **settings))
     _close(_steps(unet), expected)
     assert counter.frame_count == 1
+
+
+@slow
+def test_a_processor_of_ones_own_compiles_to_one_graph_if_it_was_there_before():
+    class Own:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+
+    unet = sd_unet()
+    for name, module in unet.named_modules():
+        if name.endswith("attn1"):
+            module.set_processor(Own())
+    expected = _steps(tomesd.apply_patch(unet))
+    compiled, counter = _compile(unet)
+    _close(_steps(compiled), expected)
+    assert counter.frame_count == 1
+    unet.set_attn_processor(AttnProcessor2_0())
+    _close(_steps(compiled), _steps(tomesd.apply_patch(sd_unet())))

@@ -1,6 +1,7 @@
 """Bad input is a clear, typed error before anything is changed."""
 
 import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -91,6 +92,8 @@ def test_settings_are_by_name_only():
         (lambda: None, "None"),
         (lambda: UNet2DConditionModel, "<class"),
         (lambda: [1], "a list"),
+        (lambda: {"unet": 1}, "a dict"),
+        (lambda: Path("model"), "a PosixPath"),
     ],
 )
 def test_what_is_not_supported_is_named_with_what_is_wanted(make, name):

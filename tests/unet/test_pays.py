@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
 from tests.support.tiny_unets import predict, sd_unet, unet_inputs
@@ -103,3 +105,48 @@ def test_a_map_made_without_gradients_serves_in_training_too():
     inputs = unet_inputs(unet, h=6, w=22)
     unet(**inputs).sample.mean().backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("side", "channels", "text", "share"),
+    [
+        (96, 384, "image_proj", 0.135),
+        (128, 384, "image_proj", 0.176),
+        (64, 704, "text_proj", 0.090),
+    ],
+    ids=["Kandinsky 2.2 at 768 px", "Kandinsky 2.2 at 1024 px", "DeepFloyd IF"],
+)
+def test_attention_without_a_transformer_around_it_is_a_small_share_of_the_work(
+    side, channels, text, share
+):
+    """Of the multiplications, with all of its projections of image tokens: docs/performance.md."""
+    width = 768 if text == "image_proj" else 2816
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=tuple(channels * level for level in (1, 2, 3, 4)),
+            down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
+            up_block_types=(*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            layers_per_block=3,
+            attention_head_dim=64,
+            cross_attention_dim=width,
+            encoder_hid_dim=1280,
+            encoder_hid_dim_type=text,
+            addition_embed_type="image" if text == "image_proj" else None,
+            resnet_time_scale_shift="scale_shift",
+        )
+        given = {"encoder_hidden_states": torch.empty(2, 77, 1280)}
+        if text == "image_proj":
+            given = {"added_cond_kwargs": {"image_embeds": torch.empty(2, 1280)}}
+            given["encoder_hidden_states"] = None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(torch.empty(2, 4, side, side), torch.empty(2), **given)
+    counts = {
+        name.partition(".")[2]: sum(each.values())
+        for name, each in counter.get_flop_counts().items()
+    }
+    own = [name for name, module in unet.named_modules() if type(module).__name__ == "Attention"]
+    of_text = sum(counts[f"{name}.add_{part}_proj"] for name in own for part in "kv")
+    attention = sum(counts[name] for name in own) - of_text
+    assert attention / counter.get_total_flops() == pytest.approx(share, abs=0.003)

@@ -1,17 +1,27 @@
-"""The examples of docs/vision-transformers.md run."""
+"""The examples of the pages about Vision Transformers run."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "vision-transformers.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {
+    "classifiers.md": 1,
+    "dense-features.md": 3,
+    "detection-and-segmentation.md": 2,
+    "audio.md": 1,
+    "vision-transformers.md": 1,
+}
 
 
-def test_the_examples_of_the_page_run():
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_the_page_run(page):
     torch.manual_seed(0)
     names = {}
-    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(found) == 3
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(found) == PAGES[page]
     for source in found:
         exec(source, names)

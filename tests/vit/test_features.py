@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny_vits import Vit, build
+from tests.support.tiny_vits_rotary import EVA
 from tests.support.vit_reference import features, merge_into
 from tests.vit.test_families import families
 from tests.vit.test_threads import assert_alike, batches, inside
@@ -51,11 +52,13 @@ def _first_block(vit: Vit, matcher: Matcher | None) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_tokens_are_compared_by_their_keys_or_by_what_a_matcher_asks_for(name, which, heads):
     vit = build(name)
+    if which == "v" and name in EVA:
+        pytest.skip("no module gives its values")
     first, group = _first_block(vit, Comparing(which, heads) if heads else None)
     for tokens, got in zip(first, group, strict=True):
         feature = features(tokens, vit.reference[0])[which]
         metric = feature.transpose(0, 1).flatten(1) if heads == "all" else feature.mean(0)
-        into = merge_into(metric, 5, vit.prefix)
+        into = merge_into(metric[: len(tokens) - vit.suffix], 5, vit.prefix)
         stay = [i for i in range(len(tokens)) if i not in into]
         assert got.tolist() == [stay.index(into.get(i, i)) for i in range(len(tokens))]
 

@@ -29,7 +29,7 @@ def test_hidden_states_hold_all_tokens_of_every_layer(name):
     assert [x.shape for x in merged] == [x.shape for x in plain]
     assert torch.equal(merged[0], plain[0])
     left = tokens_after(R, plain[0].shape[1], build(name).prefix)
-    assert [len(x[0].unique(dim=0)) for x in merged[1:]] == left
+    assert [len(x[0].unique(dim=0)) for x in merged[1 : len(left) + 1]] == left
 
 
 @torch.no_grad()
@@ -136,6 +136,40 @@ def test_whisper_with_skipped_layers_is_refused():
     model = hf.WhisperModel(whisper_config(encoder_layerdrop=0.1))
     with pytest.raises(ValueError, match=r"encoder_layerdrop must be 0, .* got 0\.1"):
         tomesd.apply_patch(model, r=9)
+
+
+def test_speech_models_with_skipped_layers_are_refused_in_training_only():
+    vit = build("HuBERT", layerdrop=0.1)
+    tomesd.apply_patch(vit.model, r=3)
+    vit.output()
+    vit.model.train()
+    with pytest.raises(ValueError, match=r"layerdrop must be 0, .* got 0\.1"):
+        vit.output()
+    with pytest.raises(ValueError, match=r"layerdrop must be 0, .* got 0\.1"):
+        tomesd.apply_patch(vit.model, r=3)
+
+
+@torch.no_grad()
+def test_mid_position_embeddings_of_yolos_are_added_to_each_token():
+    vit = build("YOLOS", use_mid_position_embeddings=True)
+    plain = vit.output()
+    tomesd.apply_patch(vit.model, r=[0, 0, 9])
+    merged = vit.output()
+    assert merged.shape == plain.shape
+    tomesd.apply_patch(vit.model, r=9)
+    assert vit.output().isfinite().all()
+    (rows,) = tomesd.report(vit.model).rows.values()
+    assert [row.merged for row in rows] == [33, 24, 15]
+
+
+@torch.no_grad()
+def test_eomt_masks_and_classes_are_those_of_all_patches():
+    vit = build("EoMT")
+    plain = vit.model(**vit.inputs)
+    tomesd.apply_patch(vit.model, r=R)
+    merged = vit.model(**vit.inputs)
+    assert merged.masks_queries_logits.shape == plain.masks_queries_logits.shape
+    assert not torch.equal(merged.masks_queries_logits, plain.masks_queries_logits)
 
 
 @pytest.mark.parametrize("name", ["SigLIP 2", "Idefics 2", "Idefics 3", "SmolVLM"])

@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torchvision.models import swin_t
 
 import tomesd
@@ -118,8 +119,6 @@ def test_torchvision_s_windows_are_refused_with_the_reason():
     ("name", "why"),
     [
         ("swin_tiny_patch4_window7_224", "windows"),
-        ("beit_base_patch16_224", "bias by token positions"),
-        ("eva02_tiny_patch14_224", "rotates"),
     ],
 )
 def test_models_that_need_token_positions_in_every_layer_are_refused_with_the_reason(name, why):
@@ -127,6 +126,45 @@ def test_models_that_need_token_positions_in_every_layer_are_refused_with_the_re
         model = timm.create_model(name)
     with pytest.raises(TypeError, match=f"model must not be a .*{why}"):
         tomesd.apply_patch(model, r=3)
+
+
+class InheritingAttention(Attention):
+    """With the forward of timm's."""
+
+
+class ChangedAttention(Attention):
+    def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().forward(x, **kwargs)
+
+
+class InheritingBlock(Block):
+    """With the forward of timm's."""
+
+
+class ChangedBlock(Block):
+    def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().forward(x, **kwargs)
+
+
+@torch.no_grad()
+def test_blocks_and_attention_that_inherit_their_forward_merge_like_timm_s():
+    plain, vit = build("timm"), build("timm", block_fn=InheritingBlock)
+    for block in vit.blocks:
+        block.attn.__class__ = InheritingAttention
+    vit.inputs = plain.inputs
+    for each in (plain, vit):
+        tomesd.apply_patch(each.model, r=R)
+    assert torch.equal(vit.output(), plain.output())
+
+
+def test_blocks_and_attention_with_a_forward_of_their_own_are_refused_by_name():
+    vit = build("timm", block_fn=ChangedBlock)
+    with pytest.raises(TypeError, match="class that keeps their forward, got ChangedBlock as"):
+        tomesd.apply_patch(vit.model, r=3)
+    vit = build("timm")
+    vit.blocks[1].attn.__class__ = ChangedAttention
+    with pytest.raises(TypeError, match="got Block with ChangedAttention as block 1"):
+        tomesd.apply_patch(vit.model, r=3)
 
 
 def test_blocks_without_a_place_between_attention_and_mlp_are_refused():

@@ -19,7 +19,10 @@ def test_gradients_are_those_of_the_reference(name):
     first, last = run_patched(vit, r=R)
     weight = vit.blocks[0].get_parameter(next(n for n, p in vit.blocks[0].named_parameters()))
     (got,) = torch.autograd.grad(last.square().sum(), weight, retain_graph=True)
-    rows = [unmerge(*encode(tokens, vit.reference, R, vit.prefix)) for tokens in first]
+    rows = [
+        unmerge(*encode(tokens, vit.reference, R, vit.prefix, suffix=vit.suffix))
+        for tokens in first
+    ]
     (expected,) = torch.autograd.grad(torch.stack(rows).square().sum(), weight)
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-3)
 
@@ -63,8 +66,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     vit = build(name)
     vit.model.train()
     tomesd.apply_patch(vit.model, r=R)
+    torch.manual_seed(0)  # Some hosts move positions or drop paths in training.
     expected = gradients(vit)
+    if name.startswith("EoMT"):
+        pytest.skip("its host offers no checkpointing")
     enable_checkpointing(name, vit)
+    torch.manual_seed(0)
     got = gradients(vit)
     assert expected.keys() == got.keys()
     for key, value in expected.items():

@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 from tomesd.checks import require_int
 from tomesd.core.merging_work import WINDOW, patch
-from tomesd.core.workload import TEXT_TOKENS, Branches, Work, block, joint_block
+from tomesd.core.workload import (
+    JOINT_OPERATORS,
+    OPERATORS,
+    TEXT_TOKENS,
+    Branches,
+    Work,
+    block,
+    joint_block,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Rates:
     best, topk: bytes per second of similarities, for the maximum of each row and for the r largest.
     call: seconds that an operator takes at least.
     itemsize: bytes per number in the precision that the rates are for.
+    host: seconds that eager PyTorch takes to prepare an operator for a device that works meanwhile.
     """
 
     matmul: float
@@ -34,6 +43,7 @@ class Rates:
     topk: float
     call: float
     itemsize: int
+    host: float = 0.0
 
 
 # Measured: one thread of an AMD EPYC (Zen 4, AVX-512), torch 2.15, fp32, the best of 20 interleaved
@@ -53,20 +63,52 @@ CPU = Rates(
     itemsize=4,
 )
 
-# Published, not measured: the peaks of an RTX 4090 in half precision, 165.2 TFLOP/s of its tensor
-# cores with sums in fp32 and 1,008 GB/s (NVIDIA, "Ada GPU Architecture", appendix A). Real kernels
-# stay below the peaks, which understates what merging saves. call: launching a kernel takes 4 to
-# 6 µs (measured by others on an RTX 5070 Ti: susun-blog.com/blog/pegainfer-3-cuda-graph).
-CUDA = Rates(
-    matmul=165.2e12,
-    attention=165.2e12,
-    memory=1008e9,
-    rows=1008e9,
-    best=1008e9,
-    topk=1008e9,
-    call=5e-6,
-    itemsize=2,
-)
+# Eager PyTorch needs about this long to prepare an operator, in Python and its dispatcher, while a
+# GPU is still busy. Assumed: it is the CPU's speed, and 5 to 20 µs are usual.
+_HOST = 10e-6
+
+
+def _published(teraflops: float, gigabytes: float) -> Rates:
+    """A GPU's peaks in half precision, with sums in fp32. Real kernels stay below them, which
+    understates what merging saves.
+
+    call: launching a kernel takes 4 to 6 µs (measured by others on an RTX 5070 Ti:
+    susun-blog.com/blog/pegainfer-3-cuda-graph).
+    """
+    moved = gigabytes * 1e9
+    flops = teraflops * 1e12
+    return Rates(flops, flops, moved, moved, moved, moved, call=5e-6, itemsize=2, host=_HOST)
+
+
+# Published, not measured: TFLOP/s of tensor cores in half precision without sparsity, and GB/s of
+# memory, from NVIDIA's architecture papers and data sheets. GeForce cards add to sums in fp32 at
+# twice their rate of fp32 arithmetic. Of names that contain one another the longest counts.
+PUBLISHED = {
+    "RTX 3060": (25.5, 360),
+    "RTX 3070": (40.6, 448),
+    "RTX 3080": (59.5, 760),
+    "RTX 3090": (71, 936),
+    "RTX 4060": (30.2, 272),
+    "RTX 4070": (58.3, 504),
+    "RTX 4080": (97.5, 717),
+    "RTX 4090": (165.2, 1008),
+    "RTX 5070": (61.7, 672),
+    "RTX 5080": (112.6, 960),
+    "RTX 5090": (209.5, 1792),
+    "T4": (65, 320),
+    "L4": (121, 300),
+    "L40S": (362, 864),
+    "A10": (125, 600),
+    "A100": (312, 1555),
+    "H100 PCIe": (756, 2039),
+    "H100": (989, 3352),
+    "H200": (989, 4800),
+}
+# Of GPUs that are not in the tables: fast arithmetic, with which merging pays least.
+CUDA = _published(*PUBLISHED["RTX 4090"])
+
+# Measured by `scripts/gpu.py --part rates`, by the name of the device: none yet.
+MEASURED: dict[str, Rates] = {}
 
 
 class Balance(NamedTuple):
@@ -83,16 +125,23 @@ class Balance(NamedTuple):
 def rates(device_kind: str) -> Rates:
     """The rates of a kind of device.
 
-    >>> rates("cpu").itemsize
-    4
+    >>> rates("cpu").itemsize, rates("NVIDIA GeForce RTX 3060").memory
+    (4, 360000000000.0)
 
-    device_kind: torch.device's type. Devices other than "cpu" use the GPU's rates, the conservative
-        choice: with fast arithmetic and expensive calls merging pays least.
+    device_kind: torch.device's type, or the name of a GPU. Measured rates go before published ones.
+        Devices that are in neither table use those of an RTX 4090, the conservative choice: with
+        fast arithmetic and expensive calls merging pays least.
     Raises TypeError if it is not a string.
     """
     if not isinstance(device_kind, str):
         raise TypeError(f'device_kind must be a string such as "cuda", got {device_kind!r}')
-    return CPU if device_kind == "cpu" else CUDA
+    if device_kind == "cpu":
+        return CPU
+    if device_kind in MEASURED:
+        return MEASURED[device_kind]
+    words = f" {device_kind.replace('-', ' ')} "
+    known = [name for name in PUBLISHED if f" {name} " in words]
+    return _published(*PUBLISHED[max(known, key=len)]) if known else CUDA
 
 
 def seconds(work: Iterable[Work], device_kind: str) -> float:
@@ -133,13 +182,15 @@ def balance(
     keep_norm: bool = True,
     text_tokens: int = TEXT_TOKENS,
     joint: bool = False,
+    fused: bool = False,
+    eager: bool = True,
 ) -> Balance:
     """Estimate what merging saves and costs in one block of this shape, in seconds.
 
     >>> balance("cpu", 2, 4096, 2048, 320).pays, balance("cpu", 2, 16, 8, 320).pays
     (True, False)
 
-    device_kind: torch.device's type: see `rates`.
+    device_kind: torch.device's type or a GPU's name: see `rates`.
     batch, tokens, channels: the shape of the block's input.
     r: how many of the tokens merge, from 0 (which never pays) to tokens − 1.
     branches: which branches merge; default: self-attention.
@@ -149,9 +200,11 @@ def balance(
     refine, keep_norm: as in `DiffusionSettings`.
     text_tokens: how many tokens the text has.
     joint: a block with joint attention to text, as in SD3 and Flux (`joint_block`).
+    fused: whether kernels match, merge and unmerge (`tomesd.kernels`).
+    eager: whether Python prepares each operator. A GPU then waits for it where the operators are
+        short: there merging saves nothing, and its own operators cost what their preparation does.
 
-    The GPU's rates are its peaks, which understates the arithmetic that is saved; what merging
-    costs is mostly calls.
+    A GPU's published rates are its peaks, which understates the arithmetic that is saved.
     Raises TypeError for a value that is not an int, ValueError for one out of range.
     """
     require_int("batch", batch, 1)
@@ -176,6 +229,37 @@ def balance(
         window=window,
         refine=refine,
         keep_norm=keep_norm,
+        fused=fused,
     )
-    saved = seconds(full, device_kind) - seconds(less, device_kind)
-    return Balance(saved, seconds(own, device_kind))
+    return weigh(full, less, own, device_kind, joint=joint, eager=eager)
+
+
+def host_seconds(device_kind: str, joint: bool = False) -> float:
+    """Seconds that eager PyTorch takes to prepare the operators of one unmerged block.
+
+    >>> f"{host_seconds('NVIDIA GeForce RTX 4090'):.4f}"
+    '0.0003'
+    """
+    return rates(device_kind).host * (JOINT_OPERATORS if joint else OPERATORS)
+
+
+def weigh(
+    full: Iterable[Work],
+    less: Iterable[Work],
+    own: Iterable[Work],
+    device_kind: str,
+    *,
+    joint: bool = False,
+    eager: bool = True,
+) -> Balance:
+    """`balance` of a block's work, of what is left of it, and of the work of merging.
+
+    An eager GPU takes as long as its own work, or as Python takes to prepare it.
+    """
+    own = list(own)
+    block = host_seconds(device_kind, joint) if eager else 0.0
+    merging = sum(each.calls for each in own) * rates(device_kind).host if eager else 0.0
+    rest = seconds(less, device_kind)
+    merged = max(rest + seconds(own, device_kind), block + merging)
+    rest = max(rest, block)
+    return Balance(max(seconds(full, device_kind), block) - rest, merged - rest)

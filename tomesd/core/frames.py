@@ -15,16 +15,16 @@ from tomesd.core.token_map import TokenMap
 def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
     # Frames follow one another in memory, so the row numbers do not change.
+
+    def joined(part: Tensor) -> Tensor:
+        return part.unflatten(0, (-1, frames)).flatten(1, 2)
+
     return TokenMap(
-        *(
-            part.unflatten(0, (-1, frames)).flatten(1, 2)
-            for part in (
-                token_map.group_rows,
-                token_map.head_rows,
-                token_map.moved_rows,
-                token_map.size,
-            )
-        )
+        joined(token_map.group_rows),
+        joined(token_map.head_rows),
+        joined(token_map.moved_rows),
+        joined(token_map.size),
+        None if token_map.first is None else joined(token_map.first),
     )
 
 

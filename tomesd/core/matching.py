@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tomesd import kernels
 from tomesd.core.partition import Partition, Windows
 from tomesd.core.rows import in_batch, norms, select
 from tomesd.core.token_map import TokenMap
@@ -61,6 +62,9 @@ def bipartite_soft_matching(
         none = windows.order.new_empty(batch, 0)
         return TokenMap.from_moved_rows(n, none, none)
 
+    if refine == 0 and kernels.usable(metric):
+        rows = kernels.token_map(metric, windows.order, windows.src.shape[1], r)
+        return TokenMap(*rows)
     similarity, edges = _nearest(metric, windows, refine)
     if r < windows.src.numel():
         kept = similarity.topk(r, dim=1, sorted=False).indices

@@ -1,13 +1,29 @@
 """How much work matching, merging and unmerging take, from shapes alone."""
 
+from typing import NamedTuple
+
 from tomesd.core.workload import Branches, Work
 
-# Operators of tomesd that compute tensors, as a torch dispatch mode counts them.
-MATCH_CALLS = 23
-REFINE_CALLS = 12
-MERGE_CALLS = 5
-NORM_CALLS = 6
-UNMERGE_CALLS = 1
+
+class Launches(NamedTuple):
+    """How many calls each step takes: on a GPU, kernels that are launched.
+
+    match: of a match, and refine of each extra k-means round. merge: of a merge, and norms where
+    norms are kept, besides. unmerge: of an unmerge, and residual around whole blocks, besides.
+    """
+
+    match: int
+    refine: int
+    merge: int
+    norms: int
+    unmerge: int
+    residual: int
+
+
+# Operators that compute tensors, as a torch dispatch mode counts them.
+PYTORCH = Launches(match=23, refine=12, merge=5, norms=6, unmerge=1, residual=2)
+# The kernels of `tomesd.kernels`, which leave matching with k-means rounds to PyTorch.
+FUSED = Launches(match=5, refine=0, merge=1, norms=0, unmerge=1, residual=0)
 
 # The default side of the windows that tokens are matched in, in tokens.
 WINDOW = 32
@@ -22,6 +38,7 @@ def matching(
     channels: int,
     destinations: int = 0,
     refine: int = 0,
+    fused: bool = False,
 ) -> list[Work]:
     """Bipartite soft matching: each source against its candidates, then the r best edges.
 
@@ -31,9 +48,21 @@ def matching(
 
     candidates: destinations that a source is compared with: all, or those of its window.
     destinations: how many there are in all; matters only for refine, the extra k-means rounds.
+    fused: whether kernels match, which write no scores.
     """
+    fused = fused and not refine
+    launches = FUSED if fused else PYTORCH
     scores = batch * sources * candidates
     everything = batch * tokens * channels
+    if fused:
+        return [
+            # Sources and destinations are read once, norms and maxima are taken on the way.
+            Work("match", 2 * scores * channels, 0, calls=0),
+            Work("match", 0, everything, calls=0, traffic="rows"),
+            # Once for each of a radix select's digits and for what is on the edge.
+            Work("match", 0, 5 * batch * sources, calls=0),
+            Work("match", 0, 0, calls=launches.match),
+        ]
     compared = [
         Work("match", 2 * scores * channels, everything + scores, calls=0),
         Work("match", 0, scores, calls=0, traffic="best"),
@@ -46,14 +75,22 @@ def matching(
         # Sources are added to a copy of the destinations, which is then normalized.
         Work("match", 0, refine * batch * (3 * sources + 5 * destinations) * channels, calls=0),
         # The rest is arithmetic on indices: many operators with little work each.
-        Work("match", 0, 0, calls=MATCH_CALLS + refine * REFINE_CALLS),
+        Work("match", 0, 0, calls=launches.match + refine * launches.refine),
     ]
     if r < sources:
         work.append(Work("match", 0, batch * sources, calls=0, traffic="topk"))
     return work
 
 
-def merge(batch: int, tokens: int, r: int, channels: int, *, keep_norm: bool = False) -> list[Work]:
+def merge(
+    batch: int,
+    tokens: int,
+    r: int,
+    channels: int,
+    *,
+    keep_norm: bool = False,
+    fused: bool = False,
+) -> list[Work]:
     """The mean of each group: heads and moved tokens are gathered, added and divided.
 
     >>> from tomesd.core.workload import elements
@@ -61,15 +98,22 @@ def merge(batch: int, tokens: int, r: int, channels: int, *, keep_norm: bool = F
     144
 
     keep_norm: whether means are rescaled to the norms of their heads.
+    fused: whether a kernel merges, which reads each token once and writes each head once.
     """
     heads, moved = batch * (tokens - r) * channels, batch * r * channels
-    lengths = Work("merge", 0, 2 * heads + moved, calls=NORM_CALLS)
+    launches = FUSED if fused else PYTORCH
+    lengths = Work("merge", 0, 2 * heads + moved, calls=launches.norms)
+    if fused:
+        return [
+            *[lengths] * keep_norm,
+            Work("merge", 0, 2 * heads + moved, calls=launches.merge, traffic="rows"),
+        ]
     return [
         *[lengths] * keep_norm,
         Work("merge", 0, 2 * (heads + moved), calls=0, traffic="rows"),
         # Each moved token is added to its head; then the heads are divided.
         Work("merge", 0, 2 * heads + 3 * moved, calls=0),
-        Work("merge", 0, 0, calls=MERGE_CALLS),
+        Work("merge", 0, 0, calls=launches.merge),
     ]
 
 
@@ -81,7 +125,7 @@ def unmerge(batch: int, tokens: int, channels: int) -> list[Work]:
     64
     """
     elements = 2 * batch * tokens * channels
-    return [Work("unmerge", 0, elements, calls=UNMERGE_CALLS, traffic="rows")]
+    return [Work("unmerge", 0, elements, calls=PYTORCH.unmerge, traffic="rows")]
 
 
 def candidates(tokens: int, destinations: int, window: int | None) -> int:
@@ -108,6 +152,7 @@ def patch(
     window: int | None = WINDOW,
     refine: int = 0,
     keep_norm: bool = True,
+    fused: bool = False,
 ) -> list[Work]:
     """The work of merging r tokens in one block: one match, then merges and unmerges.
 
@@ -122,14 +167,16 @@ def patch(
         destinations = min(-(-tokens // 4), tokens - r)
     near = candidates(tokens, destinations, window)
     sources = tokens - destinations
-    work = matching(batch, tokens, sources, near, r, channels, destinations, refine)
+    work = matching(batch, tokens, sources, near, r, channels, destinations, refine, fused)
     keep_norm = keep_norm and not branches.merge_block
-    inward = merge(batch, tokens, r, channels, keep_norm=keep_norm)
+    inward = merge(batch, tokens, r, channels, keep_norm=keep_norm, fused=fused)
     outward = unmerge(batch, tokens, channels)
     if branches.merge_block:
         # x + unmerge(f(merge(x)) − merge(x)): a difference of merged tokens, a sum of all.
-        rest = 3 * batch * (2 * tokens - r) * channels
-        return [*work, *inward, *outward, Work("unmerge", 0, rest, calls=2)]
+        calls = (FUSED if fused else PYTORCH).residual
+        # A kernel reads the merged tokens too, and x.
+        rest = batch * channels * ((tokens - r) + tokens if fused else 3 * (2 * tokens - r))
+        return [*work, *inward, *outward, Work("unmerge", 0, rest, calls=calls)]
     if branches.merge_attn:
         work += inward + outward * branches.merge_queries
     return work + (inward + outward) * (branches.merge_crossattn + branches.merge_mlp)

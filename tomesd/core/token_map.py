@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tomesd import kernels
 from tomesd.core.rows import in_batch, in_sample, norms, select, select_each
 
 
@@ -27,6 +28,8 @@ class TokenMap:
            depends on shapes and settings, never on the data: a map costs no host sync and compiles.
     size:  float32 [B, M, 1], the number of tokens in each group. float32 even for bfloat16 tokens:
            bfloat16 cannot count past 256.
+    first: int64 [B, M], where the tokens that merged into each head begin in moved_rows, all
+           samples' together; None if they are not sorted by group. Only GPU kernels read it.
 
     group_rows, head_rows and moved_rows hold the same as rows of the whole batch
     (`tomesd.core.rows`); that is what is stored.
@@ -38,6 +41,7 @@ class TokenMap:
     head_rows: Tensor
     moved_rows: Tensor
     size: Tensor
+    first: Tensor | None = None
 
     @property
     def group(self) -> Tensor:
@@ -177,6 +181,8 @@ class TokenMap:
             _require_shape("weight", weight, batch, self.n, channels=1)
         if how == "head" or self.moved_rows.shape[1] == 0:
             return select(x, self.head_rows)
+        if how != "max" and kernels.usable(x, constants=(weight,)):
+            return kernels.merge(x, self, weight, how)
         dtype, count = x.dtype, self.size
         wide = torch.promote_types(dtype, torch.float32)
         if weight is not None:
@@ -210,6 +216,8 @@ class TokenMap:
         Source: ToMe, Appendix F.1 ("unmerge them by simply copying").
         """
         _require_shape("y", y, len(self.size), self.m)
+        if kernels.usable(y):
+            return kernels.unmerge(y, self)
         if self.drops:
             dropped = self.group_rows[..., None] < 0
             return select(y, self.group_rows.clamp(min=0)).masked_fill(dropped, 0)

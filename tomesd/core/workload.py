@@ -11,6 +11,10 @@ from typing import NamedTuple
 # Stable Diffusion's prompts: CLIP's 77 tokens.
 TEXT_TOKENS = 77
 
+# Operators that compute tensors in a diffusers block, as a torch dispatch mode counts them: of
+# BasicTransformerBlock and of JointTransformerBlock.
+OPERATORS, JOINT_OPERATORS = 28, 57
+
 
 class Work(NamedTuple):
     """One operation, or several of a kind.

@@ -39,12 +39,19 @@ def is_skipped(block: Any) -> bool:
     )
 
 
-def is_cached(*modules: Any) -> bool:
-    """Whether one of diffusers' caches keeps something of a module from step to step.
+def check_cache(*modules: Any) -> None:
+    """Raise ValueError if one of diffusers' caches keeps something from step to step.
 
     Its hooks are on the module itself, whoever applied them; offloading and casting keep nothing.
     """
-    return any(hook._is_stateful for module in modules for hook in _hooks(module))
+    for module in modules:
+        if getattr(module, "is_cache_enabled", False) or any(
+            hook._is_stateful for hook in _hooks(module)
+        ):
+            raise ValueError(
+                "a cache must not be enabled while tokens merge, got one: what it keeps from step "
+                "to step would be of other tokens; disable_cache() on the model"
+            )
 
 
 def cache_of(module: Any) -> str | None:

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tomesd import kernels
 from tomesd.core import partition
 from tomesd.core.cost import balance
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
@@ -63,7 +64,7 @@ class Matcher:
     def why_not(
         self,
         ratio: float,
-        device_kind: str,
+        device: torch.device,
         batch: int,
         h: int,
         w: int,
@@ -86,7 +87,7 @@ class Matcher:
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
         pays = estimate(
-            device_kind,
+            kernels.device_kind(device),
             batch,
             h * w,
             self.merged(ratio, h, w),
@@ -97,6 +98,9 @@ class Matcher:
             refine=settings.refine,
             keep_norm=settings.keep_norm,
             joint=joint,
+            fused=kernels.available(device),
+            # In a graph nothing waits for Python.
+            eager=not torch.compiler.is_compiling(),
         ).pays
         return "" if pays else "would cost more time than it saves"
 

@@ -3,6 +3,7 @@
 from tomesd.vit import hosts
 from tomesd.vit.layer import HookPoints, Layer
 from tomesd.vit.patch import ViTPatch
+from tomesd.vit.rotary import Rotary
 from tomesd.vit.spec import Places, ViT
 
-__all__ = ["HookPoints", "Layer", "Places", "ViT", "ViTPatch", "hosts"]
+__all__ = ["HookPoints", "Layer", "Places", "Rotary", "ViT", "ViTPatch", "hosts"]

@@ -10,6 +10,12 @@
     block                 post: merge; after the last block, and where somebody may keep the output,
                                 unmerge to the tokens of the first
 
+With within_blocks=True, and where the next block needs the token grid:
+
+    block                 pre:  one token map from its input; merge
+    attention             pre:  + log(size) on the keys
+    block                 post: x + unmerge(block(merge(x)) − merge(x))
+
 The host adds the MLP's output to tokens that it has kept for itself, which a hook does not see. So
 the MLP runs on merged tokens, its output is unmerged, and the sum is merged: merge(x +
 unmerge(mlp(merge(x)))) == merge(x) + mlp(merge(x)), which is merging between attention and MLP. The
@@ -20,12 +26,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from tomesd.core.token_map import TokenMap
 from tomesd.hooks import Patch, argument_names
 from tomesd.reports import ReportRow
 from tomesd.vit import schedule
-from tomesd.vit.forward import Forward, Forwards
+from tomesd.vit.forward import Forward
+from tomesd.vit.forwards import Forwards
 from tomesd.vit.matcher import Matcher
 from tomesd.vit.schedule import Cost
 from tomesd.vit.settings import ViTSettings
@@ -61,14 +70,23 @@ class ViTPatch(Patch):
         blocks = spec.find_blocks(model)
         self.points = [spec.hook_points(index, block) for index, block in enumerate(blocks)]
         self.prefix = spec.prefix(model)
+        suffix = spec.suffix(model) if spec.suffix else 0
+        self.protected = self.prefix + suffix
         self.own_tokens = spec.tokens(model)
         r = settings.r
         if settings.speedup is not None:
             r = schedule.for_speedup(
-                settings.speedup, self.cost(), len(self.points), self.own_tokens, self.prefix
+                settings.speedup,
+                self.cost(),
+                len(self.points),
+                self.own_tokens,
+                self.protected,
+                settings.within_blocks,
             )
         per_layer = schedule.per_layer(r, len(self.points))
-        make = partial(Forward, settings, self.matcher, self.prefix, per_layer)
+        if spec.only:
+            per_layer = [r * spec.only(block) for r, block in zip(per_layer, blocks, strict=True)]
+        make = partial(Forward, settings, self.matcher, self.prefix, suffix, per_layer)
         self.forwards = Forwards(make)
 
     @property
@@ -79,26 +97,32 @@ class ViTPatch(Patch):
     def install(self) -> None:
         if not any(self.forward.schedule):
             return
-        self.before(self.model, self._call)
-        self.after(self.model, self.forwards.end, always=True)
+        if not (self.spec.changes and self.spec.changes(self.model)):
+            self.before(self.model, self._call)
+            self.after(self.model, self.forwards.end, always=True)
         # A Sequential runs its blocks and keeps nothing; other methods of the model run them singly
         # to collect what they give.
-        self.before(self.spec.find_blocks(self.model), self.forwards.call)
+        blocks = self.spec.find_blocks(self.model)
+        if isinstance(blocks, nn.Sequential):
+            self.before(blocks, self.forwards.call)
         for index, points in enumerate(self.points):
             names = argument_names(points.attention)
             layer = self.spec.layer(
-                index, self.forwards, points.attention, names, self.spec.attention_mask
+                index,
+                self.forwards,
+                points.attention,
+                names,
+                self.spec.attention_mask,
+                self.spec.rotary,
             )
-            self.before(points.block, layer.arrive)
-            self.before(points.enter, layer.enter)
-            for name in self.matcher.needs:
-                if name in points.features:
-                    self.after(points.features[name], getattr(layer, f"record_{name}"))
             layer.install(self, points)
-        if self.spec.recorder and self.settings.unmerge:
+        if self.spec.recorder and self.settings.unmerge and not self.settings.within_blocks:
             self.first_after(self.spec.recorder(self.model), self._unmerge_hidden_states)
 
     def _call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Some hosts skip layers in training.
+        if model.training and self.spec.check and not torch.compiler.is_compiling():
+            self.spec.check(model, self.settings)
         blocks = self.spec.find_blocks(model)
         if not isinstance(blocks, nn.Sequential) or getattr(model, "grad_checkpointing", False):
             self.forwards.call()
@@ -113,16 +137,28 @@ class ViTPatch(Patch):
         self.forwards.forget()
 
     def rows(self) -> list[ReportRow]:
-        seen = self.forwards.latest.maps[0]
+        seen = next(filter(None, self.forwards.latest.maps), None)
         first = tokens = self.own_tokens if seen is None else seen.n
         rows = []
         for index, r in enumerate(self.forward.schedule):
-            merges = schedule.clipped(r, tokens, self.prefix)
+            merges = schedule.clipped(r, tokens, self.protected)
             note = f"r clipped from {r} to {merges}" if merges < r else ""
-            work = (tokens / first) ** 2
-            tokens -= merges
-            rows.append(ReportRow(f"layer {index}", 1, first, tokens, work, note))
+            merged = self.forwards.latest.maps[index] if self.settings.within_blocks else None
+            left = tokens - merges if merged is None else merged.m
+            if self.spec.only and not r:
+                note = "the next block needs the token grid"
+            work = ((left if self.settings.within_blocks else tokens) / first) ** 2
+            rows.append(ReportRow(f"layer {index}", 1, first, left, work, note))
+            if not self.settings.within_blocks:
+                tokens = left
         return rows
+
+    def traced(self) -> dict[int, TokenMap]:
+        """What the latest forward of this thread merged, by layer."""
+        maps = self.forward.maps
+        if self.settings.within_blocks:
+            return {index: merged for index, merged in enumerate(maps) if merged is not None}
+        return dict(enumerate(maps[1:]))
 
     def cost(self) -> Cost:
         """Multiply-adds of a block: its weight matrices, once per token, and attention itself."""
@@ -147,10 +183,11 @@ class ViTPatch(Patch):
         """states: the inputs of the blocks and the last output, which is unmerged already; None for
         those that the caller skips. Anything else (attentions) stays as it is."""
         forward = self.forward
-        if len(states) != len(forward.maps):
+        last = len(forward.maps) - 1
+        if len(states) <= last:
             return states
-        into = enumerate(states[:-1])
-        return (*(None if x is None else forward.all_tokens(i, x) for i, x in into), states[-1])
+        into = enumerate(states[:last])
+        return (*(None if x is None else forward.all_tokens(i, x) for i, x in into), *states[last:])
 
 
 def _matrices(module: nn.Module) -> int:

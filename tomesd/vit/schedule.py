@@ -93,12 +93,17 @@ class Cost(NamedTuple):
     pairs: int
     mlp: int
 
-    def of(self, schedule: Sequence[int], tokens: int, prefix: int) -> int:
-        """Of all layers.
+    def of(
+        self, schedule: Sequence[int], tokens: int, prefix: int, within_blocks: bool = False
+    ) -> int:
+        """Of all layers. within_blocks: each gets all tokens and merges them for itself.
 
         >>> Cost(attention=4, pairs=2, mlp=8).of([0], tokens=3, prefix=1)
         54
         """
+        if within_blocks:
+            kept = [tokens - clipped(r, tokens, prefix) for r in schedule]
+            return sum((self.attention + self.mlp) * m + self.pairs * m**2 for m in kept)
         total = 0
         for left in tokens_after(schedule, tokens, prefix):
             total += self.attention * tokens + self.pairs * tokens**2 + self.mlp * left
@@ -106,7 +111,14 @@ class Cost(NamedTuple):
         return total
 
 
-def for_speedup(speedup: float, cost: Cost, layers: int, tokens: int, prefix: int) -> int:
+def for_speedup(
+    speedup: float,
+    cost: Cost,
+    layers: int,
+    tokens: int,
+    prefix: int,
+    within_blocks: bool = False,
+) -> int:
     """The smallest constant r with which the layers cost 1/speedup of their unmerged cost.
 
     >>> vit_b = Cost(attention=4 * 768**2, pairs=2 * 768, mlp=8 * 768**2)
@@ -114,18 +126,17 @@ def for_speedup(speedup: float, cost: Cost, layers: int, tokens: int, prefix: in
     16
 
     speedup: 1 or more, in multiply-adds, not time: that also depends on the machine, and on
-    matching
-        and merging themselves. The other arguments: see `Cost.of`.
+        matching and merging themselves. The other arguments: see `Cost.of`.
 
     Raises ValueError if speedup is below 1, or above what merging half of the tokens in every layer
     gives.
     """
     if speedup < 1:
         raise ValueError(f"speedup must be 1 or more, got {speedup}")
-    full = cost.of([0] * layers, tokens, prefix)
+    full = cost.of([0] * layers, tokens, prefix, within_blocks)
     largest = (tokens - prefix) // 2
     for r in range(largest + 1):
-        reached = full / cost.of([r] * layers, tokens, prefix)
+        reached = full / cost.of([r] * layers, tokens, prefix, within_blocks)
         if reached >= speedup:
             return r
     raise ValueError(

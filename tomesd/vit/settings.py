@@ -33,6 +33,11 @@ class ViTSettings:
         group as often as it has members. Whatever a caller may keep of the layers before is
         unmerged as well: hidden states, intermediates, feature maps, what hooks on blocks see.
 
+    within_blocks: merge within each block alone, as in denoisers: x + unmerge(block(merge(x)) −
+        merge(x)). Every block gets all tokens, so nothing is lost for good and dense outputs stay
+        sharp; r may then be up to half of the tokens. Tokens are matched by the block's input.
+        Blocks whose next one needs the token grid (SAM, ViTDet) merge in this way only.
+
     Tokens are matched by the cosine similarity of their keys, averaged over heads, in alternating
     halves, and averaged weighted by size. Re-entrant gradient checkpointing needs the backward of
     each forward before the next forward.
@@ -45,15 +50,21 @@ class ViTSettings:
     speedup: float | None = None
     prop_attn: bool = True
     unmerge: bool = True
+    within_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("prop_attn", "unmerge"):
+        for name in ("prop_attn", "unmerge", "within_blocks"):
             require_type(name, getattr(self, name), bool)
         if self.speedup is not None:
             object.__setattr__(self, "speedup", require_type("speedup", self.speedup, float))
         object.__setattr__(self, "r", schedule.checked(self.r))
         if self.speedup is not None and self.r != 0:
             raise ValueError(f"r must not be given beside speedup, got r={self.r!r}")
+        if self.within_blocks and not self.unmerge:
+            raise ValueError(
+                "unmerge must be True with within_blocks=True, which unmerges after each block, "
+                "got False"
+            )
 
 
 def vit_settings(options: dict[str, Any]) -> ViTSettings:

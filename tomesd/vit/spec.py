@@ -1,6 +1,6 @@
 """What `tomesd.register` needs to know of a Vision Transformer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from tomesd.registry import Spec
 from tomesd.vit.layer import HookPoints, Layer
+from tomesd.vit.rotary import Rotary
 from tomesd.vit.settings import ViTSettings
 
 
@@ -40,13 +41,17 @@ class ViT(Spec):
     places: by the class of the block.
     prefix: how many class, distillation and register tokens lead the sequence.
     tokens: how many tokens, with the prefix, an input of the model's own size has.
-    blocks: paths to the list of blocks in the model; the first one that exists counts.
+    blocks: paths to the list of blocks in the model; the first one that exists counts. Or a
+        function that gives the blocks, if only some of them merge.
     attention_mask: the argument of the attention that takes a mask to add to the logits,
         [B, 1, 1, N].
+    rotary: how the attention gets the angles by which it rotates queries and keys, if it does.
     layer: the hooks on a block. Another class than `Layer` for attention that takes no such mask,
-    or
-        whose projections are not [B, N, heads · head_dim].
+        or whose projections are not [B, N, heads · head_dim].
     check: raises an error for a model or settings that it does not go with.
+    only: which blocks merge, if not all of them do.
+    suffix: how many tokens at the end of the sequence never merge, if any.
+    changes: whether the model itself changes what a block gives before the next one gets it.
     recorder: the module whose output holds the hidden states of all layers, if the host collects
         them; they are unmerged.
     """
@@ -54,14 +59,25 @@ class ViT(Spec):
     places: Mapping[str, Places]
     prefix: Callable[[Any], int]
     tokens: Callable[[Any], int]
-    blocks: tuple[str, ...] = ("blocks", "layers", "encoder.layers", "encoder.layer")
+    blocks: tuple[str, ...] | Callable[[Any], nn.ModuleList] = (
+        "blocks",
+        "layers",
+        "encoder.layers",
+        "encoder.layer",
+    )
     attention_mask: str = "attention_mask"
+    rotary: Rotary | None = None
     layer: type[Layer] = Layer
     check: Callable[[Any, ViTSettings], None] | None = None
     recorder: Callable[[Any], nn.Module] | None = None
+    only: Callable[[Any], bool] | None = None
+    suffix: Callable[[Any], int] | None = None
+    changes: Callable[[Any], bool] | None = None
 
     def find_blocks(self, model: Any) -> nn.ModuleList:
         """Raises AttributeError if the model has none of the paths."""
+        if callable(self.blocks):
+            return self.blocks(model)
         for path in self.blocks:
             found: nn.ModuleList | None = _get(model, path)
             if found is not None:
@@ -69,14 +85,16 @@ class ViT(Spec):
         raise AttributeError(f"{type(model).__name__} has none of {', '.join(self.blocks)}")
 
     def hook_points(self, index: int, block: Any) -> HookPoints:
-        """Raises TypeError for a block of another class than `places` names."""
-        name = type(block).__name__
-        if name not in self.places:
+        """Raises TypeError for a block of another class than `places` names, or of one that
+        inherits from it and has a forward of its own."""
+        kind = known_class(block, self.places)
+        if kind is None:
             raise TypeError(
                 f"model must have blocks of type {' or '.join(self.places)}, in which tokens can "
-                f"merge between attention and MLP, got {name} as block {index}"
+                f"merge between attention and MLP, or of a class that keeps their forward, got "
+                f"{type(block).__name__} as block {index}"
             )
-        places = self.places[name]
+        places = self.places[kind]
         enter, attention, merge, unmerge = map(block.get_submodule, places[:4])
         features = {
             feature: block.get_submodule(path)
@@ -84,6 +102,14 @@ class ViT(Spec):
             if path
         }
         return HookPoints(block, enter, attention, merge, unmerge, features)
+
+
+def known_class(module: Any, names: Collection[str]) -> str | None:
+    """The name of a module's class, or of the nearest one that it inherits its forward from, if it
+    is among the names."""
+    kind = type(module)
+    found = next((base for base in kind.__mro__ if base.__name__ in names), None)
+    return found.__name__ if found and kind.forward is found.forward else None  # type: ignore[attr-defined]
 
 
 def _get(module: Any, path: str) -> Any:

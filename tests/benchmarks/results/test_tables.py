@@ -64,6 +64,13 @@ ROWS = {
         {"name": "FluxPipeline", "denoiser": "Flux", "merged": ["transformer"], "fault": ""},
     ],
     "fid": [{"method": "tome", "ratio": 0.5, "frechet": 2.07, "psnr": 23.3}],
+    "coverage": [
+        {"host": "timm", "name": "vit", "encoder": "Vit", "merges": "for good", "why": ""}
+    ],
+    "dense": [
+        {"angle": "of its head", "r": 8, "right": 0.9, "closeness": 0.99},
+        {"way": "within blocks", "speedup": 1.5, "right": 0.9, "closeness": 0.99},
+    ],
 }
 
 

@@ -52,5 +52,11 @@ def first_samples(token_map: TokenMap, count: int) -> TokenMap:
     """The map of the first samples of the batch."""
     if count == token_map.size.shape[0]:
         return token_map
-    rows = token_map.group_rows, token_map.head_rows, token_map.moved_rows, token_map.size
-    return TokenMap(*(part[:count] for part in rows))
+    first = token_map.first
+    return TokenMap(
+        token_map.group_rows[:count],
+        token_map.head_rows[:count],
+        token_map.moved_rows[:count],
+        token_map.size[:count],
+        None if first is None else first[:count],
+    )

@@ -11,10 +11,17 @@ from tomesd.core.partition import make_key
 from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.attention_bias import fit_bias
 from tomesd.diffusion.block import Place, ThreadState, add_residual, pop_place
-from tomesd.diffusion.conflicts import check_guidance, is_cached, is_skipped
+from tomesd.diffusion.conflicts import check_cache, check_guidance, is_skipped
 from tomesd.diffusion.dit.heads import first_samples, head_entries, mask_of_heads
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
+from tomesd.diffusion.processors import (
+    KeyProjections,
+    attending,
+    explain,
+    foreign_keys_error,
+    is_stock,
+)
 from tomesd.diffusion.ratio_plan import LevelRatio
 from tomesd.hooks import PerThread, by_name
 
@@ -41,34 +48,33 @@ class ModelHooks:
 
     @property
     def place(self) -> Place | None:
+        """The forward pass that this thread is in, or was in when autograd calls a block again."""
+        # Another model may share blocks, and call them outside of this one's forward.
+        inside = self.state.inside or torch.compiler.is_compiling()
+        if not inside and torch._C._current_graph_task_id() < 0:
+            return None
         return self.state.place or self.last
+
+    def leave(self, model: nn.Module, args: Args, output: Any) -> None:
+        self.state.inside = False
 
     def record_place(self, model: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         recorded, self.state.grids = self.state.grids, None
-        if getattr(model, "is_cache_enabled", False):
-            raise ValueError(_CACHED)
+        check_cache(model)
         given = by_name(self.names, args, kwargs)
         timestep = given[self.spec.timestep]
         grids = recorded or self.spec.grids(model, given)
         place = Place(grids, timestep, self.state.stage)
         self.state.place = self.last = place
-        self.state.runs = True
+        self.state.inside = True
         if self.spec.kwargs:
             given[self.spec.kwargs] = place.add_to(given.get(self.spec.kwargs))
         return _as_called(self.names, args, given)
 
-    def leave(self, model: nn.Module, args: Args, output: Any) -> None:
-        self.state.runs = False
-
-    @property
-    def is_borrowed(self) -> bool:
-        """Whether another model runs the block: neither this one does nor autograd, once more."""
-        return self.spec.shares and not self.state.runs and torch._C._current_graph_task_id() == -1
-
     def append_place(self, rope: nn.Module, args: Args, output: Any) -> Any:
-        if isinstance(output, dict) and self.place is not None:
-            return self.place.add_to(output)
-        return *output, self.place
+        if self.place is None:
+            return output
+        return self.place.add_to(output) if isinstance(output, dict) else (*output, self.place)
 
 
 @dataclass(eq=False)
@@ -101,16 +107,14 @@ class BlockHooks:
 
     def merge(self, block: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         kind, state = self.kind, self.model.state
-        if self.model.is_borrowed:
-            return args, kwargs
         given = by_name(self.names, args, kwargs)
         x = given[kind.tokens]
         x = x if kind.batch_first else x.transpose(0, 1)
-        if is_cached(block, *block.children()):
-            raise ValueError(_CACHED)
-        place = self._place(given)
+        check_cache(block, *block.children())
+        carrier = kind.carrier
+        place = pop_place(given, carrier) if carrier else self.model.place
         state.leave_block()  # An interrupted forward may have left a map.
-        if is_skipped(block):
+        if place is None or is_skipped(block):
             return _as_called(self.names, args, given)
         first = self.text_first = self._text_first(given)
         token_map = self._match(x, place, first)
@@ -138,17 +142,6 @@ class BlockHooks:
             ndim = kind.proportional.ndim
             state.bias = log_size.view(log_size.shape[0], *(1,) * (ndim - 2), -1)
         return _as_called(self.names, args, given)
-
-    def _place(self, given: Given) -> Any:
-        """The place of the block, whose arguments are then as the host made them."""
-        carrier = self.kind.carrier
-        if not carrier:
-            return self.model.place
-        if isinstance(given[carrier], dict):
-            return pop_place(given, carrier)
-        *tables, place = given[carrier]
-        given[carrier] = tuple(tables)
-        return place
 
     def _text_first(self, given: Given) -> bool:
         text = self.kind.text
@@ -187,7 +180,7 @@ class BlockHooks:
             part = x[:, start : start + frames * h * w]
             start += frames * h * w
             reason = matcher.why_not(
-                ratio, x.device.type, batch * frames, h, w, channels, joint=kind.text is not None
+                ratio, x.device, batch * frames, h, w, channels, joint=kind.text is not None
             )
             reasons.append(reason)
             if reason:
@@ -220,7 +213,9 @@ class BlockHooks:
         if given.get(kind.mask) is not None:
             given[kind.mask] = mask_of_heads(given[kind.mask], token_map, _beside(text, first))
 
-    def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
+    def weigh_keys(
+        self, projections: KeyProjections | None, attention: nn.Module, args: Args, kwargs: Given
+    ) -> tuple[Args, Given]:
         how, bias = self.kind.proportional, self.model.state.bias
         if self.model.state.map is None or not isinstance(how, Bias):
             return args, kwargs
@@ -228,6 +223,8 @@ class BlockHooks:
         mask = given.get(how.argument)
         if mask is not None and not self.kind.mask:
             raise ValueError(_MASKED)
+        if projections is not None and not is_stock(attention):
+            return self.note_keys(projections, attention, args, kwargs)
         if mask is not None and bias is not None:
             mask = mask.view(mask.shape[0], *(1,) * (bias.dim() - mask.dim()), *mask.shape[1:])
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
@@ -237,14 +234,29 @@ class BlockHooks:
         given[how.argument] = mask
         return _as_called(self.attention_names, args, given)
 
-    def unmerge_keys(self, keys: Tensor) -> Tensor:
+    def note_keys(
+        self, projections: KeyProjections, attention: nn.Module, args: Args, kwargs: Given
+    ) -> tuple[Args, Given]:
+        """Keys and values of this attention are unmerged: from which tokens they must be made."""
+        projections.follow(attention, args, kwargs)
+        given = by_name(self.attention_names, args, kwargs)
+        self.model.state.keys = given[self.attention_names[0]]
+        return args, kwargs
+
+    def unmerge_keys(self, attention: Any, tokens: Tensor, keys: Tensor) -> Tensor:
         """Keys or values of all samples, or of the first."""
-        token_map = self.model.state.map
-        return keys if token_map is None else first_samples(token_map, len(keys)).unmerge(keys)
+        token_map, given = self.model.state.map, self.model.state.keys
+        if token_map is None or given is None:
+            return keys
+        if not is_stock(attention) and tokens is not given:
+            raise foreign_keys_error(attention, given, tokens)
+        return first_samples(token_map, len(keys)).unmerge(keys)
 
     def finish(self, block: nn.Module, args: Args, output: Any) -> Any:
         merged, index = self.model.state.leave_block(), self.kind.output
-        # There is no output after an error.
+        if merged is not None and output is None:  # There is no output after an error.
+            token_map = merged[0]
+            explain(self.kind.attentions(block), token_map.n, token_map.m)
         if merged is None or output is None:
             return output
         if not self.kind.batch_first:
@@ -259,26 +271,11 @@ _MASKED = (
     "or leave attention_mask=None: pass one prompt at a time if it comes from prompts of several "
     "lengths"
 )
-_CACHED = (
-    "a cache must not be enabled while tokens merge, got one: what it keeps from step to step "
-    "would be of other tokens; disable_cache() on the model"
-)
 
 
 def _beside(text: int, first: bool) -> tuple[int, int]:
     """How many text tokens come before and after the image tokens among the keys."""
     return (text, 0) if first else (0, text)
-
-
-def is_perturbed(attention: Any) -> bool:
-    return type(attention.processor).__name__.startswith("PAG")
-
-
-def attending(attention: Any, batch: int) -> int:
-    """How many samples attend to others' tokens: of the last ones, each attends to itself alone."""
-    if not is_perturbed(attention):
-        return batch
-    return batch * 2 // 3 if "CFG" in type(attention.processor).__name__ else batch // 2
 
 
 def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, Given]:

@@ -11,64 +11,26 @@ stays at full resolution: small differences between merged tokens survive. Text 
 What differs between models is in the records of `tomesd.diffusion.dit.spec`.
 """
 
-from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import nn
 
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import Grid, ThreadState
-from tomesd.diffusion.conflicts import fused_projections_error
-from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks, is_perturbed
+from tomesd.diffusion.conflicts import check_cache, check_guidance, fused_projections_error
+from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
+from tomesd.diffusion.processors import KeyProjections, is_stock
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import BlockTrace, DenoiserPatch, Patch, PerThread, argument_names
+from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, argument_names
 from tomesd.reports import ReportRow
 
 _NO_BIAS = "without proportional attention: its processors take no bias"
-
-
-@dataclass(eq=False)
-class _KeyProjections:
-    """Keeps the hooks that unmerge keys and values on the projections that an attention has now.
-
-    Loading or unloading a LoRA adapter replaces them by other modules.
-
-    used: those that the attention has used since it began. Perturbed-attention guidance uses them
-        first for the samples that attend, then for those of which each token attends to itself
-        alone, which need no keys of others.
-    """
-
-    patch: Patch
-    block: BlockHooks
-    attention: Any
-    names: tuple[str, ...]
-    used: PerThread[set[nn.Module]] = field(default_factory=lambda: PerThread(set))
-    hooked: dict[str, tuple[nn.Module, RemovableHandle]] = field(default_factory=dict)
-
-    def follow(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(attention, "fused_projections", False):
-            raise fused_projections_error("prop_attn", True)
-        for name in self.names:
-            projection = getattr(attention, name)
-            self.used.state.discard(projection)
-            before, handle = self.hooked.get(name, (None, None))
-            if projection is not before:
-                if handle is not None:
-                    handle.remove()
-                self.patch.after(projection, self.unmerge)
-                self.hooked[name] = projection, self.patch.handles[-1]
-
-    def unmerge(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if is_perturbed(self.attention):
-            if projection in self.used.state:
-                return output
-            self.used.state.add(projection)
-        return self.block.unmerge_keys(output)
 
 
 class DiTPatch(DenoiserPatch):
@@ -100,16 +62,28 @@ class DiTPatch(DenoiserPatch):
                 "whole, got False: leave out merge_attn, merge_crossattn, merge_mlp, "
                 "merge_queries, keep_norm and the presets that set them"
             )
-        if not any(kind.split(model)[0] for kind in spec.lists):
-            raise ValueError(
-                f"nothing would be merged in {type(model).__name__}: none of its blocks can merge"
-            )
+        why_not = spec.why_not(model)
+        if not why_not and not any(kind.split(model)[0] for kind in spec.lists):
+            why_not = "none of its blocks can merge"
+        if why_not:
+            raise ValueError(f"nothing would be merged in {type(model).__name__}: {why_not}")
+        if self.plan.merges:
+            self._check_caches()
         if self.matcher.frame.weighs_keys:
             self._check_attention()
 
     @property
     def spec(self) -> DiT:
         return self.hooks.spec
+
+    def _check_caches(self) -> None:
+        """Raise ValueError if something keeps or perturbs what merges; it may still come later."""
+        check_cache(self.model)
+        for kind in self.spec.lists:
+            for block in kind.split(self.model)[0]:
+                check_cache(block, *block.children())
+                for attention in kind.attentions(block):
+                    check_guidance(attention, merges_queries=True, merges_keys=True)
 
     def _check_attention(self) -> None:
         """Raise ValueError if some attention cannot weigh its keys."""
@@ -122,7 +96,8 @@ class DiTPatch(DenoiserPatch):
                 continue
             for block in kind.split(self.model)[0]:
                 for attention in kind.attentions(block):
-                    check_takes_bias(attention)
+                    if is_stock(attention) or not kind.can_unmerge_keys:
+                        check_takes_bias(attention)
 
     def install(self) -> None:
         if not self.plan.merges:
@@ -137,9 +112,9 @@ class DiTPatch(DenoiserPatch):
             from tomesd.diffusion.dit.grid_hook import record_grids
 
             self.before(self.model, record_grids)
+        self.before(self.model, self._check_blocks)
         self.before(self.model, hooks.record_place)
-        if spec.shares:
-            self.after(self.model, hooks.leave, always=True)
+        self.after(self.model, hooks.leave, always=True)
         if spec.rope:
             self.after(self.model.get_submodule(spec.rope), hooks.append_place)
         for kind in spec.lists:
@@ -147,6 +122,18 @@ class DiTPatch(DenoiserPatch):
                 self._install_block(block, kind)
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self.warn_if_idle)
+
+    def _check_blocks(self, model: Any, args: Any, kwargs: Any) -> None:
+        """Raise ValueError if blocks were replaced: new ones could not read what hooks pass on."""
+        if torch.compiler.is_compiling():
+            return
+        for block in self.all_blocks():
+            # It may be wrapped, for checkpointing or sharding.
+            if block not in self.blocks and self.blocks.keys().isdisjoint(block.children()):
+                raise ValueError(
+                    f"the blocks of {type(model).__name__} must be those that were patched, got a "
+                    f"{type(block).__name__} that came later: call apply_patch again"
+                )
 
     def _install_block(self, block: Any, kind: Blocks) -> None:
         attentions = kind.attentions(block)
@@ -162,13 +149,22 @@ class DiTPatch(DenoiserPatch):
         self.blocks[block] = hooks
         self.before(block, hooks.merge)
         for attention in attentions:
-            if isinstance(kind.proportional, Bias):
-                self.before(attention, hooks.weigh_keys)
-            if isinstance(kind.proportional, UnmergeKeys) and hooks.unmerges_keys:
-                projections = _KeyProjections(self, hooks, attention, kind.proportional.projections)
-                projections.follow(attention, (), {})
-                self.before(attention, projections.follow)
+            can_unmerge = hooks.weighs_keys and kind.can_unmerge_keys
+            self._install_attention(attention, hooks, can_unmerge)
         self.after(block, hooks.finish, always=True)
+
+    def _install_attention(self, attention: Any, hooks: BlockHooks, can_unmerge: bool) -> None:
+        how, projections = hooks.kind.proportional, None
+        always = isinstance(how, UnmergeKeys)
+        if can_unmerge:
+            names = how.projections if isinstance(how, UnmergeKeys) else UnmergeKeys().projections
+            projections = KeyProjections(self, attention, names, hooks.unmerge_keys)
+            if always or not is_stock(attention):
+                projections.follow(attention, (), {})
+        if isinstance(how, Bias):
+            self.before(attention, partial(hooks.weigh_keys, projections))
+        elif always and projections is not None:
+            self.before(attention, partial(hooks.note_keys, projections))
 
     def remove(self) -> None:
         super().remove()
@@ -198,6 +194,7 @@ class DiTPatch(DenoiserPatch):
         n = sum(f * h * w for f, h, w in self._grids())
         for kind in self.spec.lists:
             merging, others = kind.split(self.model)
+            merging = [block for block in merging if block in self.blocks or not self.plan.merges]
             if merging:
                 rows.append(self._row(kind, merging))
             if others:

@@ -105,6 +105,15 @@ class Blocks:
     unless: str = ""
     carrier: str = ""
 
+    @property
+    def can_unmerge_keys(self) -> bool:
+        """Whether keys can be unmerged: rotary positions are of merged ones, and so is a bias for
+        text tokens among them."""
+        plain = self.rotary is None and self.text is None and not self.mask
+        return isinstance(self.proportional, UnmergeKeys) or (
+            isinstance(self.proportional, Bias) and plain
+        )
+
     def split(self, model: Any) -> tuple[list[Any], list[Any]]:
         """The blocks that merge, and those that do not because of `unless`."""
         blocks = [
@@ -144,8 +153,7 @@ class DiT(Spec):
     reads_data: whether `grids` reads the values of tensors, which a graph cannot.
     timestep: the model's argument with the timestep.
     unmerged: other lists of blocks, and why they do not merge: for reports.
-    shares: whether another model runs some of the blocks too, on tokens of its own: they merge in
-        this model's forward passes alone.
+    why_not: what in a model prevents merging, though others of its class merge; "" if nothing.
     """
 
     blocks: Blocks | tuple[Blocks, ...]
@@ -155,7 +163,7 @@ class DiT(Spec):
     reads_data: bool = False
     timestep: str = "timestep"
     unmerged: tuple[tuple[str, str], ...] = ()
-    shares: bool = False
+    why_not: Callable[[Any], str] = lambda model: ""
 
     @property
     def lists(self) -> tuple[Blocks, ...]:

@@ -24,6 +24,11 @@ refuse(
     "diffusers.StableCascadeUNet",
     "diffusers.UNet2DModel",
 )
+refuse(
+    "at all levels but the coarsest, its blocks have no self-attention and are no residual of "
+    "their input",
+    "diffusers.DreamLiteUNetModel",
+)
 refuse("its tokens are samples of a signal, not of a grid", "diffusers.UNet1DModel")
 refuse(
     "its transformers come in pairs, which are not supported yet",

@@ -12,8 +12,15 @@ from tomesd.diffusion.attention_bias import fit_bias
 from tomesd.diffusion.block import ThreadState, add_residual
 from tomesd.diffusion.conflicts import cache_of, fused_projections_error
 from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.processors import (
+    KeyProjections,
+    explain,
+    foreign_keys_error,
+    is_perturbed,
+    is_stock,
+)
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.diffusion.unet.levels import Transformer
+from tomesd.diffusion.unet.levels import Transformer, why_block_whole
 from tomesd.hooks import by_name
 
 Args = tuple[Any, ...]
@@ -38,12 +45,14 @@ _UPCASTING = ("AttnProcessor", "SlicedAttnProcessor")
 class BlockHooks:
     """The hooks of one transformer block.
 
-    match and finish run around the block, the others around its branches.
+    match and finish run around the block, the others around its branches. projections: of keys
+    and values in self-attention, if there are any.
     """
 
     index: int
     matcher: Matcher
     transformer: Transformer
+    projections: KeyProjections | None = None
 
     @property
     def settings(self) -> DiffusionSettings:
@@ -67,13 +76,15 @@ class BlockHooks:
         check_caches(block, self.settings)
         self.state.leave_block()  # An interrupted forward may have left a map.
         (_, h, w), ratio = place.grids[0], self.transformer.ratio.at(place.stage)
-        if self.matcher.why_not(ratio, x.device.type, x.shape[0], h, w, x.shape[2]):
+        if self.matcher.why_not(ratio, x.device, x.shape[0], h, w, x.shape[2]):
+            return (x,), given
+        if why_block_whole(block, self.settings):
             return (x,), given
         key = None
         if self.matcher.is_random:
             key = make_key(self.settings.seed, place.timestep, self.index).to(x.device)
         self.state.map = self.matcher.token_map(x, h, w, ratio, key)
-        if self.settings.merge_block:
+        if self.settings.merge_block and is_stock(block.attn2):
             x = self.state.merge_block(x, self.state.map)
         return (x,), given
 
@@ -86,10 +97,12 @@ class BlockHooks:
                     "in cross-attention; apply_patch(..., merge_attn=True) merges self-attention"
                 )
 
-    def finish(self, block: nn.Module, args: Args, output: Tensor | None) -> Tensor | None:
+    def finish(self, block: Any, args: Args, output: Tensor | None) -> Tensor | None:
+        token_map = self.state.map
         # First: gradient checkpointing may end in the middle of what follows.
         merged = self.state.leave_block()
-        # There is no output after an error.
+        if output is None and token_map is not None:  # There is no output after an error.
+            explain([block.attn1, block.attn2], token_map.n, token_map.m)
         return output if output is None or merged is None else add_residual(*merged, output)
 
     def merge_self_attention(self, attn: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -101,7 +114,7 @@ class BlockHooks:
                 "attention_mask on self-attention cannot be combined with merged tokens; "
                 "remove_patch first, or leave attention_mask=None"
             )
-        if not settings.merge_queries and _is_perturbed(attn):
+        if not settings.merge_queries and is_perturbed(attn):
             raise ValueError(
                 "merge_queries must be True with perturbed-attention guidance, whose processors "
                 "have no separate keys, got False: apply_patch(..., merge_attn=True) or the "
@@ -109,38 +122,86 @@ class BlockHooks:
             )
         if not settings.merge_queries and attn.fused_projections:
             raise fused_projections_error("merge_queries", False)
-        if not settings.merge_block:
+        given_keys = kwargs.get("encoder_hidden_states") is not None
+        if given_keys and self.state.merged is not None and self.matcher.weighs_keys:
+            raise ValueError(
+                "encoder_hidden_states of self-attention must be None while whole blocks merge, "
+                f"got {list(kwargs['encoder_hidden_states'].shape)}: how many tokens each of them "
+                "is cannot be known; apply_patch(..., merge_attn=True) leaves such keys as they are"
+            )
+        if self.state.merged is None:
             x, *rest = args
-            merged = token_map.merge(x, how=self.matcher.combine)
             if settings.merge_queries:
-                args = merged, *rest
-            else:
-                kwargs = kwargs | {"encoder_hidden_states": merged}
-        if not self.matcher.weighs_keys:
+                args = self._merged(x), *rest
+            elif not given_keys:
+                kwargs = kwargs | {"encoder_hidden_states": self._merged(x)}
+        if given_keys or not self.matcher.weighs_keys:
+            return args, kwargs
+        if not is_stock(attn):
+            own = kwargs.get("encoder_hidden_states")
+            self._follow_keys(attn, args[0] if own is None else own)
             return args, kwargs
         bias = _log_size(token_map, attn, args[0].dtype)
         return args, kwargs | {"attention_mask": fit_bias(bias, attn, args[0].shape[1])}
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """The input of a branch, after a norm."""
+        assert self.map is not None
+        # A block that should merge as a whole, but for what its cross-attention needs.
+        how = "direction" if self.settings.merge_block else self.matcher.combine
+        return self.map.merge(x, how=how)
+
+    def _follow_keys(self, attn: Any, tokens: Tensor) -> None:
+        """Let the keys and values that are projected of these tokens be unmerged."""
+        if self.projections is None:
+            raise TypeError(
+                f"{type(attn.processor).__name__} cannot be combined with merged tokens: its "
+                "attention has no to_k and to_v; apply_patch(..., prop_attn=False)"
+            )
+        self.state.keys = tokens
+        self.projections.follow(attn, (), {})
+
+    def unmerge_keys(self, attn: Any, tokens: Tensor, keys: Tensor) -> Tensor:
+        token_map, given = self.map, self.state.keys
+        if token_map is None or given is None:
+            return keys
+        if tokens is not given:
+            raise foreign_keys_error(attn, given, tokens)
+        return token_map.unmerge(keys)
+
+    def unmerge_self_attention(self, attn: Any, args: Args, output: Tensor) -> Tensor:
+        self.state.keys = None
+        if self.map is None or self.state.merged is not None or not self.settings.merge_queries:
+            return output
+        return self.map.unmerge(output)
 
     def weigh_keys_beside_objects(
         self, attn: Any, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
         """GLIGEN's own attention has objects among its keys, after the tokens of the image."""
         token_map = self.map
-        if token_map is None:
+        if token_map is None or self.state.merged is None:
             return args, kwargs
+        if not is_stock(attn):
+            raise ValueError(
+                "the processor of GLIGEN's attention must be diffusers' own while tokens merge, "
+                f"got {type(attn.processor).__name__}: apply_patch(..., merge_attn=True) leaves "
+                "that attention as it is"
+            )
         bias = _log_size(token_map, attn, args[0].dtype)
         bias = nn.functional.pad(bias, (0, args[0].shape[1] - bias.shape[2]))
         return args, kwargs | {"attention_mask": fit_bias(bias, attn, args[0].shape[1])}
 
     def merge(self, branch: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         (x, *rest), token_map = args, self.map
-        if token_map is not None:
+        # Other processors of cross-attention may need every token: to keep maps, to mask regions.
+        if token_map is not None and is_stock(branch):
             x = token_map.merge(x, how=self.matcher.combine)
         return (x, *rest), kwargs
 
     def unmerge(self, branch: nn.Module, args: Args, output: Tensor) -> Tensor:
         token_map = self.map
-        return output if token_map is None else token_map.unmerge(output)
+        return output if token_map is None or not is_stock(branch) else token_map.unmerge(output)
 
 
 def check_caches(block: Any, settings: DiffusionSettings) -> None:
@@ -161,15 +222,11 @@ def check_caches(block: Any, settings: DiffusionSettings) -> None:
             )
 
 
-def _is_perturbed(attn: Any) -> bool:
-    return type(attn.processor).__name__.startswith("PAG")
-
-
 def _log_size(token_map: TokenMap, attn: Any, dtype: torch.dtype) -> Tensor:
     """The bias of each key, [B, 1, M]: the same for every head and query."""
     bias = token_map.size.log().transpose(1, 2)
     name = type(attn.processor).__name__
-    if _is_perturbed(attn):
+    if is_perturbed(attn):
         # The last third of the batch (half of it without guidance) attends to itself alone.
         attending, of = (2, 3) if name.startswith("PAGCFG") else (1, 2)
         bias = bias[: len(bias) * attending // of]

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from tomesd.diffusion.block import Place, ThreadState, has_place, pop_place
+from tomesd.diffusion.block import Place, ThreadState, pop_place
 from tomesd.diffusion.conflicts import check_guidance, fused_projections_error
 from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.processors import is_stock, why_whole
 from tomesd.diffusion.ratio_plan import LevelRatio, RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.spec import UNet
@@ -21,7 +23,7 @@ class Transformer:
 
     model_threads: the state of threads in the whole model. carrier: the argument in which the place
     travels to the blocks, or "". skipped: why nothing merges here, or "". last: batch, height and
-    width of its tokens and the kind of device in the last forward pass of any thread; zeros before
+    width of its tokens and the device in the last forward pass of any thread; zeros before
     the first. last_place: the same for a block that autograd calls again in a thread of its own.
     threads: the state of threads in this transformer.
     """
@@ -34,7 +36,7 @@ class Transformer:
     matcher: Matcher
     ratio: LevelRatio
     skipped: str = ""
-    last: tuple[int, int, int, str] = (0, 0, 0, "cpu")
+    last: tuple[int, int, int, torch.device] = (0, 0, 0, torch.device("cpu"))
     last_place: Place | None = None
     threads: PerThread[ThreadState] = field(default_factory=lambda: PerThread(ThreadState))
 
@@ -51,8 +53,17 @@ class Transformer:
         """Why nothing merges here in an image like the last one; empty if something does."""
         batch, h, w, device = self.last
         if self.skipped or not h:
-            return self.skipped
-        return self.matcher.why_not(self.ratio.largest, device, batch, h, w, self.module.inner_dim)
+            return self.skipped or self.why_whole()
+        why_not = self.matcher.why_not(
+            self.ratio.largest, device, batch, h, w, self.module.inner_dim
+        )
+        return why_not or self.why_whole()
+
+    def why_whole(self) -> str:
+        """Why none of its blocks merge, for who computes their attention; empty if one does."""
+        settings = self.matcher.settings
+        reasons = [why_block_whole(block, settings) for block in self.blocks]
+        return reasons[0] if all(reasons) and reasons else ""
 
     def announce(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -60,7 +71,7 @@ class Transformer:
         """Hand the place to the blocks."""
         x = args[0] if args else kwargs["hidden_states"]
         h, w = x.shape[-2:]
-        self.last = x.shape[0], h, w, x.device.type
+        self.last = x.shape[0], h, w, x.device
         if self.skipped:
             return None
         settings = self.matcher.settings
@@ -77,12 +88,13 @@ class Transformer:
     def place(self, given: dict[str, Any]) -> Place:
         """The place of a block with these arguments, which are then as the host made them."""
         if self.carrier:
-            if not has_place(given.get(self.carrier)):
+            found = pop_place(given, self.carrier)
+            if found is None:
                 raise ValueError(
                     f"{self.carrier} of a block in {self.where} must hold the token grid, which "
                     "the model puts there: call the model, or remove_patch to call single blocks"
                 )
-            return pop_place(given, self.carrier)
+            return found
         place = self.threads.state.place or self.last_place
         tokens = given["hidden_states"].shape[1]
         if place is None or tokens != place.grids[0][1] * place.grids[0][2]:
@@ -92,6 +104,18 @@ class Transformer:
                 "the model runs at another size"
             )
         return place
+
+
+def why_block_whole(block: Any, settings: DiffusionSettings) -> str:
+    """Why a block does not merge, for who computes its attention; empty if it may."""
+    if not block.only_cross_attention:
+        keys_only = not settings.merge_queries
+        return why_whole(block.attn1, keys_only) if settings.merge_attn else ""
+    others = [attn for attn in (block.attn1, block.attn2) if not is_stock(attn)]
+    if not settings.merge_block or not others:
+        return ""
+    name = type(others[0].processor).__name__
+    return f"{name} may need all tokens in cross-attention, and there is no self-attention"
 
 
 def find_transformers(
@@ -142,8 +166,14 @@ def _stages(model: Any) -> Iterator[tuple[str, int, Any]]:
 
 
 def _why_impossible(module: Any, spec: UNet, settings: DiffusionSettings) -> str:
-    if type(module).__name__ not in spec.transformers:
-        return f"{type(module).__name__} is not a spatial transformer"
+    name = type(module).__name__
+    if name == "Attention":
+        return (
+            "its attention has no transformer around it, and is too small a share of its work for "
+            "merging to pay (docs/performance.md)"
+        )
+    if name not in spec.transformers:
+        return f"{name} is none of the transformers that its class is known to have"
     for block in module.transformer_blocks:
         name = "merge_block" if settings.merge_block else "merge_mlp"
         if getattr(settings, name) and block._chunk_size is not None:

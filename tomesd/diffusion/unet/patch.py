@@ -19,6 +19,7 @@ from torch import nn
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import ThreadState
 from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.processors import KeyProjections, is_stock
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.hooks import BlockHooks, check_caches
@@ -61,17 +62,21 @@ class UNetPatch(DenoiserPatch):
         self.blocks: dict[nn.Module, BlockHooks] = {}
         self.threads = PerThread(ThreadState)
         self.transformers = find_transformers(model, spec, self.plan, self.matcher, self.threads)
-        if self.plan.merges and all(found.skipped for found in self.transformers):
-            reasons = {found.skipped for found in self.transformers} or {"it has no attention"}
+        idle = [found.skipped or found.why_whole() for found in self.transformers]
+        if self.plan.merges and all(idle):
+            reasons = set(idle) or {"it has no attention"}
             raise ValueError(
                 f"nothing would be merged in {type(model).__name__}: {'; '.join(sorted(reasons))}"
             )
         for found in self.transformers:
             for block in found.blocks:
                 check_caches(block, settings)
-                weighs = settings.merge_attn and self.matcher.weighs_keys
-                if weighs and not block.only_cross_attention:
+                if self._weighs_keys(block) and is_stock(block.attn1):
                     check_takes_bias(block.attn1)
+
+    def _weighs_keys(self, block: Any) -> bool:
+        weighs = self.settings.merge_attn and self.matcher.weighs_keys
+        return weighs and not block.only_cross_attention
 
     def install(self) -> None:
         if not self.plan.merges:
@@ -88,8 +93,7 @@ class UNetPatch(DenoiserPatch):
             self.before(found.module, found.announce)
             for block in found.blocks:
                 self._install_block(block, BlockHooks(len(self.blocks), self.matcher, found))
-        if self.settings.min_tokens or self.settings.only_where_it_pays:
-            self.after(self.model, self.warn_if_idle)
+        self.after(self.model, self.warn_if_idle)
 
     def _record_timestep(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -103,8 +107,13 @@ class UNetPatch(DenoiserPatch):
         self.before(block, hooks.match)
         if settings.merge_attn and not block.only_cross_attention:
             self.before(block.attn1, hooks.merge_self_attention)
-            if settings.merge_queries and not settings.merge_block:
-                self.after(block.attn1, hooks.unmerge)
+            self.after(block.attn1, hooks.unmerge_self_attention)
+        if self._weighs_keys(block) and hasattr(block.attn1, "to_k"):
+            hooks.projections = KeyProjections(
+                self, block.attn1, ("to_k", "to_v"), hooks.unmerge_keys
+            )
+            if not is_stock(block.attn1):
+                hooks.projections.follow(block.attn1, (), {})
         if settings.merge_block and self.matcher.weighs_keys and hasattr(block, "fuser"):
             self.before(block.fuser.attn, hooks.weigh_keys_beside_objects)
         if not settings.merge_block:
@@ -142,6 +151,12 @@ class UNetPatch(DenoiserPatch):
             rows[row.where, row.note] = row._replace(blocks=blocks)
         return list(rows.values())
 
+    @staticmethod
+    def _others(blocks: Any) -> list[str]:
+        """The processors of self-attention that are not the host's own."""
+        found = [block.attn1 for block in blocks if not is_stock(block.attn1)]
+        return sorted({type(attention.processor).__name__ for attention in found})
+
     def _row(self, found: Transformer) -> ReportRow:
         h, w = found.grid
         if not h:
@@ -155,9 +170,10 @@ class UNetPatch(DenoiserPatch):
         note = found.why_not()
         if tokens and not note:
             merged = tokens - self.matcher.merged(found.ratio.largest, h, w)
+            others = [] if not self.matcher.weighs_keys else self._others(blocks)
             if self.settings.merge_attn and not any(block.only_cross_attention for block in blocks):
-                work = (merged / tokens) ** (2 if self.settings.merge_queries else 1)
-        if not note and self.plan.changes:
-            note = str(found.ratio)
+                work = (merged / tokens) ** (self.settings.merge_queries + (not others))
+            notes = [str(found.ratio)] * self.plan.changes
+            note = "; ".join(notes + [f"keys unmerged for {name}" for name in others])
         where = f"1/{found.downsample} {found.where}"
         return ReportRow(where, len(blocks), tokens, merged, work, note)

@@ -1,88 +1,33 @@
-"""Layers whose attention takes no mask: VideoMAE and DPT of transformers, BLIP and its variants.
+"""Layers whose attention takes no mask, or whose MLP adds the residual stream itself.
+
+VideoMAE, DPT, FLAVA, YOLOS and ViTPose of transformers, BLIP and its variants.
 
 The keys carry log(size) to where the logits are computed.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomesd.registry import register
-from tomesd.vit.hosts.transformers import TRANSFORMERS
+from tomesd.vit.carriers import Carrier, plain_output
+from tomesd.vit.hosts.transformers import TRANSFORMERS, check_backbone
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.spec import Places
 
 
-def _carrying(method: str) -> Callable[..., "_WeighedKeys"]:
-    """A tensor's method whose result carries the bias on."""
-
-    def call(self: "_WeighedKeys", *args: Any) -> "_WeighedKeys":
-        return _WeighedKeys(getattr(self.tensor, method)(*args), self.bias)
-
-    return call
-
-
-class _WeighedKeys:
-    """Keys that carry a bias, [B, 1, 1, N], to the logits of the attention, eager or fused.
-
-    Not a tensor but what torch functions take for one, so that it can hold any kind of tensor. It
-    has what the hosts call and nothing else: a method that lost the bias must not go unnoticed.
-    """
-
-    def __init__(self, tensor: Tensor, bias: Tensor):
-        self.tensor, self.bias = tensor, bias
-
-    view, reshape = _carrying("view"), _carrying("reshape")
-    permute, transpose = _carrying("permute"), _carrying("transpose")
-    contiguous = _carrying("contiguous")
-    __getitem__, __mul__ = _carrying("__getitem__"), _carrying("__mul__")
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    def size(self) -> torch.Size:
-        return self.tensor.shape
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        bias = next(arg.bias for arg in args if isinstance(arg, cls))
-        args = [arg.tensor if isinstance(arg, cls) else arg for arg in args]
-        if func is F.scaled_dot_product_attention:
-            return func(*args[:3], **kwargs | {"attn_mask": bias})
-        if func is F.softmax:
-            return func(args[0] + bias, *args[1:], **kwargs)
-        return cls(func(*args, **kwargs), bias)
-
-
-class _BiasedKeys(Layer):
-    def install(self, patch: Any, points: HookPoints) -> None:
+class BiasedKeys(Layer):
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
         patch.after(points.features["k"], self.carry_bias)
-        patch.before(points.merge, self.merge)
-        self.install_after_attention(patch, points)
 
-    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
-        raise NotImplementedError(f"{type(self).__name__} merges nothing")
-
-    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | _WeighedKeys:
-        bias = self.forward.key_bias(self.index, args[0], None)
-        return output if bias is None else _WeighedKeys(output, bias[:, None, None])
+    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | Carrier:
+        bias = None if self.idle else self.forward.key_bias(self.index, args[0], None)
+        return output if bias is None else Carrier(output, bias[:, None, None])
 
 
-class _VideoMAE(_BiasedKeys):
-    """The MLP ends in a module that adds the residual stream itself: the residual is merged, and
-    nothing has to be unmerged."""
-
-    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
-        patch.before(points.unmerge, self.merge_residual)
-        patch.first_after(points.block, self.leave)
+class SplitAttention(BiasedKeys):
+    """The attention is a module inside another one, which has the output projection."""
 
     @staticmethod
     def whole_attention(points: HookPoints) -> nn.Module:
@@ -92,21 +37,37 @@ class _VideoMAE(_BiasedKeys):
         by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
         return by_heads
 
+
+class _VideoMAE(SplitAttention):
+    """The MLP ends in a module that adds the residual stream itself: the residual is merged, and
+    nothing has to be unmerged."""
+
+    def install_merging(self, patch: Any, points: HookPoints) -> None:
+        patch.before(points.merge, self.merge)
+        patch.before(points.unmerge, self.merge_residual)
+        patch.first_after(points.block, self.leave)
+
     def merge_residual(self, output: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden, residual = args
         return (hidden, self.forward.merge(self.index, residual)), kwargs
 
-    def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
+    def leave(self, block: nn.Module, args: Args, output: Any) -> Any:
         return self.finish(block, output)
 
 
-class _Blip(_BiasedKeys):
+class _Flava(_VideoMAE):
+    """Its attention takes a mask."""
+
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
+        patch.before(points.attention, self.weigh_keys)
+
+
+class _Blip(BiasedKeys):
     """One module projects queries, keys and values together."""
 
-    def install_after_attention(self, patch: Any, points: HookPoints) -> None:
-        patch.after(points.attention, self.drop_bias)
-        patch.after(points.unmerge, self.unmerge)
-        patch.first_after(points.block, self.leave)
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
+        super().install_attention(patch, points)
+        patch.after(points.attention, plain_output)
 
     @staticmethod
     def width(points: HookPoints) -> int:
@@ -117,11 +78,6 @@ class _Blip(_BiasedKeys):
         parts = output.unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
         part: Tensor = parts[:, :, "qkv".index(name)]
         return part
-
-    def drop_bias(self, attention: nn.Module, args: Args, output: Any) -> Any:
-        """The values carry the bias as well, and what attention gives with them."""
-        attended, *rest = output
-        return (attended.tensor if isinstance(attended, _WeighedKeys) else attended, *rest)
 
 
 _ATTENTION = "attention.attention"
@@ -141,6 +97,38 @@ register(_VIDEOMAE, "transformers.VideoMAEModel")
 register(
     replace(_VIDEOMAE, tokens=lambda model: model.embeddings.position_embeddings.shape[1]),
     "transformers.DPTModel",
+)
+
+register(
+    replace(
+        _VIDEOMAE,
+        places={"FlavaLayer": _BLOCK},
+        layer=_Flava,
+        recorder=lambda model: model.encoder,
+    ),
+    "transformers.FlavaImageModel",
+)
+register(
+    replace(
+        _VIDEOMAE,
+        places={"YolosLayer": _BLOCK},
+        suffix=lambda model: model.config.num_detection_tokens,
+        tokens=lambda model: model.embeddings.position_embeddings.shape[1],
+        changes=lambda model: model.config.use_mid_position_embeddings,
+    ),
+    "transformers.YolosModel",
+)
+register(
+    replace(
+        _VIDEOMAE,
+        places={"VitPoseBackboneLayer": _BLOCK._replace(unmerge="mlp")},
+        prefix=lambda model: 0,
+        tokens=lambda model: model.embeddings.patch_embeddings.num_patches,
+        layer=SplitAttention,
+        check=check_backbone,
+        recorder=lambda model: model.encoder,
+    ),
+    "transformers.VitPoseBackbone",
 )
 
 _QKV = "self_attn.qkv"

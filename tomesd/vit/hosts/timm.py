@@ -1,8 +1,9 @@
-"""VisionTransformer of timm. Class, distillation and register tokens are its prefix tokens.
+"""VisionTransformer and Eva of timm. Class, distillation and register tokens are its prefix tokens.
 
 Fused attention stays on.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from tomesd.hooks import by_name
 from tomesd.registry import refuse, register
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
-from tomesd.vit.spec import Places, ViT
+from tomesd.vit.rotary import Rotary
+from tomesd.vit.spec import Places, ViT, known_class
 
 
 class _Layer(Layer):
@@ -31,33 +33,57 @@ class _Layer(Layer):
         return int(attention.num_heads * attention.head_dim)
 
 
+_ATTENTION = ("Attention", "AttentionRope", "EvaAttention")
+
+
 def _check_attention(model: Any, settings: Any) -> None:
     for index, block in enumerate(model.blocks):
-        if type(getattr(block, "attn", None)).__name__ != "Attention":
+        attention = getattr(block, "attn", None)
+        if known_class(attention, _ATTENTION) is None:
             raise TypeError(
-                "model must have blocks with Attention, whose keys can be weighed, got "
-                f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__} as "
-                f"block {index}"
+                f"model must have blocks with {' or '.join(_ATTENTION)}, whose keys can be "
+                "weighed, or with a class that keeps their forward, got "
+                f"{type(block).__name__} with {type(attention).__name__} as block {index}"
             )
 
 
-_FEATURES = {"q": "attn.q_norm", "k": "attn.k_norm", "v": "attn.qkv"}
+_KEYS = {"q": "attn.q_norm", "k": "attn.k_norm"}
+_FEATURES = {**_KEYS, "v": "attn.qkv"}
 
+TIMM = ViT(
+    {
+        "Block": Places("norm1", "attn", "norm2", "mlp", **_FEATURES),
+        # It normalizes the output of a branch instead of its input.
+        "ResPostBlock": Places("attn", "attn", "mlp", "norm2", **_FEATURES),
+    },
+    prefix=lambda model: model.num_prefix_tokens,
+    tokens=lambda model: model.patch_embed.num_patches + model.num_prefix_tokens,
+    blocks=("blocks",),
+    attention_mask="attn_mask",
+    layer=_Layer,
+    check=_check_attention,
+)
+register(TIMM, "timm.VisionTransformer")
+# With rotary positions. Its attention may have no module that gives its values.
+_EVA = replace(
+    TIMM,
+    places={
+        "EvaBlock": Places("norm1", "attn", "norm2", "mlp", **_KEYS),
+        "EvaBlockPostNorm": Places("attn", "attn", "mlp", "norm2", **_KEYS),
+    },
+    rotary=Rotary("rope"),
+)
+register(_EVA, "timm.Eva")
+
+
+def _naflex_tokens(model: Any) -> int:
+    height, width = model.embeds.pos_embed_grid_size or (16, 16)
+    return int(height * width + model.num_prefix_tokens)
+
+
+# Of any size and aspect; tokens that fill up a batch are masked.
 register(
-    ViT(
-        {
-            "Block": Places("norm1", "attn", "norm2", "mlp", **_FEATURES),
-            # It normalizes the output of a branch instead of its input.
-            "ResPostBlock": Places("attn", "attn", "mlp", "norm2", **_FEATURES),
-        },
-        prefix=lambda model: model.num_prefix_tokens,
-        tokens=lambda model: model.patch_embed.num_patches + model.num_prefix_tokens,
-        blocks=("blocks",),
-        attention_mask="attn_mask",
-        layer=_Layer,
-        check=_check_attention,
-    ),
-    "timm.VisionTransformer",
+    replace(_EVA, places={**TIMM.places, **_EVA.places}, tokens=_naflex_tokens), "timm.NaFlexVit"
 )
 
 refuse(
@@ -66,9 +92,3 @@ refuse(
     "timm.SwinTransformerV2",
     "timm.SwinTransformerV2Cr",
 )
-refuse(
-    "its attention adds a bias by token positions in every layer",
-    "timm.Beit",
-    "timm.VisionTransformerRelPos",
-)
-refuse("its attention rotates queries and keys by token positions in every layer", "timm.Eva")

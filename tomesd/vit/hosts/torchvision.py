@@ -1,10 +1,11 @@
-"""VisionTransformer of torchvision.
+"""VisionTransformer of torchvision, and that of open_clip.
 
 Its attention is PyTorch's MultiheadAttention, which projects queries, keys and values inside one
 function. So they are computed again for the matching, from its input; averaged over heads that is
 as little work as one head.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from tomesd.registry import refuse, register
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
+from tomesd.vit.settings import ViTSettings
 from tomesd.vit.spec import Places, ViT
 
 
 class _Layer(Layer):
     def weigh_keys(self, attention: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.idle:
+            return args, kwargs
         x = args[0]
         for name in self.forward.matcher.needs:
             if name in ("q", "k", "v"):
@@ -43,16 +47,29 @@ class _Layer(Layer):
         return int(attention.embed_dim)
 
 
+def _check_batch_first(model: Any, settings: ViTSettings) -> None:
+    if not model.transformer.batch_first:
+        raise ValueError("batch_first must be True where tokens merge, got False")
+
+
+_TORCHVISION = ViT(
+    {"EncoderBlock": Places("ln_1", "self_attention", "ln_2", "mlp")},
+    prefix=lambda model: 1,
+    tokens=lambda model: model.seq_length,
+    blocks=("encoder.layers",),
+    attention_mask="key_padding_mask",
+    layer=_Layer,
+)
+register(_TORCHVISION, "torchvision.VisionTransformer")
 register(
-    ViT(
-        {"EncoderBlock": Places("ln_1", "self_attention", "ln_2", "mlp")},
-        prefix=lambda model: 1,
-        tokens=lambda model: model.seq_length,
-        blocks=("encoder.layers",),
-        attention_mask="key_padding_mask",
-        layer=_Layer,
+    replace(
+        _TORCHVISION,
+        places={"ResidualAttentionBlock": Places("ln_1", "attn", "ln_2", "mlp")},
+        tokens=lambda model: model.positional_embedding.shape[0],
+        blocks=("transformer.resblocks",),
+        check=_check_batch_first,
     ),
-    "torchvision.VisionTransformer",
+    "open_clip.VisionTransformer",
 )
 refuse(
     "its attention is in windows of the token grid, in every layer", "torchvision.SwinTransformer"

@@ -6,9 +6,13 @@ Their projectors and language models get all tokens, unless unmerge=False.
 from dataclasses import replace
 from typing import Any
 
-from tomesd.registry import refuse, register
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tomesd.hooks import by_name
+from tomesd.registry import register
 from tomesd.vit.hosts.transformers import TRANSFORMERS, places, prefix
-from tomesd.vit.layer import HookPoints, Layer
+from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.spec import Places
 
 _CLIP = places("layer_norm1", "self_attn", "layer_norm2", "mlp")
@@ -95,9 +99,24 @@ register(
     "transformers.InternVLVisionModel",
 )
 
-refuse(
-    "its attention rotates queries and keys by token positions in every layer",
-    "transformers.MLCDVisionModel",
-    "transformers.PixtralVisionModel",
-    "transformers.Qwen2VisionTransformerPretrainedModel",
+
+class _XCLIP(Layer):
+    """A message from the other frames is the last token of its attention, and none of its own."""
+
+    def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.idle:
+            return args, kwargs
+        given = by_name(self.names, args, kwargs)
+        x = given.pop(self.names[0])
+        bias = self.forward.key_bias(self.index, x[:, :-1], given.get(self.mask))
+        given[self.mask] = None if bias is None else F.pad(bias, (0, 1))[:, None, None]
+        return (x,), given
+
+    def by_heads(self, name: str, output: Tensor) -> Tensor:
+        return super().by_heads(name, output)[:, :-1]
+
+
+register(
+    replace(_TOWERS, places={"XCLIPVisionEncoderLayer": _CLIP._replace(enter="")}, layer=_XCLIP),
+    "transformers.XCLIPVisionModel",
 )

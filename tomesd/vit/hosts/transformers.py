@@ -1,4 +1,4 @@
-"""Image and audio encoders of transformers; vision towers are in `tomesd.vit.hosts.towers`.
+"""Image and video encoders of transformers; `towers` and `sound` have those of their kind.
 
 Heads, decoders, feature maps and `output_hidden_states` get all tokens, unless unmerge=False;
 `output_attentions` returns the attention that was computed, which is between merged tokens.
@@ -7,7 +7,10 @@ Heads, decoders, feature maps and `output_hidden_states` get all tokens, unless 
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from tomesd.registry import refuse, register
+from tomesd.vit.layer import Args, Kwargs, Layer
 from tomesd.vit.settings import ViTSettings
 from tomesd.vit.spec import Places, ViT
 
@@ -41,7 +44,8 @@ def check_attention(model: Any, settings: ViTSettings) -> None:
         )
 
 
-def _check_backbone(model: Any, settings: ViTSettings) -> None:
+def check_backbone(model: Any, settings: ViTSettings) -> None:
+    """Raise ValueError for settings that leave feature maps without a shape."""
     if not settings.unmerge:
         raise ValueError(
             f"unmerge must be True with {type(model).__name__}, whose feature maps have a place "
@@ -50,13 +54,10 @@ def _check_backbone(model: Any, settings: ViTSettings) -> None:
     check_attention(model, settings)
 
 
-def _check_whisper(model: Any, settings: ViTSettings) -> None:
-    if model.config.encoder_layerdrop:
-        raise ValueError(
-            "encoder_layerdrop must be 0, since a skipped layer merges nothing for the next, got "
-            f"{model.config.encoder_layerdrop}"
-        )
-    check_attention(model, settings)
+def before_queries(model: Any) -> nn.ModuleList:
+    """The blocks before those in which the queries of masks lead the patches."""
+    layers: nn.ModuleList = model.layers
+    return layers[: len(layers) - model.config.num_blocks]
 
 
 def places(
@@ -112,27 +113,48 @@ register(
     "transformers.ASTModel",
 )
 register(
-    replace(
-        TRANSFORMERS,
-        places={
-            "WhisperEncoderLayer": places(
-                "self_attn_layer_norm", "self_attn", "final_layer_norm", "fc2"
-            )
-        },
-        prefix=lambda model: 0,
-        tokens=lambda model: model.max_source_positions,
-        check=_check_whisper,
-    ),
-    "transformers.WhisperEncoder",
-)
-register(
     _DINOV2,
     "transformers.Dinov2Model",
     "transformers.Dinov2WithRegistersModel",
     "transformers.Tipsv2VisionModel",
 )
 register(
-    replace(_DINOV2, check=_check_backbone),
+    replace(
+        _DINOV2,
+        places={"EomtLayer": _DINO},
+        blocks=before_queries,
+        check=check_backbone,
+        recorder=lambda model: model,
+    ),
+    "transformers.EomtForUniversalSegmentation",
+)
+
+
+class _Radio(Layer):
+    def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if kwargs.get("cu_seqlens") is not None:
+            raise ValueError("image_grid_hw must be None where tokens merge: one size of images")
+        return super().weigh_keys(attention, args, kwargs)
+
+
+def _radio_prefix(model: Any) -> int:
+    return int(model.config.num_cls_tokens + model.config.num_registers)
+
+
+register(
+    replace(
+        _DINOV2,
+        places={"RadioLayer": _DINO},
+        prefix=_radio_prefix,
+        tokens=lambda model: (
+            (model.config.image_size // model.config.patch_size) ** 2 + _radio_prefix(model)
+        ),
+        layer=_Radio,
+    ),
+    "transformers.RadioModel",
+)
+register(
+    replace(_DINOV2, check=check_backbone),
     "transformers.Dinov2Backbone",
     "transformers.Dinov2WithRegistersBackbone",
     "transformers.Tipsv2VisionBackbone",
@@ -144,20 +166,4 @@ refuse(
     "transformers.SwinBackbone",
     "transformers.Swinv2Model",
     "transformers.Swinv2Backbone",
-)
-refuse(
-    "its attention adds a bias by token positions in every layer",
-    "transformers.BeitModel",
-    "transformers.BeitBackbone",
-    "transformers.Data2VecVisionModel",
-)
-refuse(
-    "its attention rotates queries and keys by token positions in every layer",
-    "transformers.DINOv3ViTModel",
-    "transformers.DINOv3ViTBackbone",
-    "transformers.VJEPA2Model",
-)
-refuse(
-    "its detection tokens follow the patches, and only tokens that lead them are kept from merging",
-    "transformers.YolosModel",
 )

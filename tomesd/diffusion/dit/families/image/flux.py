@@ -169,6 +169,11 @@ register(
 )
 
 refuse(
+    "it keeps keys from step to step, which would be of other tokens; use "
+    "Flux2KleinPipeline(**pipe.components)",
+    "diffusers.Flux2KleinKVPipeline",
+)
+refuse(
     "its pipeline masks pairs of tokens, which merged tokens cannot follow",
     "diffusers.BriaFiboTransformer2DModel",
 )

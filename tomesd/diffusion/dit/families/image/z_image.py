@@ -40,8 +40,7 @@ def _blocks(name: str) -> Blocks:
 
 
 register(
-    # Its ControlNet refines the image with the same blocks.
-    DiT((_blocks("noise_refiner"), _blocks("layers")), _listed_latents, timestep="t", shares=True),
+    DiT((_blocks("noise_refiner"), _blocks("layers")), _listed_latents, timestep="t"),
     "diffusers.ZImageTransformer2DModel",
 )
 

@@ -5,6 +5,7 @@ the first frame differently from the others.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text, latent_grid
 from tomesd.registry import refuse, register
@@ -26,8 +27,18 @@ _ONE_STREAM = replace(
     carrier="image_rotary_emb",
 )
 
+
+def _why_not(model: Any) -> str:
+    if model.config.get("image_condition_type") != "token_replace":
+        return ""
+    return (
+        'its config has image_condition_type="token_replace": its blocks treat the tokens of the '
+        "first frame differently from the others"
+    )
+
+
 register(
-    DiT((_TWO_STREAMS, _ONE_STREAM), latent_grid(frames=-3), rope="rope"),
+    DiT((_TWO_STREAMS, _ONE_STREAM), latent_grid(frames=-3), rope="rope", why_not=_why_not),
     "diffusers.HunyuanVideoTransformer3DModel",
 )
 

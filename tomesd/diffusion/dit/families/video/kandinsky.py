@@ -22,6 +22,13 @@ def _channels_last(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
     return ((shape[1] // time, shape[2] // h, shape[3] // w),)
 
 
+def _why_not(model: Any) -> str:
+    kind = model.config.get("attention_type", "regular")
+    if kind == "regular":
+        return ""
+    return f"its config has attention_type={kind!r}, whose blocks of tokens merged ones do not form"
+
+
 register(
     DiT(
         Blocks(
@@ -31,6 +38,7 @@ register(
             rotary=Rotary("rope", dim=1),
         ),
         _channels_last,
+        why_not=_why_not,
     ),
     "diffusers.Kandinsky5Transformer3DModel",
 )

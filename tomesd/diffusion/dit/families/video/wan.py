@@ -1,6 +1,7 @@
 """Wan and its variants: self-attention with rotary positions; text only in cross-attention."""
 
 from dataclasses import replace
+from typing import Any
 
 from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, latent_grid
 from tomesd.registry import refuse, register
@@ -31,8 +32,22 @@ register(
     ),
     "diffusers.WanVACETransformer3DModel",
 )
+
+
+def _why_causal(model: Any) -> str:
+    frames = model.config.get("num_frame_per_block", 1)
+    if frames == 1:
+        return ""
+    return f"its config has num_frame_per_block={frames}, which masks later frames"
+
+
 register(
-    DiT(replace(_WAN, per_token=(("temb", 2),)), latent_grid(frames=-3), rope="rope"),
+    DiT(
+        replace(_WAN, per_token=(("temb", 2),)),
+        latent_grid(frames=-3),
+        rope="rope",
+        why_not=_why_causal,
+    ),
     "diffusers.SkyReelsV2Transformer3DModel",
 )
 # One table for queries and one for keys, [1, 1, tokens, ...]; its frames come before its channels.

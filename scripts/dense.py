@@ -1,0 +1,11 @@
+"""How close merged Vision Transformers stay to themselves: python scripts/dense.py
+
+Trains a small ViT with rotary positions on the Shapes world (minutes on one CPU core; the same
+command resumes) and compares the angles that a merged token can take; then compares merging for
+good with merging within blocks in the embedded classifier, at equal savings of multiply-adds.
+"""
+
+from benchmarks.dense.command import main
+
+if __name__ == "__main__":
+    main(doc=__doc__)

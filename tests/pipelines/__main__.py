@@ -28,7 +28,7 @@ def main(output: Path, names: Sequence[str]) -> None:
     environment = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "torch_version": torch.__version__,
+        "torch_version": torch.__version__.partition("+")[0],
         "diffusers_version": diffusers.__version__,
     }
     own = [rows[name] for name in FAMILIES if name in rows]

@@ -23,14 +23,7 @@ SAMPLE = {
     *("LTXConditionPipeline", "CogVideoXImageToVideoPipeline", "HunyuanVideoPipeline"),
     *("SanaPipeline", "HunyuanVideoFramepackPipeline"),
 }
-_MAPS = "its processors keep attention maps and read them as those of all tokens"
-FAULTS = {
-    "StableDiffusionSAGPipeline": _MAPS,
-    "StableDiffusionAttendAndExcitePipeline": _MAPS,
-    "LEditsPPPipelineStableDiffusion": _MAPS,
-    "Flux2KleinKVPipeline": "refused in its first step, not by apply_patch",
-    "ZImageOmniPipeline": "refused in its first step, not by apply_patch",
-}
+FAULTS = {"ZImageOmniPipeline": "refused in its first step, not by apply_patch"}
 
 
 def _cases():

@@ -252,7 +252,8 @@ SD = Family(
         ),
         "SemanticStableDiffusionPipeline": Case(call={"editing_prompt": ["a dog"]}),
         "StableDiffusionAttendAndExcitePipeline": Case(
-            call={"token_indices": [1], "max_iter_to_alter": 1, "attn_res": _second_level}
+            call={"token_indices": [1], "max_iter_to_alter": 1, "attn_res": _second_level},
+            sizes=((8, 8), (10, 14)),
         ),
         "StableDiffusionDiffEditPipeline": Case(
             {

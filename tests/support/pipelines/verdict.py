@@ -77,7 +77,7 @@ def _tried(
 
 
 def _refusal(pipe: Any, message: str) -> Verdict:
-    named = any(type(module).__name__ in message for module in _modules(pipe))
+    named = any(type(part).__name__ in message for part in (pipe, *_modules(pipe)))
     if not named or "r=" in message or len(message) > 500:
         return Verdict(fault=f"the refusal does not say why: {message[:200]}")
     return Verdict(fault="hooks are left") if _hooks(pipe) else Verdict(refusal=message)

@@ -67,6 +67,15 @@ def _read_fid(file: Path) -> Record:
     }
 
 
+def _read_pipelines(file: Path) -> Record:
+    found = _json(file)
+    return {
+        "environment": _environment(found["environment"]),
+        "settings": {"not tried": found["not tried"]},
+        "rows": found["rows"],
+    }
+
+
 def _read_benchmark(file: Path) -> Record:
     found = _json(file)
     kind = next(name for name in ("forward", "cost", "training", "memory") if name in found)
@@ -165,6 +174,7 @@ RESULTS: dict[str, Result] = {
         "--methods prune:0.1,0.2 tome:0.1,0.2,0.3,0.4,0.5",
         _read_fid,
     ),
+    "pipelines": Result("python -m tests.pipelines runs/pipelines.json", _read_pipelines),
     "coverage": Result("python scripts/coverage.py --host transformers", _read_coverage),
     "dense": Result("python scripts/dense.py", _read_dense),
 }

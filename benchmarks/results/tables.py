@@ -10,6 +10,7 @@
 - coverage: models of transformers and timm that merge
 - dense-angles, dense-ways: how close merged features stay
 - fid: distances of merging and of random pruning
+- pipelines: what came of merging in each pipeline of diffusers
 - cost:levels, cost:shares, cost:ideal, cost:budget, cost:cards: the cost model
 - gpu: a section for each GPU that was measured; kernels: what they take of one
 """
@@ -224,6 +225,31 @@ def fid(result: Record) -> str:
     return "\n".join(lines)
 
 
+def pipelines(result: Record) -> str:
+    """A row for each denoiser and each outcome of its pipelines."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["denoiser"], _outcome(row)), []).append(row["name"])
+    for name, reason in result["settings"]["not tried"].items():
+        groups.setdefault((MISSING, f"not tried: {reason}"), []).append(name)
+    merged = sum(bool(row["merged"]) for row in result["rows"])
+    rows = [
+        [f"`{denoiser}`" if denoiser != MISSING else MISSING, ", ".join(names), outcome]
+        for (denoiser, outcome), names in groups.items()
+    ]
+    table = markdown.table(["denoiser", "pipelines", "outcome"], rows)
+    version = result["environment"]["diffusers_version"]
+    return f"{table}\n\n{merged} of diffusers {version}'s pipelines merge."
+
+
+def _outcome(row: Record) -> str:
+    if row["merged"]:
+        return "merges"
+    if row["fault"]:
+        return "**fault**: " + row["fault"].partition(" (")[0]
+    return "refused: " + row["refusal"].partition(": ")[2].partition(". ")[0]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a result. result: its name in `files.RESULTS`."""
@@ -249,6 +275,7 @@ TABLES: dict[str, Table] = {
     "classifier-algorithms": Table("classifier", classifier_algorithms),
     "vit-b16": Table("vit-b16", vit_speed),
     "fid": Table("fid", fid),
+    "pipelines": Table("pipelines", pipelines),
     "coverage": Table("coverage", coverage),
     "dense-angles": Table("dense", lambda result: angles_table(result["rows"])),
     "dense-ways": Table("dense", lambda result: ways_table(result["rows"])),

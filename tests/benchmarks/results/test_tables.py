@@ -16,6 +16,7 @@ from tests.benchmarks.support import ROOT, refused
 from tests.support.slow import slow
 
 ENVIRONMENT = {"device": "an abacus", "threads": 1, "torch_version": "2.14.1"}
+ENVIRONMENT |= {"diffusers_version": "0.42.1"}
 
 
 def spread(median: float) -> dict:
@@ -63,6 +64,9 @@ ROWS = {
         classified("algorithms", "PiToMe"),
     ],
     "vit-b16": [classified("sweep", "r = 16")],
+    "pipelines": [
+        {"name": "FluxPipeline", "denoiser": "Flux", "merged": ["transformer"], "fault": ""},
+    ],
     "fid": [{"method": "tome", "ratio": 0.5, "frechet": 2.07, "psnr": 23.3}],
     "coverage": [
         {"host": "timm", "name": "vit", "encoder": "Vit", "merges": "for good", "why": ""}
@@ -81,7 +85,7 @@ def root(tmp_path, monkeypatch) -> Path:
     (tmp_path / "docs").mkdir()
     for name, rows in ROWS.items():
         record = {"rows": rows, "environment": ENVIRONMENT, "date": "2026-11-27"}
-        record["settings"] = {"features": "shapes"}
+        record["settings"] = {"features": "shapes", "not tried": {}}
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(record))
     (tmp_path / "README.md").write_text(region("frontier"))
     for module in (files, command):

@@ -27,7 +27,7 @@ from benchmarks.pictures.picture_set import UNPATCHED
 from benchmarks.speed.forwards import timed_forward, timed_peer_forward
 from benchmarks.speed.setup import Setup
 from benchmarks.speed.variants import Variant
-from tomesd.diffusion.ratio_schedule import all_ratios
+from tomesd.diffusion.ratio_schedule import all_ratios, normal_ratio
 from tomesd.diffusion.settings import DiffusionSettings
 
 
@@ -123,7 +123,7 @@ def _timed(
 def _largest(settings: DiffusionSettings | None) -> DiffusionSettings:
     """The settings of the steps that merge."""
     assert settings is not None
-    return replace(settings, ratio=max(all_ratios(settings.ratio)))
+    return replace(settings, ratio=max(all_ratios(normal_ratio(settings.ratio))))
 
 
 @dataclass

@@ -110,7 +110,7 @@ def known_caches(result: Record) -> str:
     names = [name for name in _KNOWN_CACHES if any(row["recipe"] == name for row in rows)]
 
     def cell(name: str, count: int) -> str:
-        key = {"recipe": name, "steps": count}
+        key: dict[str, Any] = {"recipe": name, "steps": count}
         psnr, work = figure(mean(rows, **key), 1), figure(mean(rows, "work", **key), 2)
         return f"{psnr} ({work})"
 

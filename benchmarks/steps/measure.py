@@ -142,7 +142,7 @@ def measure(
 
 
 def _ratio(recipe: Recipe) -> float | None:
-    ratio = recipe.merging and recipe.merging["ratio"]
+    ratio: Any = recipe.merging and recipe.merging["ratio"]
     return (
         max(each for _, each in ratio.pieces) if isinstance(ratio, tomesd.RatioSchedule) else ratio
     )

@@ -36,7 +36,7 @@ class Consistency:
         """The clean latents that a v stands for."""
         return _at(self.signal, timesteps) * noisy - _at(self.noise, timesteps) * v
 
-    def student(self, unet: Any, noisy: Tensor, timesteps: Tensor, *given: Tensor) -> Tensor:
+    def student(self, unet: Any, noisy: Tensor, timesteps: Tensor, *given: Any) -> Tensor:
         """What LCMScheduler makes of the student's answer."""
         scaled = timesteps * self.scheduler.config.timestep_scaling
         skip = (0.25 / (scaled**2 + 0.25))[:, None, None, None]

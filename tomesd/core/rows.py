@@ -113,4 +113,9 @@ def fixed(size: int) -> int:
 
 def is_exporting() -> bool:
     """Whether torch.export or torch.jit.trace records this, for batches of any size."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or is_tracing()
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace records this: sizes are tensors then."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

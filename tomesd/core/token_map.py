@@ -15,6 +15,7 @@ from tomesd.core.rows import (
     in_batch,
     in_sample,
     is_exporting,
+    is_tracing,
     largest_rows,
     norms,
     rows_of_moves,
@@ -284,7 +285,7 @@ class TokenMap:
 def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | None = None) -> None:
     # A wrong batch must not pass: it would read rows of other samples, or lose samples. While
     # tracing, sizes are tensors, and the trace would hold their comparison.
-    if torch.jit.is_tracing():
+    if is_tracing():
         return
     if x.dim() != 3 or x.shape[:2] != (batch, n) or channels not in (None, x.shape[2]):
         needed = f"[{batch}, {n}, {channels or 'channels'}]"

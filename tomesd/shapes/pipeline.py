@@ -26,7 +26,7 @@ LABELS = {
 }
 
 
-class TransformerPipeline(PixArtAlphaPipeline):
+class TransformerPipeline(PixArtAlphaPipeline):  # type: ignore[misc]
     """PixArt's pipeline, at 128 px and for short prompts unless it is told otherwise.
 
     PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text.

@@ -122,6 +122,8 @@ def calls(tiny: TinyTransformer, **settings) -> tuple[nn.Module, list[Call]]:
     for handle in handles:
         handle.remove()
     assert len(found) == len(blocks)
+    # As within the model's forward: a block that another model calls is left as it is.
+    model._tomesd_patch.hooks.state.inside = True
     return model, found
 
 

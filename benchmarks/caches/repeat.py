@@ -51,7 +51,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a UNet or a diffusion transformer.
 
     >>> len(transformer_blocks(pipe.unet))
-    10
+    11
     """
     return [
         block

@@ -32,9 +32,9 @@ def destinations_last(token_map: TokenMap, partition: Partition) -> TokenMap:
     """The map whose groups are: protected tokens, unmerged sources, destinations.
 
     >>> sides = Partition(src=torch.tensor([0, 2]), dst=torch.tensor([1, 3]))
-    >>> pairs = TokenMap.from_groups([[0, 1, 2, 1]])
+    >>> pairs = TokenMap.from_moves(4, moved=torch.tensor([[0]]), target=torch.tensor([[3]]))
     >>> destinations_last(pairs, sides).group
-    tensor([[0, 2, 1, 2]])
+    tensor([[2, 1, 0, 2]])
 
     Each of the three keeps its order. partition: the one that the map was made with, in which
     protected tokens lead.

@@ -48,7 +48,8 @@ def apply_patch(
     model: a pipeline of diffusers or transformers; a UNet, ControlNet or diffusion transformer of
         diffusers; or a Vision Transformer of transformers, timm or torchvision
         (`tomesd.supported`), also one that is wrapped (by torch.compile, DistributedDataParallel).
-        It is changed in place by forward hooks and returned. A model that is patched already gets the new settings instead.
+        It is changed in place by forward hooks and returned. A model that is patched already gets
+        the new settings instead.
     ratio: for denoisers, the share of the tokens to merge, from 0 (changes nothing) to below 1; 0.5
         by default, as in the papers. How much faster that is depends on the model and the size of
         the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for

@@ -113,4 +113,4 @@ def fixed(size: int) -> int:
 
 def is_exporting() -> bool:
     """Whether torch.export or torch.jit.trace records this, for batches of any size."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -284,7 +284,7 @@ class TokenMap:
 def _require_shape(name: str, x: Tensor, batch: int, n: int, channels: int | None = None) -> None:
     # A wrong batch must not pass: it would read rows of other samples, or lose samples. While
     # tracing, sizes are tensors, and the trace would hold their comparison.
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return
     if x.dim() != 3 or x.shape[:2] != (batch, n) or channels not in (None, x.shape[2]):
         needed = f"[{batch}, {n}, {channels or 'channels'}]"

@@ -12,6 +12,8 @@ from tests.support.slow import slow
 def merged(x: Tensor, size: Tensor, keys: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
     """One sample's tokens [N, C] and sizes [N] after merging r of them by their keys [N, D]."""
     n = len(x)
+    if r == 0:  # Nothing is split into sets, and so nothing concatenated.
+        return x, size
     keys = keys / keys.norm(dim=-1, keepdim=True)
     scores = keys[::2] @ keys[1::2].T
     scores[: (prefix + 1) // 2] = -torch.inf

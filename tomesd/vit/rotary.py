@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tomesd.core.rows import fixed
 from tomesd.core.token_map import TokenMap
 
 
@@ -32,8 +33,8 @@ class Rotary:
         if isinstance(angles, tuple | list):
             return tuple(self.merged(table, so_far) for table in angles)
         table = angles.view((1,) * (4 - angles.dim()) + angles.shape)
-        leading = so_far.n - table.shape[2]
-        merged = self.pick(table.expand(len(so_far.size), -1, -1, -1), so_far, leading)
+        leading = so_far.n - fixed(table.shape[2])
+        merged = self.pick(table.expand(so_far.size.shape[0], -1, -1, -1), so_far, leading)
         return merged if self.dims == 4 else merged[:, 0] if self.dims == 3 else merged[0, 0]
 
     def pick(self, table: Tensor, so_far: TokenMap, leading: int) -> Tensor:

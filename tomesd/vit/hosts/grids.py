@@ -26,7 +26,7 @@ class _OnGrid(Placed):
         """Queries, keys and values, [B · heads, M, D], with the bias of their places."""
         parts = self.carry(self.tensor.unbind(dim))
         q, so_far, attention = parts[0].tensor, self.so_far, self.layer.attention
-        q = q.unflatten(0, (len(so_far.size), -1))
+        q = q.unflatten(0, (so_far.size.shape[0], -1))
         bias: Any = self.bias
         if bias is not None:
             bias = bias.expand(-1, q.shape[1], so_far.m, -1)

@@ -60,8 +60,7 @@ class _Module(_Argument):
             patch.after(bias, self.place)
 
     def by_heads(self, name: str, output: Tensor) -> Tensor:
-        by_heads: Tensor = output.unflatten(-1, (-1, self.attention.attention_head_size))
-        return by_heads
+        return output.view(*output.shape[:-1], -1, self.attention.attention_head_size)
 
     def place(self, module: nn.Module, args: Args, output: Tensor) -> Tensor:
         return output if self.idle else at_heads(output, self.forward.maps[self.index])

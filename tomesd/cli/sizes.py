@@ -119,7 +119,8 @@ def size_table(
 ) -> str:
     """What merges in a denoiser at each size, and the estimate of what it saves.
 
-    >>> table = size_table("unet", denoisers(None)["unet"], DiffusionSettings(), [(512, 512)], "cpu")
+    >>> unet = denoisers(None)["unet"]
+    >>> table = size_table("unet", unet, DiffusionSettings(), [(512, 512)], "cpu")
     >>> table.partition(",")[0]
     'unet: UNet2DConditionModel'
     """

@@ -190,9 +190,52 @@ def test_the_assets_do_not_name_the_folders_of_their_maker():
     assert not _that_name_folders(ROOT / "assets")
 
 
+def test_the_few_step_pipeline_is_told_its_guidance_and_does_not_double_the_batch():
+    pipe = shapes.load_pipeline("few-step")
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    pipe.set_progress_bar_config(disable=True)
+    batches = []
+    pipe.unet.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
+
+    def drawn(guidance: float) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        call = {"guidance_scale": guidance, "generator": noise, "output_type": "latent"}
+        return pipe("a red ring", num_inference_steps=4, **call).images
+
+    assert not torch.equal(drawn(3.0), drawn(5.0))
+    assert batches == [1] * 8
+
+
+def test_an_untrained_student_says_what_its_teacher_says_whatever_the_guidance():
+    unet = architectures.build_unet().eval()
+    told = architectures.build_few_step_unet(unet).eval()
+    noisy, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 96)
+    with torch.no_grad():
+        expected = unet(noisy, 500, text).sample
+        guidance = torch.randn(1, architectures.GUIDANCE_WIDTH)
+        assert torch.equal(told(noisy, 500, text, timestep_cond=guidance).sample, expected)
+
+
+def test_the_transformers_pipeline_draws_at_its_own_size_and_takes_short_prompts(tmp_path):
+    transformer = architectures.build_transformer()
+    architectures.build_transformer_pipeline(untrained_pipeline(), transformer).save_pretrained(
+        tmp_path
+    )
+    pipe = shapes.load_pipeline(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    lengths = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda model, args, given: lengths.append(given["encoder_hidden_states"].shape[1]),
+        with_kwargs=True,
+    )
+    image = pipe("a red ring", num_inference_steps=1, output_type="np").images[0]
+    assert image.shape == (128, 128, 3)
+    assert lengths == [16]
+
+
 def test_the_assets_stay_small():
     total = sum(path.stat().st_size for path in (ROOT / "assets").rglob("*") if path.is_file())
-    assert total < 25e6
+    assert total < 40e6
 
 
 def test_the_embedded_classifier_reads_pictures_that_it_was_not_trained_on():

@@ -55,8 +55,9 @@ def apply_patch(
         level, {1: 0.5, 2: 0.25}, where a level is given by how much coarser it is than the finest
         one with attention. Other levels do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
-        whole blocks at every level where it pays, "paper" is exactly ToMe's Appendix F. Options
-        that are given override it.
+        whole blocks at every level where it pays, "late" the same in a pipeline, but not in the
+        first fifth of the steps, which is closer to the unpatched image for the work that it saves
+        (docs/results.md), "paper" is exactly ToMe's Appendix F. Options that are given override it.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup is
         required, and denoisers are then left as they are.

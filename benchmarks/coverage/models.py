@@ -88,6 +88,8 @@ def table(found: list[Covered]) -> str:
     rows = []
     for host in HOSTS:
         merging = [each for each in found if each.host == host and each.merges]
+        if not merging:
+            continue
         within = Counter(each.encoder for each in merging if each.merges == "within blocks")
         counts = Counter(each.encoder for each in merging)
         rows.append([f"**{host}**", f"**{len(merging)}**", f"**{len(counts)} classes**"])

@@ -1,20 +1,24 @@
 """The candidates of the frontier: settings of this project, a plain grid, pruning, and the peer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.caches.known import UNET_CACHES, Apply, repeat
 from benchmarks.frontier.matchers import GridMatcher, PoolingGridMatcher
 from benchmarks.pictures.picture_set import UNPATCHED, Method
 from tomesd import RatioSchedule
 from tomesd.diffusion.matcher import Matcher
+from tomesd.diffusion.ratio_schedule import LateSchedule
 from tomesd.diffusion.settings import PRESETS, DiffusionSettings, diffusion_settings
 from tomesd.diffusion.unet import UNet, UNetPatch
 
 # dbolya's package, the known implementation.
 PEER = "tomesd==0.1.3"
 LATE = "late: unpatched in the first fifth of the steps"
+CACHE = "a cache"
+BOTH = "a cache, and late merging"
 
 # In the order of the table and of the plot's legend.
 FAMILIES = (
@@ -30,6 +34,8 @@ FAMILIES = (
     "grid of keys and values (ToDo)",
     "random pruning",
     PEER,
+    CACHE,
+    BOTH,
 )
 
 
@@ -41,14 +47,25 @@ class Candidate(Method):
     'blocks 0.5'
 
     family: one of FAMILIES. matcher: one that is only measured; None for the library's.
+    cache: computes every `cycle`-th step, but all steps of a share `whole`. timed_steps: of an
+        image in which it does so from the first step on.
     """
 
     family: str = UNPATCHED
     matcher: type[Matcher] | None = None
+    cache: Apply | None = None
+    cycle: int = 1
+    whole: float = 0.0
+    timed_steps: int = 0
 
     @property
     def name(self) -> str:
         return self.method
+
+    @property
+    def merging(self) -> dict[str, Any] | None:
+        merging = super().merging
+        return merging if self.cache is None else {"cache": self.name, **(merging or {})}
 
     @property
     def is_peer(self) -> bool:
@@ -64,25 +81,28 @@ class Candidate(Method):
     def is_steady_setting(self) -> bool:
         """Whether `apply_patch` supports it, with the same ratio in every step."""
         return not (
-            self.settings is None or self.is_peer or self.matcher or self.schedule is not None
+            self.settings is None
+            or self.is_peer
+            or self.matcher
+            or self.cache
+            or self.schedule is not None
         )
 
     @property
     def shipped_as(self) -> str:
         """The name of these settings for `apply_patch` where all levels pay: "default", a preset,
         or "" for others."""
-        for preset in (None, *PRESETS):
+        for preset in (None, *PRESETS) if not (self.is_peer or self.matcher or self.cache) else ():
             chosen = diffusion_settings(0.5, preset, {})
-            if self.is_steady_setting and self.settings == replace(
-                chosen, only_where_it_pays=False
-            ):
+            if self.settings == replace(chosen, only_where_it_pays=False):
                 return f"preset {preset}" if preset else "default"
         return ""
 
     @property
     def steady(self) -> "Candidate":
-        """The candidate that is timed for this one: of a schedule, its steps that merge."""
-        if self.schedule is None:
+        """The candidate that is timed for this one: of a schedule, its steps that merge. A cache is
+        timed itself, over a cycle."""
+        if self.schedule is None or self.cache is not None:
             return self
         ratio = max(ratio for _, ratio in self.schedule.pieces)
         assert self.settings is not None
@@ -90,7 +110,10 @@ class Candidate(Method):
         return next(each for each in CANDIDATES if each.settings == settings and not each.matcher)
 
     def over_steps(self, unpatched: float, merged: float) -> float:
-        """The mean over all steps of a quantity of one step without and with merging."""
+        """The mean over all steps of a quantity of one step without and with merging; for a cache,
+        merged is the mean of its cycle."""
+        if self.cache is not None:
+            return self.whole * unpatched + (1 - self.whole) * merged
         if self.schedule is None:
             return merged
         start, total = 0.0, 0.0
@@ -114,7 +137,8 @@ class Candidate(Method):
         patch = self.patch(pipe.unet, pipe)
         patch.install()
         try:
-            yield pipe
+            with self.cache(pipe, pipe.unet) if self.cache else nullcontext():
+                yield pipe
         finally:
             patch.remove()
 
@@ -139,8 +163,28 @@ def _blocks(ratio: Any, **options: Any) -> DiffusionSettings:
     return DiffusionSettings(ratio=ratio, **options)
 
 
-def _late(ratio: float) -> RatioSchedule:
-    return RatioSchedule.last(ratio, since=0.2)
+def _late(ratio: float) -> Any:
+    return LateSchedule.of_ratio(ratio)
+
+
+def _caches(family: str, settings: DiffusionSettings) -> list[Candidate]:
+    """Caches, with merging in the steps that they compute. Those of diffusers keep what blocks give
+    for the tokens of one step, and do not go with blocks that merge others in the next one."""
+    ending = ", blocks 0.5, all levels, late" if family == BOTH else ""
+    found = {
+        f"repeat {interval - 1} of {interval}": (repeat(interval), interval, 0.2, interval)
+        for interval in (2, 3)
+    }
+    # Pyramid attention broadcast computes all steps that are not from 100 to 800, and TaylorSeer
+    # the first 3 of 25.
+    whole = {"DeepCache": 0.0, "pyramid attention broadcast": 0.3, "TaylorSeer": 0.12}
+    for name, apply in UNET_CACHES.items():
+        kind, _, interval = name.rpartition(" ")
+        if family == CACHE or kind == "DeepCache":
+            found[name] = apply, int(interval), whole[kind], 10**6
+    return [
+        Candidate(f"{name}{ending}", settings, family, None, *how) for name, how in found.items()
+    ]
 
 
 # Levels are counted from the finest one (max_downsample), so that they are the same in models of
@@ -247,6 +291,8 @@ CANDIDATES: list[Candidate] = [
             "pruning of blocks 0.5": _blocks(0.5, method="prune"),
         },
     ),
+    *_caches(CACHE, _blocks(0.0)),
+    *_caches(BOTH, _blocks(_late(0.5), max_downsample=8)),
     # With its defaults: random destinations.
     *_family(
         PEER, **{f"{PEER} {ratio:g}": _attention(ratio, use_rand=True) for ratio in (0.3, 0.5)}

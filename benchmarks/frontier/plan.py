@@ -92,6 +92,7 @@ def merging(candidates: list[Candidate]) -> dict[str, Any]:
             "family": each.family,
             "matcher": each.matcher.__name__ if each.matcher else None,
             "settings": as_record(each.settings),
+            **({"cache": each.name} if each.cache else {}),
         }
         if each.settings
         else None

@@ -31,7 +31,7 @@ def joined_results(plan: Plan) -> dict[str, Any]:
             "is_setting": candidate.is_steady_setting,
             "shipped_as": candidate.shipped_as,
             "settings": as_record(candidate.settings) if candidate.settings else None,
-            "attention_left": {size: shares[candidate.name] for size, shares in left.items()},
+            "attention_left": {size: shares.get(candidate.name) for size, shares in left.items()},
         }
         found: dict[str, Any] = {}
         if quality and _is_current(quality, candidate):
@@ -68,12 +68,14 @@ def work_left(setup: Setup, candidates: Sequence[Candidate]) -> dict[str, float]
     >>> work_left(setup, chosen(["blocks 0.5"], with_peer=False))["unpatched"]
     1.0
 
-    Over all blocks of the denoiser, from shapes alone.
+    Over all blocks of the denoiser, from shapes alone; caches are left out.
     """
     config = setup.denoiser.config | {"sample_size": setup.latents(setup.sizes[0])}
     unet = unets.empty_unet(config)
     shares = {}
     for candidate in candidates:
+        if candidate.cache is not None:
+            continue
         rows = candidate.steady.patch(unet).rows()
         work = sum(row.blocks * row.tokens**2 for row in rows)
         left = sum(row.blocks * row.tokens**2 * row.work for row in rows)

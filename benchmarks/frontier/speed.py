@@ -1,12 +1,15 @@
 """The speed half of scripts/frontier.py: rounds of forwards of all candidates.
 
 A candidate that merges in some of the steps is not timed: its time is the mean of those of the
-unpatched model and of its steady candidate.
+unpatched model and of its steady candidate. A cache's cycle of steps is timed as a whole.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,11 +21,14 @@ from benchmarks.common.timing import interleave
 from benchmarks.frontier.candidates import Candidate
 from benchmarks.frontier.plan import Plan, merging, speed_dependencies
 from benchmarks.models import unets
+from benchmarks.models.unets import TIMESTEP
 from benchmarks.peer.process import Peer, PeerError
 from benchmarks.pictures.picture_set import UNPATCHED
 from benchmarks.speed.forwards import timed_forward, timed_peer_forward
 from benchmarks.speed.setup import Setup
 from benchmarks.speed.variants import Variant
+from tomesd.diffusion.ratio_schedule import all_ratios
+from tomesd.diffusion.settings import DiffusionSettings
 
 
 def measure_speed(plan: Plan) -> None:
@@ -84,14 +90,16 @@ def _warmed_up(
     runs = {}
     for candidate in tqdm(candidates, desc="warm-up", unit="candidate"):
         try:
-            runs[candidate.name] = _timed(setup, candidate, unet, peer)
+            runs[candidate.name] = _timed(setup, candidate, unet, peer, stack)
         except (PeerError, torch.OutOfMemoryError) as error:
             errors[candidate.name] = first_line(error)
             print(f"{candidate.name} cannot be timed: {error}", file=sys.stderr)
     return runs
 
 
-def _timed(setup: Setup, candidate: Candidate, unet: Any, peer: Peer | None) -> Callable[[], float]:
+def _timed(
+    setup: Setup, candidate: Candidate, unet: Any, peer: Peer | None, stack: ExitStack
+) -> Callable[[], float]:
     size = setup.sizes[0]
     if candidate.is_peer:
         assert peer is not None
@@ -102,5 +110,33 @@ def _timed(setup: Setup, candidate: Candidate, unet: Any, peer: Peer | None) -> 
             raise PeerError("it merged nothing")
         return run
     twin = unets.share_weights(unet)
-    candidate.patch(twin).install()
-    return timed_forward(setup, twin, size, {})
+    if candidate.cache is None:
+        candidate.patch(twin).install()
+        return timed_forward(setup, twin, size, {})
+    scheduler = SimpleNamespace(timesteps=_Timesteps(candidate.timed_steps))
+    steady = replace(candidate, settings=_largest(candidate.settings))
+    stack.enter_context(steady.patched(SimpleNamespace(unet=twin, scheduler=scheduler)))
+    one = timed_forward(setup, twin, size, {})
+    return lambda: sum(one() for _ in range(candidate.cycle)) / candidate.cycle
+
+
+def _largest(settings: DiffusionSettings | None) -> DiffusionSettings:
+    """The settings of the steps that merge."""
+    assert settings is not None
+    return replace(settings, ratio=max(all_ratios(settings.ratio)))
+
+
+@dataclass
+class _Timesteps:
+    """The timesteps of an image whose current step is one further each time they are read, and
+    always at the same timestep."""
+
+    count: int
+    step: int = -1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        self.step += 1
+        return chain(repeat(-1, self.step), [TIMESTEP])

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.common import markdown
 from benchmarks.fid.tables_and_sheets import few_pictures_note
-from benchmarks.frontier.candidates import LATE, PEER
+from benchmarks.frontier.candidates import BOTH, CACHE, LATE, PEER
 from benchmarks.frontier.plan import FEATURES
 from benchmarks.frontier.results import pareto_front
 
@@ -30,6 +30,8 @@ _LOOKS = {
     "grid of keys and values (ToDo)": ("olive", "^"),
     "random pruning": ("tab:gray", "X"),
     PEER: ("tab:orange", "*"),
+    CACHE: ("tab:brown", "D"),
+    BOTH: ("tab:pink", "D"),
 }
 # Key, name, and whether more of it is better.
 _MEASURES = [
@@ -60,7 +62,7 @@ def table(results: Mapping[str, Any]) -> str:
             f"failed: {row['error']}" if "error" in row else markdown.spread(row.get("speedup"), 3),
             markdown.figure(row.get("psnr"), 1),
             markdown.figure(row.get("frechet"), 2),
-            f"{row['attention_left']['large']:.0%}",
+            _percent(row["attention_left"]["large"]),
             _frontiers(row),
         ]
         for number, row in enumerate(results["rows"])
@@ -74,6 +76,10 @@ def table(results: Mapping[str, Any]) -> str:
     if results["quality"]:
         notes.append(few_pictures_note(results["quality"]["images"], FEATURES))
     return "\n".join([markdown.table(headings, rows), "", *filter(None, notes)])
+
+
+def _percent(share: float | None) -> str:
+    return markdown.MISSING if share is None else f"{share:.0%}"
 
 
 def _title(row: Record) -> str:

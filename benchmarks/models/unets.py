@@ -43,6 +43,8 @@ SDXL: dict[str, Any] = {
 }
 
 # The length of CLIP's prompts, the same in all Stable Diffusion models.
+# Of what is timed: in the middle of an image.
+TIMESTEP = 500
 PROMPT_TOKENS = 77
 
 
@@ -206,7 +208,7 @@ def unet_inputs(
             "time_ids": noise((batch, 6), device, dtype),
         }
     latents = noise((batch, config["in_channels"], size, size), device, dtype)
-    return (latents, torch.tensor(500, device=device)), kwargs
+    return (latents, torch.tensor(TIMESTEP, device=device)), kwargs
 
 
 def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -27,12 +27,21 @@ def install_peer(requirement: str, cache: Path) -> Path:
 
     >>> folder = install_peer("tomesd==0.1.3", Path("runs/peers"))
 
-    Returns the folder, for PYTHONPATH; an existing one is used as it is.
-    Raises ValueError for another package or no exact version, and OSError with pip's message if it
-    cannot be installed.
+    Raises ValueError for another package or no exact version, else as `install_package`.
     """
     if not re.fullmatch(r"tomesd==\d+(\.\w+)*", requirement):
         raise ValueError(f"peer must be tomesd==<version>, got {requirement!r}")
+    return install_package(requirement, cache)
+
+
+def install_package(requirement: str, cache: Path) -> Path:
+    """Install a version of a package from PyPI, without its dependencies, into a folder of its own.
+
+    >>> folder = install_package("DeepCache==0.1.1", Path("runs/peers"))
+
+    Returns the folder, for PYTHONPATH; an existing one is used as it is.
+    Raises OSError with pip's message if it cannot be installed.
+    """
     folder = cache / requirement.replace("==", "-")
     if folder.is_dir():
         return folder

@@ -19,8 +19,7 @@ from benchmarks.common.files import digest
 from benchmarks.pictures.reference import BrokenPictureError
 from tomesd.diffusion.settings import METHODS, DiffusionSettings, diffusion_settings
 from tomesd.pictures.files import save_image, versions
-from tomesd.pictures.sampling import Sampling, load_pipeline, sample
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.pictures.sampling import Sampling, embedded_folder, load_pipeline, sample
 
 UNPATCHED = "unpatched"
 
@@ -129,7 +128,7 @@ def identity(
     """
     merging = asdict(diffusion_settings(0.0, preset, {}))
     return {
-        "model": digest(spec.name or ASSETS / "pipeline"),
+        "model": digest(embedded_folder(spec.name) or spec.name),
         "scheduler": spec.scheduler,
         "precision": precision,
         "device": torch.device(spec.device).type,

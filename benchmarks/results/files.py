@@ -47,6 +47,16 @@ def _read_quality(file: Path) -> Record:
     }
 
 
+def _read_steps(file: Path) -> Record:
+    found = _json(file)
+    return {
+        "command": found["command"],
+        "environment": _environment(found["depends_on"]),
+        "settings": found["depends_on"] | {"weights": found["weights"]},
+        "rows": found["rows"],
+    }
+
+
 def _read_fid(file: Path) -> Record:
     found = _json(file)
     return {
@@ -124,6 +134,7 @@ RESULTS: dict[str, Result] = {
         f"python scripts/quality.py --num-images 32 --ratios 0.5 --cases {_SCHEDULES}",
         _read_quality,
     ),
+    "steps": Result("python scripts/steps.py --models unet --seeds 0", _read_steps),
     "classifier": Result(
         "python scripts/classify.py --parts sweep ablation algorithms "
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",
@@ -154,7 +165,7 @@ RESULTS: dict[str, Result] = {
         "--methods prune:0.1,0.2 tome:0.1,0.2,0.3,0.4,0.5",
         _read_fid,
     ),
-    "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "coverage": Result("python scripts/coverage.py --host transformers", _read_coverage),
     "dense": Result("python scripts/dense.py", _read_dense),
 }
 

@@ -2,6 +2,8 @@
 
 - frontier, frontier-short: speed and PSNR of the ways to merge
 - schedules: PSNR by the steps that merge
+- steps, steps-short: merging and caches at equal work, by the number of steps
+- known-caches: DeepCache and those of diffusers
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
@@ -28,13 +30,14 @@ from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
+from benchmarks.steps.table_and_plot import LINES, mean
 
 _FRONTIER = {
     "blocks 0.5": "**default**: whole blocks, ratio 0.5, finest level",
     "keys 0.5": '`preset="quality"`: keys and values only',
     "blocks 0.5, all levels": '`preset="fast"`: whole blocks at every level where it pays',
     "blocks 0.5, late": "default, but not in the first fifth of the steps",
-    "blocks 0.5, all levels, late": "all levels, but not in the first fifth of the steps",
+    "blocks 0.5, all levels, late": '`preset="late"`: all levels, but not in the first fifth',
     "blocks 0.5, two levels": "two levels",
     "blocks 0.5, two levels, late": "two levels, but not in the first fifth of the steps",
     "blocks 0.75": "default, ratio 0.75",
@@ -75,6 +78,44 @@ def schedules(result: Record) -> str:
             for case, title in _SCHEDULES.items()
             if any((case, ratio) in psnr for ratio in ratios)
         ],
+    )
+
+
+_KNOWN_CACHES = ("DeepCache 2", "pyramid attention broadcast 2", "TaylorSeer 2")
+
+
+def steps(result: Record, shares: Sequence[float], counts: Sequence[int] = ()) -> str:
+    rows = result["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = sorted({(models.index(row["model"]), row["steps"]) for row in rows})
+    lines = []
+    for index, count in found:
+        for share in shares:
+            key = {"model": models[index], "steps": count}
+            psnr = [mean(rows, **key, recipe=f"{name} {share:g}") for name in LINES]
+            if count in (counts or (count,)) and any(psnr):
+                lines.append([models[index], str(count), f"{share:.0%}", *_best(psnr)])
+    return markdown.table(["model", "steps", "block work", *LINES], lines)
+
+
+def _best(values: Sequence[float | None]) -> list[str]:
+    best = max(value for value in values if value is not None)
+    return [f"**{value:.1f}**" if value == best else figure(value, 1) for value in values]
+
+
+def known_caches(result: Record) -> str:
+    rows = [row for row in result["rows"] if row["model"] == "unet"]
+    counts = sorted({row["steps"] for row in rows if row["steps"] > 3})
+    names = [name for name in _KNOWN_CACHES if any(row["recipe"] == name for row in rows)]
+
+    def cell(name: str, count: int) -> str:
+        key = {"recipe": name, "steps": count}
+        psnr, work = figure(mean(rows, **key), 1), figure(mean(rows, "work", **key), 2)
+        return f"{psnr} ({work})"
+
+    return markdown.table(
+        ["PSNR, dB (block work)", *(f"{count} steps" for count in counts)],
+        [[name, *(cell(name, count) for count in counts)] for name in names],
     )
 
 
@@ -196,6 +237,9 @@ TABLES: dict[str, Table] = {
     "frontier": Table("frontier", frontier),
     "frontier-short": Table("frontier", frontier, (_SHORT,)),
     "schedules": Table("schedules", schedules),
+    "steps": Table("steps", steps, ((0.4, 0.6, 0.8),)),
+    "steps-short": Table("steps", steps, ((0.6,), (2, 4, 8, 25))),
+    "known-caches": Table("steps", known_caches),
     "patch-cost": Table("patch-cost", patch_cost),
     "forward-512": Table("forward-512", forwards),
     "blocks-flux": Table("blocks-flux", forwards),

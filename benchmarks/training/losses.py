@@ -1,6 +1,7 @@
 """The losses of the Shapes models: autoencoder, denoiser and classifier."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +31,36 @@ def autoencoder_loss(
     return error + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
-def denoiser_loss(
-    model: Callable[..., torch.Tensor],
+class NoisyBatch(NamedTuple):
+    """What a denoiser is trained on.
+
+    rows: of the training data. noisy, target: latents and their v. weight: of each picture's loss.
+    """
+
+    rows: torch.Tensor
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    ids: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+
+    def loss(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Squared error of v, weighted min(SNR, 5) / (SNR + 1) (Hang et al., 2023)."""
+        return (self.weight * (predicted.float() - self.target).square().mean((1, 2, 3))).mean()
+
+
+def noisy_batch(
     scheduler: DDIMScheduler,
     latents: torch.Tensor,
     input_ids: torch.Tensor,
     empty_prompt: torch.Tensor,
     batch: int,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """Squared error of v, weighted min(SNR, 5) / (SNR + 1) (Hang et al., 2023); 10% without prompt.
+) -> NoisyBatch:
+    """Random latents with noise, and their prompts, 10% of them dropped.
 
-    model maps (noisy latents, timesteps, input_ids) to v. The timesteps of a batch are spread
-    evenly over the schedule, which makes the loss less noisy than independent ones.
+    The timesteps of a batch are spread evenly over the schedule, which makes the loss less noisy
+    than independent ones.
     """
     device = latents.device
     rows = random_rows(latents, batch, generator)
@@ -52,14 +70,34 @@ def denoiser_loss(
     timesteps = (spread * scheduler.config.num_train_timesteps).long().to(device)
     ids = input_ids[rows.to(device)]
     dropped = torch.rand(batch, 1, generator=generator).to(device) < 0.1
-    ids = torch.where(dropped, empty_prompt, ids)
-
-    noisy = scheduler.add_noise(clean, noise, timesteps)
-    target = scheduler.get_velocity(clean, noise, timesteps)
-    predicted = model(noisy, timesteps, ids)
     snr = compute_snr(scheduler, timesteps)
-    weight = snr.clamp(max=5) / (snr + 1)
-    return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+    return NoisyBatch(
+        rows,
+        scheduler.add_noise(clean, noise, timesteps),
+        timesteps,
+        torch.where(dropped, empty_prompt, ids),
+        scheduler.get_velocity(clean, noise, timesteps),
+        snr.clamp(max=5) / (snr + 1),
+    )
+
+
+def denoiser_loss(model: Callable[..., torch.Tensor], drawn: NoisyBatch) -> torch.Tensor:
+    """The loss of a model that maps (noisy latents, timesteps, input_ids) to v."""
+    return drawn.loss(model(drawn.noisy, drawn.timesteps, drawn.ids))
+
+
+def transformer_loss(
+    model: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    drawn: NoisyBatch,
+    covered: torch.Tensor,
+) -> torch.Tensor:
+    """The same for a model that returns v and mask logits, with the masks as a second task.
+
+    covered: see `masks`. As for the classifier, the shape is learnt sooner with it.
+    """
+    predicted, mask = model(drawn.noisy, drawn.timesteps, drawn.ids)
+    targets = covered[drawn.rows].to(mask.device) / 255
+    return drawn.loss(predicted) + 0.5 * F.binary_cross_entropy_with_logits(mask.float(), targets)
 
 
 class MaskedClassifier(nn.Module):

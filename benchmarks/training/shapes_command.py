@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_folder
+from benchmarks.training.few_step import train_few_step
 from benchmarks.training.loop import CheckpointError, check_checkpoint
 from benchmarks.training.shapes_models import (
     Settings,
@@ -15,12 +16,15 @@ from benchmarks.training.shapes_models import (
     train_classifier,
     train_denoiser,
 )
+from benchmarks.training.transformer import train_transformer
 from tomesd.pictures.device import choose_device
 
 TRAIN = {
     "autoencoder": train_autoencoder,
     "denoiser": train_denoiser,
     "classifier": train_classifier,
+    "few-step": train_few_step,
+    "transformer": train_transformer,
 }
 
 
@@ -55,7 +59,7 @@ def prepare(args: Namespace) -> Job:
             f"stage denoiser needs {weights.parent}, which --stage autoencoder makes"
         )
     for name, stage in settings.stages.items():
-        if name.partition("-")[0] in models:
+        if name.removesuffix("-64").removesuffix("-128") in models:
             check_checkpoint(args.work / f"{name}.pt", stage, settings.metadata)
     return Job(models, settings)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from benchmarks.common.files import atomic_folder
@@ -19,6 +19,7 @@ from benchmarks.training.losses import (
     autoencoder_loss,
     classifier_loss,
     denoiser_loss,
+    noisy_batch,
 )
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, scene
@@ -53,6 +54,9 @@ class Settings:
             "autoencoder": Stage("autoencoder", steps(2000), batch=16, lr=2e-3, final=0.01),
             "denoiser-64": Stage("half-size", steps(4000), batch=32, lr=1.5e-3, final=0.2),
             "denoiser-128": Stage("full-size", steps(2100), batch=32, lr=1e-3),
+            "transformer-64": Stage("half-size", steps(3000), batch=32, lr=1.5e-3, final=0.2),
+            "transformer-128": Stage("full-size", steps(600), batch=32, lr=6e-4),
+            "few-step": Stage("few-step", steps(800), batch=6, lr=3e-4, warmup=50),
             "classifier": Stage("classifier", steps(3600), batch=32, lr=1e-3, warmup=300),
         }
 
@@ -64,6 +68,13 @@ class Settings:
     @property
     def autoencoder_weights(self) -> Path:
         return self.work / "autoencoder" / "diffusion_pytorch_model.safetensors"
+
+    @property
+    def teacher(self) -> Path:
+        """The pipeline that few-step and transformer build on: the one in `output`, else the
+        embedded one."""
+        own = self.output / "pipeline"
+        return own if own.is_dir() else shapes.ASSETS / "pipeline"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -144,6 +155,23 @@ def scaled_latents(settings: Settings, autoencoder: Any, digest: str, size: int)
     return latents.to(settings.device)
 
 
+def load_teacher(settings: Settings) -> tuple[StableDiffusionPipeline, str]:
+    """The trained pipeline that other models start from, and a digest of its weights."""
+    pipe = shapes.load_pipeline(settings.teacher).to(settings.device)
+    files = sorted(settings.teacher.rglob("*.safetensors"))
+    for part in (pipe, pipe.vae, pipe.unet):
+        # The published pipelines must not name a folder of this machine.
+        part.register_to_config(_name_or_path="")
+    return pipe, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def prompt_ids(settings: Settings, tokenizer: Any) -> Tensor:
+    """The tokens of each picture's prompt [pictures + 1, 16]; the last is the empty prompt."""
+    prompts = [scene(index).prompt for index in range(settings.pictures)]
+    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    return ids.to(settings.device)
+
+
 def train_denoiser(settings: Settings) -> None:
     """Train text encoder and UNet, at half size and then at full size; save the pipeline.
 
@@ -155,27 +183,20 @@ def train_denoiser(settings: Settings) -> None:
     autoencoder.register_to_config(_name_or_path="")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     tokenizer = architectures.build_tokenizer()
-    prompts = [scene(index).prompt for index in range(settings.pictures)]
-    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
-    ids = ids.to(settings.device)
+    ids = prompt_ids(settings, tokenizer)
     model = Denoiser(architectures.build_text_encoder(tokenizer), architectures.build_unet())
     model = model.to(settings.device)
     compiled = torch.compile(model, dynamic=False, disable=not settings.compile)
     for size in (64, 128):
         stage = settings.stages[f"denoiser-{size}"]
-        loss = partial(
-            denoiser_loss,
-            compiled,
-            architectures.build_scheduler(),
-            scaled_latents(settings, autoencoder, digest, size),
-            ids[:-1],
-            ids[-1],
-            stage.batch,
+        latents = scaled_latents(settings, autoencoder, digest, size)
+        draw = partial(
+            noisy_batch, architectures.build_scheduler(), latents, ids[:-1], ids[-1], stage.batch
         )
 
-        def in_precision(generator: torch.Generator, loss: Any = loss) -> Tensor:
+        def in_precision(generator: torch.Generator, draw: Any = draw) -> Tensor:
             with settings.autocast():
-                return loss(generator)
+                return denoiser_loss(compiled, draw(generator))
 
         metadata = settings.metadata | {"autoencoder": digest}
         train(stage, model, in_precision, settings.work / f"denoiser-{size}.pt", metadata)

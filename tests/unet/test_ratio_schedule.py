@@ -19,7 +19,8 @@ import tomesd
 from tests.support.slow import slow
 from tests.support.tiny_pipelines import build_pipeline, sd_components
 from tests.support.tiny_unets import predict, sd_unet
-from tomesd import RatioSchedule
+from tomesd import DiffusionSettings, RatioSchedule
+from tomesd.hooks import PATCH
 
 STEPS = 10
 FIRST = RatioSchedule.first(0.5, until=0.4)
@@ -261,3 +262,26 @@ def test_an_invalid_ratio_is_refused_and_nothing_is_patched(target, ratio, error
         tomesd.apply_patch(pipe if target == "pipe" else pipe.unet, ratio=ratio)
     with pytest.raises(ValueError, match="patched"):
         tomesd.report(pipe)
+
+
+def test_late_merges_at_every_level_where_it_pays_and_needs_a_pipeline():
+    late = {"max_downsample": 8, "only_where_it_pays": True}
+    pipe = tomesd.apply_patch(_pipe(), preset="late")
+    settings = getattr(pipe.unet, PATCH).settings
+    assert settings == DiffusionSettings(settings.ratio, **late)
+    assert settings.ratio.pieces == ((0.2, 0.0), (1.0, 0.5))
+    # A ratio that changes by itself stays as it is, at levels of its own too.
+    tomesd.apply_patch(pipe, {1: FIRST, 2: 0.25}, preset="late")
+    ratio = getattr(pipe.unet, PATCH).settings.ratio
+    assert (ratio[1], ratio[2].pieces) == (FIRST, ((0.2, 0.0), (1.0, 0.25)))
+    with pytest.raises(TypeError, match=r"a schedule needs apply_patch\(pipe, \.\.\.\)"):
+        tomesd.apply_patch(sd_unet(), preset="late")
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+@pytest.mark.parametrize(("steps", "whole"), [(1, 0), (2, 1), (4, 1), (10, 2)])
+def test_late_leaves_a_fifth_of_the_steps_whole_at_least_one_of_several(scheduler, steps, whole):
+    pipe = tomesd.apply_patch(_pipe(scheduler), preset="late", only_where_it_pays=False)
+    seen = _watch(pipe)
+    _draw(pipe, num_inference_steps=steps)
+    assert seen == [64] * whole + [32] * (steps - whole)

@@ -17,8 +17,8 @@ def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     # Frames follow one another in memory, so the row numbers do not change.
 
     def joined(part: Tensor) -> Tensor:
-        rows: Tensor = part.unflatten(0, (-1, frames)).flatten(1, 2)
-        return rows
+        videos: Tensor = part.unflatten(0, (-1, frames)).flatten(1, 2)
+        return videos
 
     return TokenMap(
         joined(token_map.group_rows),

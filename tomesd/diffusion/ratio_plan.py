@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tomesd.diffusion.ratio_schedule import MOST_PIECES, NormalRatio, RatioSchedule
+from tomesd.diffusion.ratio_schedule import (
+    MOST_PIECES,
+    LateSchedule,
+    NormalRatio,
+    RatioSchedule,
+)
 from tomesd.diffusion.scheduler_steps import SchedulerSteps
 
 
@@ -99,6 +104,9 @@ class RatioPlan:
         return self._stage_at(self.steps.progress(timestep)) if self.steps else 0
 
     def _stage_at(self, progress: float) -> int:
+        single = self.steps is not None and self.steps.count == 1
+        if single and any(isinstance(each, LateSchedule) for each in self.schedules.values()):
+            return len(self.ends) - 1
         # Ten of 25 steps are 0.4, however that rounds.
         return sum(progress >= end - 1e-6 for end in self.ends[:-1])
 

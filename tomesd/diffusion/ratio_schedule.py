@@ -94,6 +94,23 @@ class RatioSchedule:
         return next(ratio for end, ratio in self.pieces if until <= end)
 
 
+class LateSchedule(RatioSchedule):
+    """What the preset "late" makes of a ratio: nothing merges in the first fifth of the steps, in
+    which the layout settles. The only step of an image merges."""
+
+    @classmethod
+    def of_ratio(cls, ratio: Any) -> "NormalRatio":
+        """The ratio, or those of all levels, where they do not change over the steps by themselves.
+
+        >>> LateSchedule.of_ratio(0.5).pieces
+        ((0.2, 0.0), (1.0, 0.5))
+        """
+        found = normal_ratio(ratio)
+        if isinstance(found, dict):
+            return {level: cls.of_ratio(each) for level, each in found.items()}  # type: ignore[misc]
+        return found if isinstance(found, RatioSchedule) else cls(((0.2, 0.0), (1.0, found)))
+
+
 # What apply_patch takes as a ratio, and the forms that remain once functions are sampled.
 OneRatio = float | RatioSchedule | Callable[[float], float]
 Ratio = OneRatio | Mapping[int, OneRatio]

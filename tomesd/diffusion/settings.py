@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tomesd.checks import require_int, require_one_of, require_type
-from tomesd.diffusion.ratio_schedule import Ratio, all_ratios, normal_ratio
+from tomesd.diffusion.ratio_schedule import LateSchedule, Ratio, all_ratios, normal_ratio
 
 METHODS = ("tome", "prune")
 PARTITIONS = ("strided", "alternating")
@@ -134,6 +134,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # On the frontier of quality over speed, on either side of the defaults.
     "quality": {"merge_block": False, "merge_queries": False},
     "fast": {"max_downsample": 8, "only_where_it_pays": True},
+    # With a `LateSchedule` of the ratio: on the frontier at 4 and at 25 steps.
+    "late": {"max_downsample": 8, "only_where_it_pays": True},
     # ToMe, Appendix F: every branch of every block, one matching for all three, plain means, no
     # proportional attention.
     "paper": {
@@ -161,6 +163,7 @@ def diffusion_settings(
         require_one_of("setting", name, known, error=TypeError)
     if preset is not None:
         require_one_of("preset", preset, tuple(PRESETS))
+        ratio = LateSchedule.of_ratio(ratio) if preset == "late" else ratio
         options = PRESETS[preset] | options
     if "merge_block" not in options and not _BRANCHES.isdisjoint(options):
         options = options | {"merge_block": False}

@@ -33,8 +33,23 @@ class Sampling:
     height: int | None = None
 
 
-# What the embedded pipeline looks best with; other pipelines have defaults of their own.
+# What the embedded pipelines look best with; other pipelines have defaults of their own.
 EMBEDDED = Sampling(steps=25, guidance=4.0)
+_FEW_STEPS = Sampling(steps=4, guidance=4.0)
+_EMBEDDED_MODELS = (None, "few-step", "transformer")
+
+
+def embedded_folder(model: str | None) -> Path | None:
+    """The folder of an embedded pipeline, by name; None for any other model.
+
+    >>> embedded_folder("few-step").name
+    'few-step'
+    """
+    if model not in _EMBEDDED_MODELS:
+        return None
+    from tomesd.shapes import pipeline as shapes
+
+    return shapes.folder_of(model or "unet")
 
 
 def check_model(model: str | None) -> None:
@@ -45,15 +60,14 @@ def check_model(model: str | None) -> None:
     Raises ValueError for what is neither a folder with a pipeline nor a possible hub id, and
     FileNotFoundError if the embedded pipeline is missing.
     """
-    if model is None:
-        from tomesd.shapes import pipeline as shapes
-
-        folder = shapes.ASSETS / "pipeline"
+    folder = embedded_folder(model)
+    if folder is not None:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is missing; `python scripts/train_shapes.py` makes it"
             )
         return
+    assert model is not None
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
             raise ValueError(
@@ -80,8 +94,8 @@ def load_pipeline(
 
     >>> pipe = load_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", "cuda", torch.float16)
 
-    model: None for the embedded pipeline of the Shapes world, or a folder in diffusers' format, or
-        an id on the Hugging Face hub.
+    model: None for the embedded pipeline of the Shapes world; "few-step" or "transformer" for the
+        other embedded ones; a folder in diffusers' format; or an id on the Hugging Face hub.
     scheduler: one of SCHEDULERS, with the noise schedule that the model was trained on; None for
         the pipeline's own.
     from_image: the pipeline starts with an image (img2img).
@@ -93,10 +107,11 @@ def load_pipeline(
     check_model(model)
     import diffusers
 
-    if model is None:
+    folder = embedded_folder(model)
+    if folder is not None:
         from tomesd.shapes import pipeline as shapes
 
-        pipe = shapes.load_pipeline(dtype=dtype)
+        pipe: Any = shapes.load_pipeline(folder, dtype=dtype)
     else:
         try:
             pipe = diffusers.AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
@@ -123,10 +138,10 @@ def choose(
     >>> choose(pipe, guidance=7.5).steps
     25
 
-    model: the name or folder of the pipeline; None for the embedded one. size: width and height.
+    model: as for `load_pipeline`. size: width and height.
     """
-    usual = EMBEDDED
-    if model is not None:
+    usual = _FEW_STEPS if model == "few-step" else EMBEDDED
+    if embedded_folder(model) is None:
         call = inspect.signature(pipe.__call__).parameters
         usual = Sampling(call["num_inference_steps"].default, call["guidance_scale"].default)
     width, height = size or (None, None)

@@ -1,18 +1,21 @@
-"""The models of the Shapes world: a small, real Stable Diffusion pipeline and a ViT classifier."""
+"""The models of the Shapes world: small, real diffusion pipelines and a ViT classifier."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from transformers import (
-    ViTForImageClassification,
-)
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
+from transformers import ViTForImageClassification
 
 from tomesd.shapes.world import COLORS, KINDS, SHAPES
 
 # In a wheel they are installed beside this file; in a clone they stay at its top level.
 _INSTALLED, _IN_CLONE = (Path(__file__).resolve().parents[up] / "assets" for up in (0, 2))
 ASSETS = _INSTALLED if _INSTALLED.exists() else _IN_CLONE
+
+# The embedded pipelines and their folders in ASSETS.
+PIPELINES = {"unet": "pipeline", "few-step": "few-step", "transformer": "transformer"}
 
 # The classifier has one group of logits for each thing that it reads off a picture.
 LABELS = {
@@ -23,18 +26,47 @@ LABELS = {
 }
 
 
+class TransformerPipeline(PixArtAlphaPipeline):
+    """PixArt's pipeline, at 128 px and for short prompts unless it is told otherwise.
+
+    PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        usual = {
+            "use_resolution_binning": False,
+            "max_sequence_length": self.tokenizer.model_max_length,
+        }
+        return super().__call__(*args, **(usual | kwargs))
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of an embedded pipeline, by its name in PIPELINES; another one is a folder itself.
+
+    >>> folder_of("few-step").name
+    'few-step'
+    """
+    return ASSETS / PIPELINES[str(model)] if str(model) in PIPELINES else Path(model)
+
+
 def load_pipeline(
-    folder: Path = ASSETS / "pipeline", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
-    """The embedded Stable Diffusion of the Shapes world, 128×128 px.
+    model: str | Path = "unet", dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """An embedded text-to-image pipeline of the Shapes world, 128×128 px.
 
     >>> load_pipeline()("a photo of a red heart on a blue striped background").images[0].size
     (128, 128)
 
+    model: "unet", a Stable Diffusion for 25 steps with guidance 4; "few-step", its UNet distilled
+        to 4 steps by latent consistency; "transformer", a PixArt of 256 tokens; or a folder that
+        scripts/train_shapes.py made.
     Raises FileNotFoundError if it is not there.
     """
+    folder = folder_of(model)
     _require(folder)
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = TransformerPipeline if "transformer" in index else StableDiffusionPipeline
+    return kind.from_pretrained(folder, dtype=dtype)
 
 
 def load_classifier(folder: Path = ASSETS / "classifier") -> ViTForImageClassification:

@@ -22,7 +22,7 @@ from tomesd.diffusion.settings import PRESETS
 # As in the peer's process: the number of threads touches the rounding.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = [each for each in CANDIDATES if each.settings is not None and not each.is_peer]
+OURS = [each for each in CANDIDATES if each.settings and not each.is_peer and not each.cache]
 
 
 @pytest.fixture(scope="module")

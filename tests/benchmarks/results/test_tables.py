@@ -47,6 +47,10 @@ ROWS = {
         {"name": name, "psnr": 32.64, "speedup": spread(1.2)}
         for name in ("blocks 0.5", "keys 0.5", "blocks 0.75")
     ],
+    "steps": [
+        {"model": "unet", "steps": 4, "recipe": recipe, "work": 0.6, "psnr": 35.9}
+        for recipe in ("merge 0.6", "merge late 0.6", "DeepCache 2")
+    ],
     "schedules": [{"case": "in the second half", "ratio": 0.5, "psnr": 44.6}],
     "patch-cost": [timed("tome 0.5", "patched"), timed("tomesd==0.1.3 0.5", "peer")],
     "forward-512": FORWARDS,

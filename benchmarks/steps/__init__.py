@@ -1,0 +1,1 @@
+"""Merging, caches and both, over the number of steps."""

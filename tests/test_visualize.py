@@ -109,7 +109,8 @@ def test_a_page_shows_the_input_and_each_layer_with_its_number_of_tokens(monkeyp
 
 @pytest.fixture(scope="module")
 def main():
-    return runpy.run_path(str(SCRIPT))["main"]
+    run = runpy.run_path(str(SCRIPT))["main"]
+    return lambda options: run(["visualize", *options])
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_picture_and_a_drawn_one_become_a_png_with_its_settings(main, classifi
     main(options)
     drawn = Image.open(out)
     assert drawn.text["r"] == "4"
-    main([str(tmp_path / "photo.jpg"), *options, "--layers", "0", "2"])
+    main([str(tmp_path / "photo.jpg"), *options, "--layers", "0,2"])
     photo = Image.open(out)
     assert photo.text["image"] == "photo.jpg"
     assert (np.asarray(photo) == (254, 0, 0)).all(-1).any()  # as JPEG keeps red

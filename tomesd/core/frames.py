@@ -14,19 +14,10 @@ from tomesd.core.token_map import TokenMap
 
 def in_frames(token_map: TokenMap, frames: int) -> TokenMap:
     """A map [B·frames, N] of single frames as a map [B, frames·N] of videos."""
-<<<<<<< HEAD
     if frames == 1:
         return token_map
     # Frames follow one another in memory, so the numbers of rows of the batch do not change.
     m, n = (token_map.m, token_map.n) if is_exporting() else (0, 0)
-=======
-    # Frames follow one another in memory, so the row numbers do not change.
-
-    def joined(part: Tensor) -> Tensor:
-        videos: Tensor = part.unflatten(0, (-1, frames)).flatten(1, 2)
-        return videos
-
->>>>>>> front
     return TokenMap(
         _joined(token_map.group_rows, frames, m),
         _joined(token_map.head_rows, frames, n),

@@ -29,6 +29,7 @@ OF_A_RUN = {
     *("methods", "model", "output", "paths", "peer", "pixels", "plan", "prompts", "records"),
     *("results", "rows", "scenes", "settings", "setup", "spec", "stage", "todo", "unpatched"),
     *("work", "q", "k", "v", "size", "pictures", "device", "dtype"),
+    *("table", "measurement", "ratio_for", "student", "text_encoder"),
 }
 # Names of other modules, which the example does not import:
 OF_ANOTHER_MODULE = {

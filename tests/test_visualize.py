@@ -109,8 +109,17 @@ def test_a_page_shows_the_input_and_each_layer_with_its_number_of_tokens(monkeyp
 
 @pytest.fixture(scope="module")
 def main():
-    run = runpy.run_path(str(SCRIPT))["main"]
-    return lambda options: run(["visualize", *options])
+    command = runpy.run_path(str(SCRIPT))["main"]
+
+    def run(options: list[str]) -> None:
+        """As the script does, without ending the process where all went well."""
+        try:
+            command(["visualize", *options])
+        except SystemExit as stopped:
+            if stopped.code:
+                raise
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +169,7 @@ def test_a_prompt_draws_steps_and_blocks_of_the_pipeline(main, pipeline, tmp_pat
         (["--model", "nowhere"], "model must be timm:<name>, torchvision:<name> or a folder"),
         (["--model", "timm:nothing"], "model must be one that timm knows, got 'timm:nothing'"),
         (["--layers", "3"], "layers must be from 0 to 2, got 3"),
-        (["nothing.png"], "No such file"),
+        (["nothing.png"], "image must be a file, got 'nothing.png'"),
         ([str(SCRIPT)], "image must be a picture, got"),
         (["--ratio", "0.5"], "ratio is allowed with --prompt only, got 0.5"),
         (["--prompt", "a heart", "--r", "4"], "r is not allowed with --prompt, got 4"),

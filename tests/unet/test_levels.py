@@ -119,7 +119,7 @@ def test_attention_of_another_kind_is_left_alone_and_reported():
     )
     assert not _merging(unet)["1/1 down_blocks.0"]
     (rows,) = tomesd.report(unet).rows.values()
-    assert "Attention is not a spatial transformer" in rows[0].note
+    assert "its attention has no transformer around it" in rows[0].note
     assert _merging(unet)["1/1 up_blocks.2"]
 
 

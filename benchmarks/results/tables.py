@@ -127,12 +127,14 @@ def patch_cost(result: Record) -> str:
         levels.setdefault((row["h"] * row["w"], row["channels"]), []).append(row)
     rows = []
     for (tokens, channels), variants in sorted(levels.items(), key=lambda item: -item[0][0]):
-        # A level of two sizes is measured twice: the first is shown.
-        for row in {row["variant"]: row for row in reversed(variants)}.values():
+        first: dict[str, Record] = {}
+        for row in variants:  # A level of two sizes is measured twice.
+            first.setdefault(row["variant"], row)
+        for row in first.values():
             is_peer = row["kind"] == "peer"
             rows.append(
                 [
-                    MISSING if is_peer else f"{tokens:,} × {channels:,}",
+                    f"{tokens:,} × {channels:,}",
                     row["variant"].partition(" ")[0] if is_peer else "this project",
                     *(figure(row[step]["median"], 1, 1000) for step in steps),
                     spread(row.get("share_of_peer"), 2),

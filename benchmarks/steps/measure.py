@@ -15,7 +15,14 @@ from benchmarks.caches.work import counted
 from benchmarks.common.files import read_json, write_json
 from benchmarks.pictures.differences import ssim
 from benchmarks.quality.cases import correct
-from benchmarks.steps.recipes import RatioForWork, Recipe, recipes
+from benchmarks.steps.recipes import (
+    BlocksForWork,
+    RatioForWork,
+    Recipe,
+    calibrated_recipes,
+    recipes,
+)
+from tomesd import calibration
 from tomesd.pictures.differences import psnr
 from tomesd.pictures.files import atomic_write
 from tomesd.pictures.sampling import Sampling, sample
@@ -39,6 +46,23 @@ def ratio_for_work(pipe: Any, denoiser: Any, sampling: Sampling) -> RatioForWork
 
     whole = work(0.0)
     return RatioForWork({ratio: work(ratio) / whole for ratio in _RATIOS})
+
+
+def blocks_for_work(
+    pipe: Any, denoiser: Any, sampling: Sampling, prompts: Sequence[str]
+) -> BlocksForWork:
+    """Measured in images of these prompts, whose seeds are no others' of these measurements.
+
+    >>> blocks_for = blocks_for_work(pipe, pipe.unet, Sampling(4, 1.0), ["a red heart"])
+    """
+    seeds = [torch.Generator().manual_seed(10**6 + i) for i in range(len(prompts))]
+    options = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
+    calls = calibration.record(pipe, denoiser, prompts, samples=4, generator=seeds, **options)
+    with torch.no_grad(), counted(denoiser) as work:
+        for args, kwargs in calls:
+            denoiser(*args, **kwargs)
+    with torch.no_grad():
+        return BlocksForWork(calibration.changes(pipe, denoiser, calls)[0], work.flops)
 
 
 class Table:
@@ -123,18 +147,29 @@ class Measurement:
 
 
 def measure(
-    table: Table, measurement: Measurement, steps: int, ratio_for: RatioForWork, **key: Any
+    table: Table,
+    measurement: Measurement,
+    steps: int,
+    ratio_for: RatioForWork,
+    blocks_for: BlocksForWork | None = None,
+    **key: Any,
 ) -> None:
     """Add the rows of all recipes at one number of steps that are missing.
 
     >>> measure(table, measurement, 25, ratio_for, model="unet", seed=0)
+
+    blocks_for: measures ratios by block beside one for all, instead of merging beside caches.
     """
     key = key | {"steps": steps}
     name = "-".join(str(value) for value in key.values())
     images, total = measurement.whole(steps, table.file.parent / f"{name}.pt")
     if not table.has(**key, recipe=WHOLE):
         table.add(key | {"recipe": WHOLE} | measurement.row(images, 1.0, images))
-    for recipe in recipes(steps, ratio_for, known_caches(measurement.denoiser)):
+    if blocks_for is None:
+        todo = recipes(steps, ratio_for, known_caches(measurement.denoiser))
+    else:
+        todo = calibrated_recipes(steps, ratio_for, blocks_for)
+    for recipe in todo:
         if not table.has(**key, recipe=recipe.name):
             made, work = measurement.pictures(steps, recipe)
             row = measurement.row(made, work / total, images)
@@ -143,6 +178,8 @@ def measure(
 
 def _ratio(recipe: Recipe) -> float | None:
     ratio: Any = recipe.merging and recipe.merging["ratio"]
+    if isinstance(ratio, dict):
+        return None
     return (
         max(each for _, each in ratio.pieces) if isinstance(ratio, tomesd.RatioSchedule) else ratio
     )

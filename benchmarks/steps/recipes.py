@@ -14,8 +14,10 @@ import tomesd
 from benchmarks.caches.known import Apply
 from benchmarks.caches.repeat import repeated, spread, whole_steps
 from tomesd import RatioSchedule
+from tomesd.calibration import Curves, greedy
 
 WORK = (0.4, 0.6, 0.8)
+CALIBRATED_WORK = (0.6, 0.8)
 # The largest ratio of 2×2 cells.
 _LARGEST = 0.75
 
@@ -85,6 +87,29 @@ def recipes(
     return [each for each in found if each.cache or each.merging]
 
 
+def calibrated_recipes(
+    steps: int, ratio_for: "RatioForWork", blocks_for: "BlocksForWork"
+) -> list[Recipe]:
+    """Merging with a ratio for each block beside one for all, in all steps and late.
+
+    >>> [recipe.name for recipe in calibrated_recipes(4, ratio_for, blocks_for)][:2]
+    ['merge late 0.6', 'merge late by block 0.6']
+    """
+    found = []
+    first = whole_steps(steps)
+    for work in CALIBRATED_WORK:
+        left = (work * steps - first) / (steps - first) if steps > first else 0
+        pairs = [("merge late", left), ("merge", work)]
+        for name, share in pairs:
+            uniform, blocks = ratio_for(share), blocks_for(share)
+            recipes = [_merging(f"{name} {work:g}", uniform)]
+            by_block = {"ratio": blocks} if blocks else None
+            recipes.append(Recipe(f"{name} by block {work:g}", by_block))
+            late = name == "merge late"
+            found += [_late_recipe(each, steps) if late else each for each in recipes]
+    return [each for each in found if each.merging]
+
+
 def _repeating(name: str, merging: Mapping[str, Any] | None, computed: int) -> Recipe:
     def cache(pipe: Any, denoiser: Any) -> AbstractContextManager[None]:
         return repeated(pipe, denoiser, partial(spread, computed=computed))
@@ -103,7 +128,9 @@ def _late_recipe(recipe: Recipe, steps: int) -> Recipe:
     return Recipe(recipe.name, dict(recipe.merging) | {"ratio": _late(ratio, steps)})
 
 
-def _late(ratio: float, steps: int) -> Any:
+def _late(ratio: Any, steps: int) -> Any:
+    if isinstance(ratio, dict):
+        return {name: _late(each, steps) for name, each in ratio.items()}
     first = whole_steps(steps)
     return RatioSchedule.last(ratio, since=first / steps) if first < steps else 0.0
 
@@ -125,3 +152,21 @@ class RatioForWork:
         if not self._work[0] <= work < 1:
             return None
         return round(float(np.interp(work, self._work, self._ratio)), 4)
+
+
+class BlocksForWork:
+    """The ratios by block, from `tomesd.calibrate`'s parts, that leave a share of their work.
+
+    >>> blocks_for = BlocksForWork(curves, work_of_blocks)
+
+    curves: as of `tomesd.calibration.changes`. work: of all blocks unpatched, in the same calls.
+    """
+
+    def __init__(self, curves: Curves, work: float):
+        self.curves, self.work = curves, work
+
+    def __call__(self, share: float) -> dict[str, float] | None:
+        """None if merging cannot leave so little, or nothing needs to merge."""
+        most = sum(curve[-1][2] for curve in self.curves.values())
+        saved = (1 - share) * self.work
+        return greedy(self.curves, saved) if 0 < saved <= most else None

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import markdown
+from benchmarks.steps.recipes import CALIBRATED_WORK
 
 Rows = Sequence[Mapping[str, Any]]
 # At each share of the work: name, color and marker.
@@ -27,6 +28,25 @@ def mean(rows: Rows, value: str = "psnr", **key: Any) -> float | None:
     found = [row[value] for row in rows if all(row[name] == key[name] for name in key)]
     found = [each for each in found if each is not None]
     return fmean(found) if found else None
+
+
+def by_block(rows: Rows) -> str:
+    """Markdown: a ratio for each block beside one for all, at each share of the work.
+
+    >>> print(by_block(rows))
+    | model | steps | block work | merge | by block | merge late | late, by block |
+    """
+    names = ("merge", "merge by block", "merge late", "merge late by block")
+    lines = []
+    for model, steps in sorted({(row["model"], row["steps"]) for row in rows}):
+        key = {"model": model, "steps": steps}
+        for share in CALIBRATED_WORK:
+            psnr = [mean(rows, **key, recipe=f"{name} {share:g}") for name in names]
+            if any(psnr):
+                cells = [markdown.figure(value, 1) for value in psnr]
+                lines.append([model, str(steps), f"{share:.0%}", *cells])
+    headings = ["model", "steps", "block work", "merge", "by block", "merge late", "late, by block"]
+    return markdown.table(headings, lines)
 
 
 def table(rows: Rows) -> str:

@@ -1,12 +1,13 @@
 """The ratio of each level of a model in each stage of the denoising."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tomesd.diffusion.ratio_schedule import (
     MOST_PIECES,
     LateSchedule,
     NormalRatio,
+    Place,
     RatioSchedule,
 )
 from tomesd.diffusion.scheduler_steps import SchedulerSteps
@@ -47,7 +48,7 @@ class RatioPlan:
     (0.5, 0.0)
 
     ratio: as `DiffusionSettings` keeps it. A level is given by how much coarser its token grid is
-        than the finest one with attention.
+        than the finest one with attention; or a block by its name in the model.
     pipe: the diffusers pipeline whose scheduler counts the steps, if the ratio changes over them.
     ends: of the stages, within which no level's ratio changes.
 
@@ -55,10 +56,10 @@ class RatioPlan:
     """
 
     def __init__(self, ratio: NormalRatio, pipe: Any = None):
-        levels = ratio if isinstance(ratio, dict) else {0: ratio}
-        self.schedules = {
-            level: each if isinstance(each, RatioSchedule) else RatioSchedule(((1.0, each),))
-            for level, each in levels.items()
+        places = ratio if isinstance(ratio, dict) else {0: ratio}
+        self.schedules: dict[Place, RatioSchedule] = {
+            place: each if isinstance(each, RatioSchedule) else RatioSchedule(((1.0, each),))
+            for place, each in places.items()
         }
         ends = {end for each in self.schedules.values() for end, _ in each.pieces}
         self.ends = tuple(sorted(ends))
@@ -84,19 +85,40 @@ class RatioPlan:
         return self.steps is not None
 
     @property
-    def names_levels(self) -> bool:
+    def names_places(self) -> bool:
+        """Whether only some levels or blocks merge, each with a ratio of its own."""
         return 0 not in self.schedules
+
+    @property
+    def names_levels(self) -> bool:
+        return self.names_places and not self.names_blocks
+
+    @property
+    def names_blocks(self) -> bool:
+        return any(isinstance(place, str) for place in self.schedules)
 
     def check_levels(self, levels: list[int]) -> None:
         """Raises ValueError if the ratio names a level that the model does not have."""
-        missing = set(self.schedules) - {0, *levels}
+        missing = set(self.schedules) - {0, *levels} if self.names_levels else None
         if missing:
             there = ", ".join(map(str, levels)) or "none"
-            raise ValueError(f"ratio by level must name levels among {there}, got {min(missing)}")
+            least = min(missing, key=str)
+            raise ValueError(f"ratio by level must name levels among {there}, got {least}")
 
-    def of_level(self, level: int) -> LevelRatio:
-        """The ratio of one level; 0 for a level that is not named."""
-        schedule = self.schedules.get(0) or self.schedules.get(level)
+    def check_blocks(self, names: Iterable[str]) -> None:
+        """Raises ValueError if the ratio names a block that the model does not have."""
+        names = list(names)
+        missing = set(self.schedules).difference(names) if self.names_blocks else None
+        if missing:
+            raise ValueError(
+                "ratio by block must have names of blocks that can merge, such as "
+                f"{names[0] if names else 'none here'}, got {min(map(str, missing))!r}"
+            )
+
+    def of_level(self, level: int, block: str = "") -> LevelRatio:
+        """The ratio of one level, or of a block in it; 0 for what is not named."""
+        named = self.schedules.get(level) or self.schedules.get(block)
+        schedule = self.schedules.get(0) or named
         return LevelRatio([schedule.at(end) if schedule else 0.0 for end in self.ends])
 
     def stage(self, timestep: Any) -> int:

@@ -107,30 +107,36 @@ class LateSchedule(RatioSchedule):
         """
         found = normal_ratio(ratio)
         if isinstance(found, dict):
-            return {level: cls.of_ratio(each) for level, each in found.items()}  # type: ignore[misc]
+            return {place: cls.of_ratio(each) for place, each in found.items()}  # type: ignore[misc]
         return found if isinstance(found, RatioSchedule) else cls(((0.2, 0.0), (1.0, found)))
 
 
 # What apply_patch takes as a ratio, and the forms that remain once functions are sampled.
 OneRatio = float | RatioSchedule | Callable[[float], float]
-Ratio = OneRatio | Mapping[int, OneRatio]
-NormalRatio = float | RatioSchedule | dict[int, float | RatioSchedule]
+Ratio = OneRatio | Mapping[int, OneRatio] | Mapping[str, OneRatio]
+# A level, or the name of a block.
+Place = int | str
+NormalRatio = float | RatioSchedule | dict[Place, float | RatioSchedule]
 
 
 def normal_ratio(ratio: Any) -> NormalRatio:
-    """A float, a RatioSchedule, or a dict of these by level, from any form of a ratio.
+    """A float, a RatioSchedule, or a dict of these by level or block, from any form of a ratio.
 
     >>> normal_ratio({1: 0.5, 2: lambda progress: 0.5 * progress})[1]
     0.5
 
-    Raises TypeError for any other type, ValueError for levels that are not whole numbers from 1.
+    Raises TypeError for any other type, ValueError for levels that are not whole numbers from 1 and
+    what cannot be a module's name.
     """
     if not isinstance(ratio, Mapping):
         return _one_ratio(ratio)
+    if ratio and all(isinstance(name, str) and name.strip("0123456789") for name in ratio):
+        return {name: _one_ratio(each) for name, each in ratio.items()}
     if not ratio or not all(type(level) is int and level > 0 for level in ratio):
         raise ValueError(
             "ratio by level must name how much coarser than the finest each level is, for "
-            f"example {{1: 0.5, 2: 0.25}}, got {ratio!r}"
+            "example {1: 0.5, 2: 0.25}, or all keys must be names of blocks, as of "
+            f"tomesd.calibrate, got {ratio!r}"
         )
     return {level: _one_ratio(each) for level, each in ratio.items()}
 
@@ -155,7 +161,7 @@ def _one_ratio(ratio: Any) -> float | RatioSchedule:
         return float(ratio)
     raise TypeError(
         "ratio must be a float, a RatioSchedule, a function of progress, or a dict of these by "
-        f"level, got {ratio!r}"
+        f"level or block, got {ratio!r}"
     )
 
 

@@ -52,6 +52,10 @@ ROWS = {
         {"model": "unet", "steps": 4, "recipe": recipe, "work": 0.6, "psnr": 35.9}
         for recipe in ("merge 0.6", "merge late 0.6", "DeepCache 2")
     ],
+    "by-block": [
+        {"model": "unet", "steps": 4, "recipe": f"{name} 0.6", "work": 0.6, "psnr": 35.9}
+        for name in ("merge", "merge by block", "merge late")
+    ],
     "schedules": [{"case": "in the second half", "ratio": 0.5, "psnr": 44.6}],
     "patch-cost": [timed("tome 0.5", "patched"), timed("tomesd==0.1.3 0.5", "peer")],
     "forward-512": FORWARDS,

@@ -11,6 +11,7 @@ stays at full resolution: small differences between merged tokens survive. Text 
 What differs between models is in the records of `tomesd.diffusion.dit.spec`.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -25,7 +26,7 @@ from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
 from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.processors import KeyProjections, is_stock
-from tomesd.diffusion.ratio_plan import RatioPlan
+from tomesd.diffusion.ratio_plan import LevelRatio, RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, argument_names
 from tomesd.reports import ReportRow
@@ -56,6 +57,10 @@ class DiTPatch(DenoiserPatch):
             raise TypeError(
                 f"ratio must not be given by level for {type(model).__name__}, which has one level"
             )
+        names = {module: name for name, module in model.named_modules()}
+        merging = [block for kind in spec.lists for block in kind.split(model)[0]]
+        self.names = {block: names[block] for block in merging}
+        self.plan.check_blocks(self.names.values())
         if not settings.merge_block:
             raise ValueError(
                 f"merge_block must be True for {type(model).__name__}, whose blocks merge as a "
@@ -141,7 +146,7 @@ class DiTPatch(DenoiserPatch):
             len(self.blocks),
             kind,
             self.matcher,
-            self.plan.of_level(1),
+            self.plan.of_level(1, self.names[block]),
             self.hooks,
             argument_names(block),
             argument_names(attentions[0]),
@@ -173,6 +178,16 @@ class DiTPatch(DenoiserPatch):
     def why_idle(self) -> set[str]:
         return {hooks.why_not for hooks in self.blocks.values()}
 
+    def ratio_names(self) -> dict[str, list[nn.Module]]:
+        return {self.names[block]: [block] for block in self.blocks}
+
+    def set_ratios(self, ratios: Mapping[str, float]) -> None:
+        for block, hooks in self.blocks.items():
+            hooks.ratio = LevelRatio([ratios.get(self.names[block], 0.0)])
+
+    def state_of(self, block: nn.Module) -> ThreadState:
+        return self.hooks.state
+
     def all_blocks(self) -> list[nn.Module]:
         return [block for kind in self.spec.lists for block in kind.split(self.model)[0]]
 
@@ -195,8 +210,11 @@ class DiTPatch(DenoiserPatch):
         for kind in self.spec.lists:
             merging, others = kind.split(self.model)
             merging = [block for block in merging if block in self.blocks or not self.plan.merges]
-            if merging:
-                rows.append(self._row(kind, merging))
+            by_ratio: dict[str, list[Any]] = {}
+            for block in merging:
+                hooks = self.blocks.get(block)
+                by_ratio.setdefault(str(hooks and hooks.ratio), []).append(block)
+            rows += [self._row(kind, blocks) for blocks in by_ratio.values()]
             if others:
                 note = f"with {kind.unless}: no residual of their input"
                 rows.append(ReportRow(kind.name, len(others), n, n, 1.0, note))

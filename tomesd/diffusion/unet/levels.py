@@ -21,6 +21,7 @@ from tomesd.hooks import PerThread
 class Transformer:
     """One spatial transformer of a UNet, which knows the token grid; its blocks see a flat list.
 
+    name: of this module in the model.
     model_threads: the state of threads in the whole model. width: the channels of its tokens; 0
     where nothing merges. carrier: the argument in which the place travels to the blocks, or "".
     skipped: why nothing merges here, or "". last: batch, height and width of its tokens and the
@@ -32,6 +33,7 @@ class Transformer:
 
     model_threads: PerThread[ThreadState]
     where: str
+    name: str
     downsample: int
     module: Any
     width: int
@@ -139,20 +141,25 @@ def find_transformers(
     ]
     able = sorted({factor for _, factor, _, why_not in modules if not why_not})
     plan.check_levels([factor // able[0] for factor in able])
+    names = {module: name for name, module in model.named_modules()}
+    plan.check_blocks(names[module] for _, _, module, why_not in modules if not why_not)
     found = []
     for where, factor, module, why_not in modules:
         # Levels are counted from the finest one with attention that merges: also on SDXL, whose
         # first level has none.
         level = factor // able[0] if able else 1
-        ratio = plan.of_level(level)
-        if not why_not and not plan.names_levels and level > settings.max_downsample:
+        ratio = plan.of_level(level, names[module])
+        if not why_not and not plan.names_places and level > settings.max_downsample:
             why_not = f"coarser than max_downsample={settings.max_downsample}"
         if not why_not and not ratio.largest:
             why_not = "ratio is 0"
         carrier = spec.transformers.get(type(module).__name__, "")
         width = 0 if why_not else spec.width(module)
         found.append(
-            Transformer(threads, where, factor, module, width, carrier, matcher, ratio, why_not)
+            Transformer(
+                *(threads, where, names[module], factor, module),
+                *(width, carrier, matcher, ratio, why_not),
+            )
         )
     return found
 

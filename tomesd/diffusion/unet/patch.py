@@ -12,6 +12,7 @@ survive. UNets for video merge in their spatial transformers, each frame separat
 see every token.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import ThreadState
 from tomesd.diffusion.matcher import Matcher
 from tomesd.diffusion.processors import KeyProjections, is_stock
-from tomesd.diffusion.ratio_plan import RatioPlan
+from tomesd.diffusion.ratio_plan import LevelRatio, RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.hooks import BlockHooks, check_caches
 from tomesd.diffusion.unet.levels import Transformer, find_transformers
@@ -137,6 +138,16 @@ class UNetPatch(DenoiserPatch):
     def why_idle(self) -> set[str]:
         return {found.why_not() for found in self.transformers if not found.skipped}
 
+    def ratio_names(self) -> dict[str, list[nn.Module]]:
+        return {found.name: found.blocks for found in self.transformers if found.blocks}
+
+    def set_ratios(self, ratios: Mapping[str, float]) -> None:
+        for found in self.transformers:
+            found.ratio = LevelRatio([ratios.get(found.name, 0.0)])
+
+    def state_of(self, block: nn.Module) -> ThreadState:
+        return self.blocks[block].state
+
     def all_blocks(self) -> list[nn.Module]:
         return [
             block
@@ -150,12 +161,12 @@ class UNetPatch(DenoiserPatch):
         return None if token_map is None else BlockTrace(token_map.group, 0, hooks.transformer.grid)
 
     def rows(self) -> list[ReportRow]:
-        rows: dict[tuple[str, str], ReportRow] = {}
+        rows: dict[tuple[str, int, str], ReportRow] = {}
         for found in self.transformers:
             row = self.row(found)
-            same = rows.get((row.where, row.note))
+            same = rows.get((row.where, row.merged, row.note))
             blocks = row.blocks + (same.blocks if same else 0)
-            rows[row.where, row.note] = row._replace(blocks=blocks)
+            rows[row.where, row.merged, row.note] = row._replace(blocks=blocks)
         return list(rows.values())
 
     @staticmethod

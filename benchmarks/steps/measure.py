@@ -62,7 +62,7 @@ def blocks_for_work(
         for args, kwargs in calls:
             denoiser(*args, **kwargs)
     with torch.no_grad():
-        return BlocksForWork(calibration.changes(pipe, denoiser, calls)[0], work.flops)
+        return BlocksForWork(calibration.changes(pipe, denoiser, calls)[0], work.flops / len(calls))
 
 
 class Table:

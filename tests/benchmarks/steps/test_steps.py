@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from benchmarks.steps import table_and_plot
 from benchmarks.steps.command import main
-from benchmarks.steps.recipes import RatioForWork, recipes
+from benchmarks.steps.recipes import BlocksForWork, RatioForWork, calibrated_recipes, recipes
 from tests.support.slow import slow
 
 RATIO_FOR = RatioForWork({0.25: 0.7, 0.5: 0.45, 0.75: 0.25})
@@ -55,3 +56,16 @@ def test_a_run_measures_and_resumes(tmp_path, capsys):
             assert row["work"] == pytest.approx(float(share), abs=0.02)
     main([*options, str(tmp_path)])
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+
+
+def test_ratios_by_block_stand_beside_one_for_all_at_the_same_work():
+    curves = {"a": [(0, 0, 0), (0.75, 1, 60.0)], "b": [(0, 0, 0), (0.75, 9, 20.0)]}
+    blocks_for = BlocksForWork(curves, work=100.0)
+    assert blocks_for(0.1) is None
+    assert blocks_for(0.7) == {"a": 0.375}
+    found = calibrated_recipes(4, RatioForWork({0.25: 0.7, 0.75: 0.2}), blocks_for)
+    late = next(each for each in found if each.name == "merge late by block 0.6")
+    assert late.merging["ratio"]["a"].pieces[0] == (0.25, 0.0)
+    assert [each.name for each in found][2:4] == ["merge 0.6", "merge by block 0.6"]
+    rows = [{"model": "unet", "steps": 4, "recipe": "merge by block 0.6", "psnr": 35.94}]
+    assert "| unet | 4 | 60% | – | 35.9 | – | – |" in table_and_plot.by_block(rows)

@@ -43,12 +43,12 @@ def register(spec: Spec, *models: str | type[nn.Module]) -> None:
 
     spec: how they are hooked: a `tomesd.diffusion.unet.UNet`, `tomesd.diffusion.dit.DiT` or
         `tomesd.vit.ViT`.
-    models: "package.Class", where package is the top-level one that defines the class, or the class
-        itself; "*.Class" for one that many packages have copied. A class that is registered already
-        gets the new spec.
+    models: "package.Class", where package is the top-level package that defines the class, or the
+        class itself; "*.Class" for one that many packages have copied. A class that is already
+        registered gets the new spec.
 
     docs/adding-a-model.md has an example for each kind.
-    Raises TypeError for another spec or model, and ValueError for a name without a package.
+    Raises TypeError for any other spec or model, and ValueError for a name without a package.
     """
     if not isinstance(spec, Spec):
         raise TypeError(f"spec must be a UNet, DiT or ViT, got {spec!r}")
@@ -89,8 +89,8 @@ def supported() -> dict[str, tuple[str, ...]]:
     >>> "FluxTransformer2DModel" in tomesd.supported()["diffusers"]
     True
 
-    "*" is any package. A model of a class that inherits from one of them is supported too, and so
-    is a pipeline that has one. `tomesd.register` adds a class.
+    "*" is any package. Subclasses of these are supported too, and so are pipelines that contain
+    such a model. `tomesd.register` adds a class.
     """
     found = {
         host: tuple(name for name, spec in entries.items() if not isinstance(spec, _Refusal))

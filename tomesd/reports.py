@@ -7,7 +7,7 @@ from typing import NamedTuple
 class ReportRow(NamedTuple):
     """One line of a report: a place in a model and what merging does there.
 
-    tokens, merged: before and after, of the last image or else of the model's own size; 0 if
+    tokens, merged: before and after merging, for the last image or else the model's own size; 0 if
         unknown. work: the share of self-attention's work that is left. note: why nothing merges.
     """
 

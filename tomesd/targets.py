@@ -84,8 +84,8 @@ def choose(
         check_projectors(modules_of(model).values())
     denoiser = _denoiser_part(model)
     if denoiser is not None:
-        left = f"{type(denoiser).__name__}, its denoiser, is left as it is"
-        warnings.warn(f"r merges tokens in {found} of the pipeline alone: {left}", stacklevel=3)
+        left = f"{type(denoiser).__name__}, its denoiser, is not patched"
+        warnings.warn(f"r merges tokens only in the pipeline's {found}: {left}", stacklevel=3)
     return vits, chosen
 
 
@@ -105,7 +105,7 @@ def _why_unsupported(model: Any) -> str:
     model = model if denoiser is None else denoiser
     name = type(model).__name__
     if hasattr(model, "load_components") and not modules:
-        return f"model must have its parts, got a {name} without any: call its load_components()"
+        return f"model must have its components loaded, got a {name} without any: load_components()"
     if not modules:
         return (
             "model must be a diffusers pipeline or a torch module, got "
@@ -115,5 +115,5 @@ def _why_unsupported(model: Any) -> str:
     similar = f" The closest supported ones are {', '.join(close)}." if close else ""
     return (
         f"model must be or contain a class of tomesd.supported(), got {name}.{similar} "
-        "docs/adding-a-model.md shows how to register another one"
+        "docs/adding-a-model.md shows how to register another"
     )

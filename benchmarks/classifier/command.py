@@ -147,7 +147,11 @@ def check(args: Namespace) -> torch.device:
 def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="timm:<name>, torchvision:<name> or transformers folder (embedded)")
-    add("--data", type=Path, help="folder with one of pictures for each class, as --model's logits")
+    add(
+        "--data",
+        type=Path,
+        help="folder with one folder of images per class, in the order of the logits",
+    )
     add("--synthetic", action="store_true", help="noise and random weights: the speed alone")
     add("--parts", nargs="+", choices=PARTS, help="(all)")
     add("--r", type=number(int, 0, 10_000), nargs="+", help="of the sweep (9, from 0 to all)")

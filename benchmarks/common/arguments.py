@@ -61,7 +61,7 @@ class Command(Generic[Prepared]):
         try:
             self._parse_and_run(argv, self.parser(doc))
         except KeyboardInterrupt:
-            left = "the same command resumes" if self.resumes else "no file is left half-written"
+            left = "the same command resumes" if self.resumes else "no partial files are left"
             print(f"stopped: {left}", file=sys.stderr)
             sys.exit(130)
 

@@ -107,10 +107,10 @@ def add_options(parser: ArgumentParser) -> None:
         type=number(float, 0, 0.75),
         nargs="*",
         default=RATIOS,
-        help=f"none: the unpatched pictures alone ({' '.join(map(str, RATIOS))})",
+        help=f"none: only the unpatched images ({' '.join(map(str, RATIOS))})",
     )
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="(all)")
-    add("--batch", type=number(int, 1, 1024), default=8, help="pictures sampled at once (8)")
+    add("--batch", type=number(int, 1, 1024), default=8, help="images sampled at once (8)")
     add("--output", type=Path, default=Path("runs/quality"), help="folder (%(default)s)")
 
 

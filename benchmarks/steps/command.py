@@ -98,7 +98,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--seeds", nargs="+", type=number(int, 0, 1000), default=[0, 1, 2], help="(0 1 2)")
     add("--num-images", type=number(int, 1, 1000), default=8, help="for each seed (%(default)s)")
     add("--guidance", type=number(float, 0, 100), default=4.0, help="(%(default)s)")
-    add("--batch", type=number(int, 1, 1024), default=8, help="pictures sampled at once (8)")
+    add("--batch", type=number(int, 1, 1024), default=8, help="images sampled at once (8)")
     add("--device", help="cuda, mps or cpu (the first available)")
     add("--output", type=Path, default=Path("runs/steps"), help="folder (%(default)s)")
 

@@ -239,7 +239,7 @@ def test_a_picture_that_overflows_is_not_written(generate, model, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         generate("--model", str(tmp_path / "broken"), output="pictures")
     assert stop.value.code == 1
-    assert "error: the picture is not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert "error: the image is not finite" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "pictures").exists()
 
 

@@ -215,7 +215,7 @@ def test_one_learns_that_the_part_that_was_patched_has_been_replaced():
     both = torch.nn.ModuleDict({"unet": sd_unet(), "controlnet": controlnet(sd_unet())})
     tomesd.apply_patch(both)
     both["unet"] = sd_unet(seed=1)
-    assert "not patched: it came later" in str(tomesd.report(both))
+    assert "not patched: it was added later" in str(tomesd.report(both))
     assert tomesd.report(both).rows["controlnet"][0].note == ""
 
 

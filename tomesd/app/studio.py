@@ -71,7 +71,7 @@ class Scene:
         if not self.prompt.strip():
             raise ValueError("Type a prompt first.")
         if len(self.prompt) > LONGEST_PROMPT:
-            raise ValueError(f"The prompt may have {LONGEST_PROMPT} characters.")
+            raise ValueError(f"The prompt may have at most {LONGEST_PROMPT} characters.")
 
 
 @dataclass(frozen=True)

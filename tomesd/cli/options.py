@@ -78,7 +78,7 @@ def output(default: str) -> Callable[[Function], Function]:
         type=click.Path(path_type=Path),
         default=Path(default),
         show_default=True,
-        help="PNG file, replaced if it exists; or a folder, where nothing is replaced.",
+        help="A PNG file, replaced if it exists, or a folder, in which nothing is replaced.",
     )
 
 
@@ -87,14 +87,14 @@ ratio = click.option(
     type=float,
     default=0.5,
     show_default=True,
-    help="Share of the tokens to merge; 0 changes nothing.",
+    help="Share of the tokens to merge; 0: none.",
 )
 
 preset = click.option(
     "--preset",
     type=click.Choice(sorted(PRESETS)),
-    help="quality: keys and values only; fast: every level where it pays; paper: all branches and "
-    "levels, as in ToMe's Appendix F.",
+    help="quality: keys and values only; fast: every level where it pays; late: the same, but not "
+    "in the first fifth of the steps; paper: all branches and levels, as in ToMe's Appendix F.",
 )
 
 method = click.option(
@@ -102,20 +102,20 @@ method = click.option(
     type=click.Choice(METHODS),
     default="tome",
     show_default=True,
-    help="Merge similar tokens, or drop random ones.",
+    help="tome: merge similar tokens; prune: drop random ones.",
 )
 
 levels = click.option(
     "--levels",
     type=click.Choice(["1", "2", "4", "8"]),
-    help="Which levels of a UNet merge, by how much coarser than the finest one they may be: 1 is "
-    "the finest only, 8 all.  [default: 1, or the preset's]",
+    help="Which levels of a UNet merge, by how much coarser they are than the finest one: 1 is "
+    "only the finest, 8 all.  [default: 1, or the preset's]",
 )
 
 since = click.option(
     "--since",
     type=number(float, 0, 0.999),
-    help="Merge from this share of the steps on: 0.2 leaves the first fifth whole.",
+    help="Share of the steps at the start in which nothing merges, such as 0.2.",
 )
 
 model = click.option(
@@ -127,13 +127,13 @@ seed = click.option(
     type=number(int, 0, 2**32),
     default=0,
     show_default=True,
-    help="Of the first image's noise.",
+    help="Seed of the first image's noise.",
 )
 
 steps = click.option(
     "--steps",
     type=number(int, 1, 1000),
-    help="Denoising steps.  [default: 25 of the embedded pipeline, others have their own]",
+    help="Denoising steps.  [default: the pipeline's; embedded: 25]",
 )
 
 sampling = several(
@@ -144,14 +144,14 @@ sampling = several(
     click.option(
         "--guidance",
         type=number(float, 0, 100),
-        help="Scale of the guidance.  [default: 4 of the embedded pipeline, others have their own]",
+        help="Guidance scale.  [default: the pipeline's; embedded: 4]",
     ),
-    click.option("--size", type=size, help="Pixels, one side or WxH.  [default: the model's]"),
+    click.option("--size", type=size, help="Pixels, side or WxH.  [default: the model's]"),
     seed,
     click.option("--device", help="cuda, mps or cpu.  [default: the first available]"),
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="[default: bf16 or, where there is none, fp16 on cuda; fp32 elsewhere]",
+        help="[default: on cuda bf16, or fp16 if it has no bf16; elsewhere fp32]",
     ),
 )

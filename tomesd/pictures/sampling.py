@@ -226,7 +226,7 @@ def _sample(
         ).images
         if not np.isfinite(pixels).all():
             raise FloatingPointError(
-                f"the picture is not finite in {pipe.dtype} with {type(pipe.scheduler).__name__}: "
-                "use a precision of more range (bf16, fp32) or another scheduler"
+                f"the image is not finite in {pipe.dtype} with {type(pipe.scheduler).__name__}: "
+                "use a precision with more range (bf16, fp32) or another scheduler"
             )
         yield from pipe.numpy_to_pil(pixels)

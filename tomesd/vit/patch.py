@@ -138,7 +138,7 @@ class ViTPatch(Patch):
         if "r" in model.__dict__:
             raise TypeError(
                 f"r must be set by apply_patch(model, r={model.r!r}), got model.r = {model.r!r}, "
-                "which changes nothing: delete it"
+                "which has no effect: delete it"
             )
         if self._modules() != self.seen:
             fresh = type(self)(self.spec, model, settings, matcher=self.matcher)

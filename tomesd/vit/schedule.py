@@ -119,7 +119,7 @@ def for_speedup(
     prefix: int,
     within_blocks: bool = False,
 ) -> int:
-    """The smallest constant r with which the layers cost 1/speedup of their unmerged cost.
+    """The smallest constant r with which the layers cost at most 1/speedup as much as unmerged.
 
     >>> vit_b = Cost(attention=4 * 768**2, pairs=2 * 768, mlp=8 * 768**2)
     >>> for_speedup(2.0, vit_b, layers=12, tokens=197, prefix=1)

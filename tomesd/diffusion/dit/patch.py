@@ -132,7 +132,7 @@ class DiTPatch(DenoiserPatch):
             if block not in self.blocks and self.blocks.keys().isdisjoint(block.children()):
                 raise ValueError(
                     f"the blocks of {type(model).__name__} must be those that were patched, got a "
-                    f"{type(block).__name__} that came later: call apply_patch again"
+                    f"{type(block).__name__} that was added later: call apply_patch again"
                 )
 
     def _install_block(self, block: Any, kind: Blocks) -> None:

@@ -48,7 +48,7 @@ def check_backbone(model: Any, settings: ViTSettings) -> None:
     """Raise ValueError for settings that leave feature maps without a shape."""
     if not settings.unmerge:
         raise ValueError(
-            f"unmerge must be True with {type(model).__name__}, whose feature maps have a place "
+            f"unmerge must be True with {type(model).__name__}, whose feature maps need a value "
             "for every token, got False"
         )
     check_attention(model, settings)

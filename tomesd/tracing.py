@@ -107,9 +107,12 @@ def _watch_vit(
         patches = next(iter(maps.values())).n - patch.protected
         if math.prod(grid) != patches:  # A masked autoencoder: the others are in random order.
             grid = (patches,)
+        # All of a forward at once: other threads may be running the model too.
         traced.extend(
-            TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
-            for layer, so_far in maps.items()
+            [
+                TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
+                for layer, so_far in maps.items()
+            ]
         )
 
     # In all families a convolution embeds the patches, and its output is their grid.

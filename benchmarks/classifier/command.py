@@ -18,7 +18,7 @@ from benchmarks.common.files import check_folder, digest, settings_folder
 from tomesd.pictures.classifiers import Classifier, check_model, load_classifier
 from tomesd.pictures.device import PRECISIONS, choose_device, device_name
 from tomesd.pictures.files import versions
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.shapes.names import ASSETS
 
 
 @dataclass(frozen=True)

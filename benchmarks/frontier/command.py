@@ -25,7 +25,7 @@ from benchmarks.speed.setup import Setup
 from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 from tomesd.pictures.files import atomic_write
 from tomesd.pictures.sampling import EMBEDDED, Sampling, check_model
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.shapes.names import ASSETS
 
 
 @dataclass(frozen=True)

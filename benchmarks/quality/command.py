@@ -25,7 +25,7 @@ from benchmarks.quality.cases import CASES, Case, correct, load, measure_case, m
 from tomesd.pictures import classifiers
 from tomesd.pictures.device import device_name
 from tomesd.pictures.sampling import EMBEDDED, check_model, choose, native_side
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.shapes.names import ASSETS
 from tomesd.shapes.world import Scene
 
 SPEC = PipelineSpec(None, "cpu", torch.float32, None)

@@ -7,12 +7,13 @@ import gradio as gr
 from tomesd.app import handlers
 from tomesd.app.handlers import Playground
 from tomesd.app.reading import LAYERS, MOST_R, Reader
-from tomesd.app.studio import EMBEDDED, Studio
+from tomesd.app.studio import Studio
 from tomesd.diffusion.settings import METHODS, PRESETS
+from tomesd.shapes.names import DEFAULT, available
 
 PROMPT = "a photo of a red heart on a blue striped background"
+# Beside the embedded ones.
 MODELS = [
-    EMBEDDED,
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-xl-base-1.0",
     "black-forest-labs/FLUX.1-schnell",
@@ -84,11 +85,11 @@ def _controls(model: str | None) -> tuple[list[Any], list[Any], Any, Any, Any]:
         )
     with gr.Accordion("Model, seed and steps", open=False), gr.Row():
         name = gr.Dropdown(
-            MODELS if model is None else [model],
-            value=model or EMBEDDED,
+            [*available(), *MODELS] if model is None else [model],
+            value=model or DEFAULT,
             allow_custom_value=model is None,
             label="Model",
-            info="embedded, a folder, or a hub id, which is downloaded",
+            info="Embedded, or type a folder or a hub id",
             elem_id="model",
         )
         method = gr.Dropdown(list(METHODS), label="Method", info="Merge, or drop at random")

@@ -20,9 +20,9 @@ from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 from tomesd.pictures.differences import difference, psnr
 from tomesd.pictures.memory import with_peak
 from tomesd.pictures.token_pages import enlarged
+from tomesd.shapes.names import DEFAULT
 from tomesd.visualize import draw_groups
 
-EMBEDDED = "embedded"
 LONGEST_PROMPT = 1000
 
 # After each step: steps that are done, and all steps.
@@ -63,7 +63,7 @@ class Scene:
     """What to draw; steps: None for the model's own."""
 
     prompt: str
-    model: str = EMBEDDED
+    model: str = DEFAULT
     seed: int = 0
     steps: int | None = None
 
@@ -182,10 +182,9 @@ class Studio:
             raise ValueError(f"The model must be {self.model}, got {model!r}.")
         if self._loaded is None or self._loaded[0] != model:
             tick(0, 0)
-            name = None if model == EMBEDDED else model
             precision = PRECISIONS[choose_precision(self.device)]
             with LOADING:
-                pipe = sampling.load_pipeline(name, self.device, precision)
+                pipe = sampling.load_pipeline(model, self.device, precision)
             pipe.set_progress_bar_config(disable=True)
             self._loaded = model, pipe
             self._unpatched.clear()
@@ -203,7 +202,7 @@ class Studio:
     def _shoot(
         self, pipe: Any, scene: Scene, tick: Tick, stop: Event | None, tracing: bool = False
     ) -> tuple[Shot, list[MergeMap]]:
-        how = sampling.choose(pipe, None if scene.model == EMBEDDED else scene.model, scene.steps)
+        how = sampling.choose(pipe, scene.model, scene.steps)
 
         def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
             if stop is not None and stop.is_set():

@@ -2,50 +2,43 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from tomesd.diffusion.settings import METHODS, PRESETS
+from tomesd.pictures import names
 from tomesd.pictures.names import PRECISIONS, SCHEDULERS
+from tomesd.shapes.names import DEFAULT, available
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """An option's type: a number from low to high, both included.
+def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """An option's type; click shows the message of its own errors only.
 
-    >>> number(int, 1, 1000)("25")
+    >>> option_type(names.number(int, 1, 1000))("25")
     25
     """
 
-    def parse(text: str) -> float:
+    @wraps(parse)
+    def convert(text: str) -> Value:
         try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            raise click.BadParameter(f"must be {noun} from {low} to {high}, got {text!r}")
-        return value
+            return parse(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
 
-    parse.__name__ = "integer" if kind is int else "number"  # What --help shows.
-    return parse
+    return convert
 
 
-def size(text: str) -> tuple[int, int]:
-    """An option's type: width and height in pixels, multiples of 8.
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    return option_type(names.number(kind, low, high))
 
-    >>> size("128"), size("192x128")
-    ((128, 128), (192, 128))
-    """
-    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
-    if len(sides) > 2 or any(side < 8 or side % 8 for side in sides):
-        raise click.BadParameter(
-            f"must be one side or WxH in positive multiples of 8 pixels, got {text!r}"
-        )
-    return sides[0], sides[-1]
+
+size = option_type(names.size)
 
 
 @contextmanager
@@ -118,8 +111,13 @@ since = click.option(
     help="Share of the steps at the start in which nothing merges, such as 0.2.",
 )
 
+# The embedded pipelines, as help texts name them.
+EMBEDDED = ", ".join(available())
+
 model = click.option(
-    "--model", help="Hub id or folder.  [default: the embedded pipeline, 128x128 px]"
+    "--model",
+    help=f"An embedded pipeline of 128x128 px ({EMBEDDED}), a folder or a hub id.  "
+    f"[default: {DEFAULT}]",
 )
 
 seed = click.option(
@@ -133,7 +131,7 @@ seed = click.option(
 steps = click.option(
     "--steps",
     type=number(int, 1, 1000),
-    help="Denoising steps.  [default: the pipeline's; embedded: 25]",
+    help="Denoising steps.  [default: the model's]",
 )
 
 sampling = several(
@@ -144,7 +142,7 @@ sampling = several(
     click.option(
         "--guidance",
         type=number(float, 0, 100),
-        help="Guidance scale.  [default: the pipeline's; embedded: 4]",
+        help="Guidance scale.  [default: the model's]",
     ),
     click.option("--size", type=size, help="Pixels, side or WxH.  [default: the model's]"),
     seed,

@@ -9,7 +9,11 @@ from tomesd.cli.options import usage_errors
 from tomesd.diffusion.settings import PRESETS
 
 
-@click.command(name="report", short_help="Say what merges and where it pays.")
+@click.command(
+    name="report",
+    short_help="Say what merges and where it pays.",
+    epilog=f"Embedded pipelines: {options.EMBEDDED}.",
+)
 @click.argument("model", required=False)
 @options.ratio
 @click.option(
@@ -35,9 +39,9 @@ from tomesd.diffusion.settings import PRESETS
 def command(**given: Any) -> None:
     """Say which models of the pipeline MODEL merge, and at which sizes it pays.
 
-    MODEL is a hub id or a folder, by default the embedded pipeline. Only its configuration is read:
-    no weights are loaded or downloaded. The estimate uses shapes and the rates of one CPU thread or
-    of a GPU like an RTX 4090, for batch 2: one image with guidance.
+    MODEL is an embedded pipeline (by default unet), a folder or a hub id. Only its configuration is
+    read: no weights are loaded or downloaded. The estimate uses shapes and the rates of one CPU
+    thread or of a GPU like an RTX 4090, for batch 2: one image with guidance.
 
     \b
     tomesd report stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda

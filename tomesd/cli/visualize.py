@@ -6,17 +6,18 @@ from typing import Any
 import click
 
 from tomesd.cli import options
-from tomesd.cli.options import number, usage_errors
+from tomesd.cli.options import number, option_type, usage_errors
 
 
+@option_type
 def layers(text: str) -> list[int]:
-    """An option's type: numbers of layers.
+    """Numbers of layers.
 
     >>> layers("0,5,11")
     [0, 5, 11]
     """
     if not all(part.isdecimal() for part in text.split(",")):
-        raise click.BadParameter(f"must be whole numbers separated by commas, got {text!r}")
+        raise ValueError(f"must be whole numbers separated by commas, got {text!r}")
     return [int(part) for part in text.split(",")]
 
 
@@ -24,8 +25,8 @@ def layers(text: str) -> list[int]:
 @click.argument("image", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--model",
-    help="timm:NAME, torchvision:NAME or a folder of transformers; with --prompt a pipeline's hub "
-    "id or folder.  [default: the embedded ones]",
+    help="timm:NAME, torchvision:NAME or a transformers folder; with --prompt an embedded pipeline "
+    f"({options.EMBEDDED}), a folder or a hub id.  [default: the embedded ones]",
 )
 @click.option(
     "--r", type=number(int, 1, 10_000), help="Tokens to merge in each layer.  [default: 8]"

@@ -8,14 +8,8 @@ import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
 from transformers import ViTForImageClassification
 
+from tomesd.shapes.names import ASSETS, DEFAULT, PIPELINES
 from tomesd.shapes.world import COLORS, KINDS, SHAPES
-
-# In a wheel they are installed beside this file; in a clone they stay at its top level.
-_INSTALLED, _IN_CLONE = (Path(__file__).resolve().parents[up] / "assets" for up in (0, 2))
-ASSETS = _INSTALLED if _INSTALLED.exists() else _IN_CLONE
-
-# The embedded pipelines and their folders in ASSETS.
-PIPELINES = {"unet": "pipeline", "few-step": "few-step", "transformer": "transformer"}
 
 # The classifier has one group of logits for each thing that it reads off a picture.
 LABELS = {
@@ -41,16 +35,17 @@ class TransformerPipeline(PixArtAlphaPipeline):  # type: ignore[misc]
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder of an embedded pipeline, by its name in PIPELINES; another one is a folder itself.
+    """The folder of an embedded pipeline, by its name; any other model is a folder itself.
 
     >>> folder_of("few-step").name
     'few-step'
     """
-    return ASSETS / PIPELINES[str(model)] if str(model) in PIPELINES else Path(model)
+    embedded = PIPELINES.get(str(model))
+    return Path(model) if embedded is None else ASSETS / embedded.folder
 
 
 def load_pipeline(
-    model: str | Path = "unet", dtype: torch.dtype = torch.float32
+    model: str | Path = DEFAULT, dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:
     """An embedded text-to-image pipeline of the Shapes world, 128×128 px.
 

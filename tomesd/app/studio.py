@@ -123,7 +123,8 @@ class Result:
         found = blocks[min(block, len(blocks) - 1)]
         image = enlarged(self.merged.image, tuple(found.groups.shape))
         left = int(found.groups[found.groups >= 0].unique().numel())
-        caption = f"Step {step + 1}, {found.where}: {found.groups.numel()} tokens, {left} groups"
+        where = found.where.replace(".transformer_blocks.", ", block ")
+        caption = f"Step {step + 1}, {where}: {found.groups.numel()} tokens, {left} groups"
         return draw_groups(image, found.groups), caption
 
     def blocks(self, step: int) -> int:

@@ -21,8 +21,9 @@ from torch import nn
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import Grid, ThreadState
 from tomesd.diffusion.conflicts import check_cache, check_guidance, fused_projections_error
-from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
-from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
+from tomesd.diffusion.dit.hooks import BlockHooks
+from tomesd.diffusion.dit.model_hooks import ModelHooks
+from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, Override, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.processors import KeyProjections, is_stock
 from tomesd.diffusion.ratio_plan import RatioPlan
@@ -30,7 +31,7 @@ from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, argument_names
 from tomesd.reports import ReportRow
 
-_NO_BIAS = "without proportional attention: its processors take no bias"
+_UNWEIGHED = "without proportional attention"
 
 
 class DiTPatch(DenoiserPatch):
@@ -143,8 +144,8 @@ class DiTPatch(DenoiserPatch):
             self.matcher,
             self.plan.of_level(1),
             self.hooks,
-            argument_names(block),
-            argument_names(attentions[0]),
+            kind.names or argument_names(block),
+            argument_names(attentions[0]) if attentions else (),
         )
         self.blocks[block] = hooks
         self.before(block, hooks.merge)
@@ -163,6 +164,8 @@ class DiTPatch(DenoiserPatch):
                 projections.follow(attention, (), {})
         if isinstance(how, Bias):
             self.before(attention, partial(hooks.weigh_keys, projections))
+        elif isinstance(how, Override):
+            self.before(attention, hooks.replace_attention)
         elif always and projections is not None:
             self.before(attention, partial(hooks.note_keys, projections))
 
@@ -215,7 +218,9 @@ class DiTPatch(DenoiserPatch):
         estimate = n, m, n**2, m * (n if hooks.unmerges_keys else m)
         n, m, before, after = hooks.counts if any(hooks.counts) else estimate
         weighed = kind.proportional is not None or not hooks.weighs_keys
-        notes = [hooks.why_not or ("" if weighed else _NO_BIAS)]
+        notes = [hooks.why_not or ("" if weighed else f"{_UNWEIGHED}: its processors take no bias")]
+        if hooks.unweighed and not hooks.why_not:
+            notes.append(f"{_UNWEIGHED}: {hooks.unweighed}")
         if self.plan.changes:
             notes.append(str(hooks.ratio))
         note = "; ".join(filter(None, notes))

@@ -59,6 +59,11 @@ class UnmergeKeys(NamedTuple):
     projections: tuple[str, ...] = ("to_k", "to_v")
 
 
+def _always_merges(given: dict[str, Any], settings: DiffusionSettings) -> str:
+    """Patched models are pickled with their blocks' records, which lambdas cannot be."""
+    return ""
+
+
 class Override(NamedTuple):
     """Proportional attention where attention functions let themselves be replaced, as ComfyUI's do.
 
@@ -122,7 +127,7 @@ class Blocks:
     first_image: str = ""
     adds_in_place: bool = False
     names: tuple[str, ...] = ()
-    why_not: Callable[[dict[str, Any], DiffusionSettings], str] = lambda given, settings: ""
+    why_not: Callable[[dict[str, Any], DiffusionSettings], str] = _always_merges
     only: str = ""
     unless: str = ""
     carrier: str = ""

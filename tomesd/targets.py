@@ -102,6 +102,12 @@ def _why_unsupported(model: Any) -> str:
     asked = modules.values() if denoiser is None else denoiser.modules()
     for reason in filter(None, map(registry.why_refused, asked)):
         return reason
+    clone = clones.clone_of(model)
+    if clone is not None:
+        name = type(getattr(clone.model, "diffusion_model", clone.model)).__name__
+        known = registry.supported()
+        merge = sorted({"UNetModel", *known["comfy.ldm"], *known["backend"]})
+        return f"model must have one of {', '.join(merge)}, got one with a {name}"
     model = model if denoiser is None else denoiser
     name = type(model).__name__
     if hasattr(model, "load_components") and not modules:

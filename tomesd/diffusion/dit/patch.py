@@ -72,6 +72,7 @@ class DiTPatch(DenoiserPatch):
             self._check_caches()
         if self.matcher.frame.weighs_keys:
             self._check_attention()
+        self._find_blocks()
 
     @property
     def spec(self) -> DiT:
@@ -100,9 +101,29 @@ class DiTPatch(DenoiserPatch):
                     if is_stock(attention) or not kind.can_unmerge_keys:
                         check_takes_bias(attention)
 
+    def _find_blocks(self) -> None:
+        """Make the hooks of the blocks that the model has now; those of the same blocks stay."""
+        before, self.blocks = self.blocks, {}
+        for kind in self.spec.lists if self.plan.merges else ():
+            for block in kind.split(self.model)[0]:
+                self.blocks[block] = before.get(block) or self._hooks_of(block, kind)
+
+    def _hooks_of(self, block: Any, kind: Blocks) -> BlockHooks:
+        attentions = kind.attentions(block)
+        return BlockHooks(
+            len(self.blocks),
+            kind,
+            self.matcher,
+            self.plan.of_level(1),
+            self.hooks,
+            kind.names or argument_names(block),
+            argument_names(attentions[0]) if attentions else (),
+        )
+
     def install(self) -> None:
         if not self.plan.merges:
             return
+        self._find_blocks()
         hooks, spec = self.hooks, self.spec
         if self.plan.changes:
             from tomesd.diffusion.stage_hook import StageHook
@@ -118,9 +139,8 @@ class DiTPatch(DenoiserPatch):
         self.after(self.model, hooks.leave, always=True)
         if spec.rope:
             self.after(self.model.get_submodule(spec.rope), hooks.append_place)
-        for kind in spec.lists:
-            for block in kind.split(self.model)[0]:
-                self._install_block(block, kind)
+        for block, found in self.blocks.items():
+            self._install_block(block, found)
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self.warn_if_idle)
 
@@ -136,21 +156,10 @@ class DiTPatch(DenoiserPatch):
                     f"{type(block).__name__} that came later: call apply_patch again"
                 )
 
-    def _install_block(self, block: Any, kind: Blocks) -> None:
-        attentions = kind.attentions(block)
-        hooks = BlockHooks(
-            len(self.blocks),
-            kind,
-            self.matcher,
-            self.plan.of_level(1),
-            self.hooks,
-            kind.names or argument_names(block),
-            argument_names(attentions[0]) if attentions else (),
-        )
-        self.blocks[block] = hooks
+    def _install_block(self, block: Any, hooks: BlockHooks) -> None:
         self.before(block, hooks.merge)
-        for attention in attentions:
-            can_unmerge = hooks.weighs_keys and kind.can_unmerge_keys
+        for attention in hooks.kind.attentions(block):
+            can_unmerge = hooks.weighs_keys and hooks.kind.can_unmerge_keys
             self._install_attention(attention, hooks, can_unmerge)
         self.after(block, hooks.finish, always=True)
 
@@ -168,10 +177,6 @@ class DiTPatch(DenoiserPatch):
             self.before(attention, hooks.replace_attention)
         elif always and projections is not None:
             self.before(attention, partial(hooks.note_keys, projections))
-
-    def remove(self) -> None:
-        super().remove()
-        self.blocks.clear()
 
     def why_idle(self) -> set[str]:
         return {hooks.why_not for hooks in self.blocks.values()}

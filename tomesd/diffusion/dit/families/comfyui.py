@@ -98,8 +98,8 @@ _JOINT = Blocks(
     why_not=_patched_inside,
 )
 
-register(DiT((_DOUBLE, _SINGLE), _images, why_not=_of_class("Flux")), "comfy.Flux")
-register(DiT((_DOUBLE, _SINGLE), _images, why_not=_of_class("Chroma")), "comfy.Chroma")
+register(DiT((_DOUBLE, _SINGLE), _images, why_not=_of_class("Flux")), "comfy.ldm.Flux")
+register(DiT((_DOUBLE, _SINGLE), _images, why_not=_of_class("Chroma")), "comfy.ldm.Chroma")
 register(
     DiT(
         Blocks(
@@ -117,9 +117,9 @@ register(
         _images,
         why_not=_of_class("QwenImageTransformer2DModel"),
     ),
-    "comfy.QwenImageTransformer2DModel",
+    "comfy.ldm.QwenImageTransformer2DModel",
 )
-register(DiT(_JOINT, _images, timestep="timesteps"), "comfy.OpenAISignatureMMDITWrapper")
+register(DiT(_JOINT, _images, timestep="timesteps"), "comfy.ldm.OpenAISignatureMMDITWrapper")
 
 _WAN = Blocks(
     "blocks",
@@ -134,7 +134,7 @@ _WAN = Blocks(
 )
 register(
     DiT(_WAN, _video, why_not=_of_class("WanModel", "CameraWanModel", "AnimateWanModel")),
-    "comfy.WanModel",
+    "comfy.ldm.WanModel",
 )
 register(
     DiT(
@@ -143,12 +143,12 @@ register(
         unmerged=(("vace_blocks", "they hand on what they make of every token"),),
         why_not=_of_class("VaceWanModel"),
     ),
-    "comfy.VaceWanModel",
+    "comfy.ldm.VaceWanModel",
 )
-refuse("each of its tokens attends to the sound of its own frame", "comfy.HumoWanModel")
+refuse("each of its tokens attends to the sound of its own frame", "comfy.ldm.HumoWanModel")
 refuse(
     "its tokens are of several resolutions, not of one grid: earlier frames are packed",
-    "comfy.WanModel_S2V",
+    "comfy.ldm.WanModel_S2V",
 )
 
 

@@ -60,6 +60,11 @@ class BlockTrace(NamedTuple):
     prefix: int
     grid: tuple[int, ...]
 
+    @property
+    def groups(self) -> Tensor:
+        """Of the tokens on the grid: [B, *grid]."""
+        return self.group[:, self.prefix :].reshape(-1, *self.grid)
+
 
 @dataclass(eq=False)
 class Patch:

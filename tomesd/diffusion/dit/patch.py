@@ -229,7 +229,7 @@ class DiTPatch(DenoiserPatch):
         if self.plan.changes:
             notes.append(str(hooks.ratio))
         note = "; ".join(filter(None, notes))
-        return ReportRow(kind.name, len(blocks), n, m, after / max(before, 1), note)
+        return ReportRow(kind.name, len(blocks), n, m, after / before if before else 1.0, note)
 
     def _grids(self) -> tuple[Grid, ...]:
         """Those of the last image, or else of the model's own size, if it has one."""

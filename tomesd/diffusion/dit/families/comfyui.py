@@ -56,11 +56,11 @@ def _video(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
 
 
 def _of_class(*names: str) -> Callable[[Any], str]:
-    """Classes that inherit from those that are known here may give their blocks other tokens."""
+    """Classes that inherit from these may give their blocks other tokens."""
 
     def why_not(model: Any) -> str:
         known = type(model).__name__ in names
-        return "" if known else f"only {' and '.join(names)} are known, not what inherits from them"
+        return "" if known else f"known are {', '.join(names)}, not what inherits from them"
 
     return why_not
 

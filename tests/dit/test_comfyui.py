@@ -189,6 +189,27 @@ def test_one_clone_merges_and_the_others_do_not(clones):
     assert torch.equal(sample(tomesd.remove_patch(clone)), plain)
 
 
+@pytest.mark.parametrize("ratio", [0.5, tomesd.RatioSchedule.first(0.5, until=0.9)])
+def test_clones_take_turns_in_one_sampling(name, clones, ratio):
+    """As with guiders that have two models."""
+    patcher, clone, _ = clones
+    tomesd.apply_patch(clone, ratio)
+    inputs = _inputs(name)
+    sigmas = torch.tensor([5.0, 0.0])
+
+    @torch.no_grad()
+    def denoised(one):
+        options = {"sample_sigmas": sigmas, "wrappers": one.wrappers}
+        return patcher.model.apply_model(
+            inputs["x"], sigmas[:1].repeat(2), None, inputs["context"], None, options
+        )
+
+    plain, merged = denoised(patcher), denoised(clone)
+    assert not torch.equal(plain, merged)
+    assert torch.equal(denoised(patcher), plain)
+    assert torch.equal(denoised(clone), merged)
+
+
 def test_nodes_around_a_block_get_every_token(name, clones):
     _, clone, sample = clones
     merged = sample(clone)
@@ -239,6 +260,19 @@ def test_a_kernel_that_takes_no_bias_gets_none_and_the_report_says_so(clones, mo
     monkeypatch.setattr(stand_in_comfyui, "optimized_attention_masked", attention_flash)
     assert not torch.equal(sample(clone), merged)
     assert "without proportional attention: attention_flash takes no bias" in str(
+        tomesd.report(clone)
+    )
+
+
+def test_forges_flux_merges_for_one_clone_without_proportional_attention():
+    kind = type("IntegratedFluxTransformer2DModel", (comfyui.Flux,), {})
+    kind.__module__ = "backend.nn.flux"
+    patcher = stand_in_comfyui.build(stand_in_comfyui.ForgePatcher, model=comfyui.build(kind))
+    plain = _sample(patcher, None)
+    clone = tomesd.apply_patch(patcher.clone(), ratio=0.5)
+    assert not torch.equal(_sample(clone, None), plain)
+    assert torch.equal(_sample(patcher, None), plain)
+    assert "without proportional attention: its processors take no bias" in str(
         tomesd.report(clone)
     )
 

@@ -10,7 +10,7 @@ from tomesd.core.rows import fixed
 from tomesd.diffusion.block import Place, ThreadState
 from tomesd.diffusion.conflicts import check_cache
 from tomesd.diffusion.dit.spec import DiT
-from tomesd.hooks import PerThread, by_name
+from tomesd.hooks import PerThread, by_name, unless_removed
 
 Args = tuple[Any, ...]
 Given = dict[str, Any]
@@ -45,6 +45,7 @@ class ModelHooks:
     def leave(self, model: nn.Module, args: Args, output: Any) -> None:
         self.state.inside = False
 
+    @unless_removed
     def record_place(self, model: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         recorded, self.state.grids = self.state.grids, None
         check_cache(model)

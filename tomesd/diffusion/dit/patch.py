@@ -28,7 +28,13 @@ from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.processors import KeyProjections, is_stock
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, argument_names
+from tomesd.hooks import (
+    BlockTrace,
+    DenoiserPatch,
+    PerThread,
+    argument_names,
+    unless_removed,
+)
 from tomesd.reports import ReportRow
 
 _UNWEIGHED = "without proportional attention"
@@ -144,6 +150,7 @@ class DiTPatch(DenoiserPatch):
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self.warn_if_idle)
 
+    @unless_removed
     def _check_blocks(self, model: Any, args: Any, kwargs: Any) -> None:
         """Raise ValueError if blocks were replaced: new ones could not read what hooks pass on."""
         if torch.compiler.is_compiling():

@@ -190,7 +190,7 @@ class Studio:
             self._loaded = model, pipe
             self._unpatched.clear()
             # First calls allocate memory and load kernels, which no setting should pay for.
-            self._shoot(pipe, Scene("", model, steps=1), tick, None)
+            self._shoot(pipe, Scene("", model, steps=2), tick, None)
         return self._loaded[1]
 
     def _draw_unpatched(self, pipe: Any, scene: Scene, tick: Tick, stop: Event | None) -> Shot:

@@ -70,8 +70,9 @@ def experiments(
     >>> [each.name for each in experiments(["sweep"], [0, 8], 8, 12, 0)]
     ['r = 0', 'r = 8']
 
-    values: r in the sweep, and with each order of the tokens. r: in the ablation and of the algorithms. schedules: the number of
-        random ones, which merge between a quarter and all of the largest value's tokens.
+    values: r in the sweep, and with each order of the tokens. r: in the ablation and of the
+        algorithms. schedules: the number of random ones, which merge between a quarter and all of
+        the largest value's tokens.
     """
     found = []
     if "sweep" in parts:

@@ -67,8 +67,7 @@ def trace(model: Any) -> Iterator[list[TokenGroups]]:
         Blocks that merge nothing (r=0, ratio=0) leave no record. Blocks that gradient checkpointing
         recomputes are recorded once.
     Records are copied to the CPU at once, which is a host sync. Compiled models run uncompiled
-    inside
-    the block: nothing can be recorded from within a compiled graph.
+    inside the block: nothing can be recorded from within a compiled graph.
     Raises ValueError if nothing in the model is patched.
     Source: ToMe, Figures 4 and 6 are drawn from this.
     """
@@ -107,9 +106,12 @@ def _watch_vit(
         patches = next(iter(maps.values())).n - patch.protected
         if math.prod(grid) != patches:  # A masked autoencoder: the others are in random order.
             grid = (patches,)
+        # All of a forward at once: other threads may be running the model too.
         traced.extend(
-            TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
-            for layer, so_far in maps.items()
+            [
+                TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
+                for layer, so_far in maps.items()
+            ]
         )
 
     # In all families a convolution embeds the patches, and its output is their grid.

@@ -47,10 +47,7 @@ def page(browser, address):
 
 
 def wait(page, selector: str, text: str) -> None:
-    page.wait_for_function(
-        "([selector, text]) => document.querySelector(selector).innerText.includes(text)",
-        arg=[selector, text],
-    )
+    playwright.expect(page.locator(selector)).to_contain_text(text, timeout=60 * SECONDS)
 
 
 def draw(page, prompt: str, says: str = "Done.") -> None:

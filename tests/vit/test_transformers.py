@@ -233,6 +233,7 @@ def test_an_attention_mask_compiles_to_one_graph_with_merging():
     torch.testing.assert_close(vit.output(), expected)
 
 
+@slow
 @torch.no_grad()
 def test_a_compiled_model_notices_that_it_is_patched_and_restored():
     vit = build("ViT", num_hidden_layers=2)

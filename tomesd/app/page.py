@@ -42,8 +42,8 @@ def build(studio: Studio, reader: Reader) -> gr.Blocks:
             _images(play, scene, merging, run, stop, status, result)
         with gr.Tab("Quality over speed"):
             _frontier(play, scene)
-        with gr.Tab("Classifier"):
-            _classifier(play)
+        with gr.Tab("Classifier") as tab:
+            _classifier(play, tab)
     page.queue(default_concurrency_limit=1, max_size=16)
     return page
 
@@ -203,7 +203,7 @@ def _frontier(play: Playground, scene: list[Any]) -> None:
     stop.click(play.stop, None, status, queue=False, api_visibility="private")
 
 
-def _classifier(play: Playground) -> None:
+def _classifier(play: Playground, tab: gr.Tab) -> None:
     gr.Markdown(
         "The embedded Vision Transformer says which shape is in a picture. Patches of one color "
         "and one border are one token."
@@ -233,8 +233,9 @@ def _classifier(play: Playground) -> None:
             )
             reading = gr.Markdown(elem_id="reading")
     inputs, outputs = [picture, seed, r, layer], [groups, reading]
-    for control in inputs:
-        control.change(
+    # The classifier is loaded when its tab is first opened.
+    for changed in (tab.select, *(control.change for control in inputs)):
+        changed(
             play.read,
             inputs,
             outputs,
@@ -243,12 +244,3 @@ def _classifier(play: Playground) -> None:
             concurrency_id="reading",
             api_visibility="private",
         )
-    gr.on(
-        None,
-        play.read,
-        inputs,
-        outputs,
-        show_progress="hidden",
-        concurrency_id="reading",
-        api_visibility="private",
-    )

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import tomesd
+from tomesd.app.loading import LOADING
 from tomesd.diffusion.ratio_schedule import Ratio, RatioSchedule
 from tomesd.diffusion.settings import diffusion_settings
 from tomesd.pictures import sampling
@@ -183,7 +184,8 @@ class Studio:
             tick(0, 0)
             name = None if model == EMBEDDED else model
             precision = PRECISIONS[choose_precision(self.device)]
-            pipe = sampling.load_pipeline(name, self.device, precision)
+            with LOADING:
+                pipe = sampling.load_pipeline(name, self.device, precision)
             pipe.set_progress_bar_config(disable=True)
             self._loaded = model, pipe
             self._unpatched.clear()

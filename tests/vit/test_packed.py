@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 import tomesd
 from tests.support import tiny_vits
+from tests.support.slow import slow
 from tests.support.tiny_vits_base import HEADS, WIDTH, heads
 from tests.support.tiny_vits_rotary import rotating
 from tests.support.vit_reference import Block
@@ -172,3 +173,58 @@ def test_pictures_in_one_sequence_need_a_mask_that_keeps_them_apart():
 def test_towers_whose_merger_needs_the_grid_are_refused_without_within_blocks(name):
     with pytest.raises(ValueError, match=r"within_blocks must be True with Qwen.*patch merger"):
         tomesd.apply_patch(build(name), r=5)
+
+
+def several(name: str) -> tuple[nn.Module, Any]:
+    """A model, and a call of it with pictures of these sizes, in patches."""
+    if name == "Pixtral":
+        model = tiny_vits.build(name).model
+
+        def call(*sizes: int) -> Tensor:
+            images = torch.ones(len(sizes), 3, 24, 24) * torch.linspace(0, 1, 24)
+            given = torch.tensor([[4 * size, 24] for size in sizes])
+            return model(images, image_sizes=given).last_hidden_state
+
+        return model, call
+    model = build(name)
+
+    def packed(*sizes: int) -> Tensor:
+        torch.manual_seed(1)
+        patches, grid = pictures(*sizes)
+        return model(patches, grid_thw=grid).last_hidden_state
+
+    return model, packed
+
+
+@pytest.mark.parametrize(
+    ("name", "within_blocks"),
+    [("Pixtral", False), ("Pixtral", True), ("Qwen2-VL", True), ("Qwen2.5-VL", True)],
+)
+def test_pictures_of_any_sizes_train_with_checkpointing(name, within_blocks):
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model, call = several(name)
+        tomesd.apply_patch(model, r=5, within_blocks=within_blocks)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        # The first forward's backward pass comes after another forward with other pictures.
+        first = call(6, 4)
+        call(4, 4, 6)
+        first.square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@slow
+@torch.no_grad()
+def test_a_compiled_graph_takes_one_masked_picture_and_refuses_several():
+    model, _ = several("Pixtral")
+    tomesd.apply_patch(model, r=5)
+    images = torch.randn(2, 3, 24, 24)
+    expected = model(images[:1]).last_hidden_state
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images[:1]).last_hidden_state, expected)
+    with pytest.raises(Exception, match="pixel_values must be of one picture"):
+        compiled(images)

@@ -4,10 +4,12 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import tomesd
@@ -15,6 +17,22 @@ from benchmarks.common import markdown
 from tomesd.api import patches_of
 
 SENSES = {"image", "video", "audio"}
+# What parameters are initialized by.
+_INITIALIZES = (
+    *("normal_", "uniform_", "erfinv_", "fill_", "zero_"),
+    *("clamp_", "add_", "mul_", "div_"),
+)
+
+
+class Uninitialized(TorchFunctionMode):
+    """Parameters stay as they are: on the meta device, that takes most of the time of building."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _INITIALIZES:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -83,9 +101,15 @@ def _transformers_model(name: str) -> nn.Module:
 
 
 def _timm_names() -> list[str]:
+    """Of the modules of timm in which something is called attention or transformer."""
     import timm
 
-    return list(timm.list_models())
+    names = set()
+    for module in timm.list_modules():
+        classes = " ".join(vars(import_module(f"timm.models.{module}")))
+        if "Attention" in classes or "Transformer" in classes:
+            names |= set(timm.list_models(module=module))
+    return sorted(names)
 
 
 def _timm_model(name: str) -> nn.Module | None:
@@ -112,7 +136,7 @@ def cover_all(hosts: Sequence[str], known: Sequence[Covered]) -> Iterator[Covere
     todo = [(host, name) for host in hosts for name in HOSTS[host].names()]
     for host, name in tqdm([each for each in todo if each not in done], unit="model"):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), Uninitialized():
                 model = HOSTS[host].build(name)
         except Exception as error:
             reason = str(error).partition("\n")[0]

@@ -1,10 +1,10 @@
-"""Token maps of several sequences that are packed into one."""
+"""Token maps of several sequences that are packed into one, and of sequences with a tail."""
 
 from collections.abc import Sequence
 
 import torch
 
-from tomesd.core.rows import fixed
+from tomesd.core.rows import fixed, in_batch
 from tomesd.core.token_map import TokenMap
 
 
@@ -28,7 +28,23 @@ def packed(maps: Sequence[TokenMap]) -> TokenMap:
         moved.append((each.moved + (sample * each.n + tokens)).flatten())
         sizes.append(each.size.flatten())
         tokens, tokens_left = tokens + batch * each.n, tokens_left + batch * each.m
+    group, head, moved_tokens = (torch.cat(parts)[None] for parts in (groups, heads, moved))
+    return TokenMap(group, head, moved_tokens, torch.cat(sizes)[None, :, None])
+
+
+def with_tail(token_map: TokenMap, count: int) -> TokenMap:
+    """The map that does the same, and leaves so many tokens after these as they are.
+
+    >>> with_tail(TokenMap.from_groups([[0, 0, 1]]), 2).group
+    tensor([[0, 0, 1, 2, 3]])
+
+    token_map: drops no tokens.
+    """
+    n, m, size = token_map.n, token_map.m, token_map.size
+    tail = torch.arange(count, device=size.device).expand(size.shape[0], -1)
     return TokenMap(
-        *(torch.cat(parts)[None] for parts in (groups, heads, moved)),
-        torch.cat(sizes)[None, :, None],
+        in_batch(torch.cat([token_map.group, tail + m], 1), m + count),
+        in_batch(torch.cat([token_map.head, tail + n], 1), n + count),
+        in_batch(token_map.moved, n + count),
+        torch.cat([size, size.new_ones(size.shape[0], count, 1)], 1),
     )

@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from tomesd.core.packing import packed
+from tomesd.core.packing import packed, with_tail
 from tomesd.core.token_map import TokenMap
 from tomesd.vit import schedule
 from tomesd.vit.matcher import Matcher
@@ -131,8 +131,7 @@ class Forward:
             return self.matcher.token_map(features, self.prefix, r, layer, layers)
         leading = {name: feature[:, :-end] for name, feature in features.items()}
         step = self.matcher.token_map(leading, self.prefix, r, layer, layers)
-        target = step.head.gather(1, step.group.gather(1, step.moved))
-        return TokenMap.from_moves(step.n + end, step.moved, target)
+        return with_tail(step, end)
 
     def match(self, layer: int, features: dict[str, Tensor], n: int) -> None:
         """Decide what a block of n tokens merges."""

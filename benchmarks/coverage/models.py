@@ -143,7 +143,7 @@ def cover_all(hosts: Sequence[str], known: Sequence[Covered]) -> Iterator[Covere
             yield Covered(host, name, "", "", f"not built: {type(error).__name__}: {reason}"[:300])
         else:
             none = Covered(host, name, "", "", "has no blocks")
-            yield none if model is None else cover(host, name, model)
+            yield none if model is None else cover(host, name, model.eval())
 
 
 def table(found: list[Covered]) -> str:

@@ -177,7 +177,7 @@ RESULTS: dict[str, Result] = {
     "pipelines": Result("python -m tests.pipelines runs/pipelines.json", _read_pipelines),
     "coverage": Result("python scripts/coverage.py", _read_coverage),
     "dense": Result("python scripts/dense.py", _read_plain),
-    "first-token": Result("python scripts/first_token.py", _read_plain),
+    "first-token": Result("python scripts/first_token.py --rounds 3", _read_plain),
     "orders": Result(
         "python scripts/classify.py --parts orders --r 8 16 20 24 28 32 36 --num-images 2000 "
         "--rounds 0",

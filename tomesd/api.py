@@ -15,9 +15,12 @@ from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
+from tomesd.registry import register, supported
 from tomesd.reports import Report, ReportRow
 from tomesd.targets import by_name, choose, modules_of
 from tomesd.vit import ViT, ViTPatch
+
+__all__ = ["apply_patch", "patched", "register", "remove_patch", "report", "supported"]
 
 Model = TypeVar("Model")
 

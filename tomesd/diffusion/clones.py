@@ -133,11 +133,21 @@ class Follower:
         def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             found = patch.traced(block)
             if found is not None:
-                self.maps[self.scheduler._step_index] = found
+                self.maps[self.scheduler._step_index] = _of_first_image(found, patch)
 
         for block in list(patch.blocks)[:1]:
             # Before the patch's own last hook, which forgets the map.
             patch.handles.append(block.register_forward_hook(keep, prepend=True))
+
+
+def _of_first_image(found: BlockTrace, patch: UNetPatch | DiTPatch) -> BlockTrace:
+    """Without the reference images that follow it and have grids of their own."""
+    if len(found.grid) > 1 or not isinstance(patch, DiTPatch) or patch.hooks.last is None:
+        return found
+    frames, h, w = patch.hooks.last.grids[0]
+    end = found.prefix + frames * h * w
+    grid = (h, w) if frames == 1 else (frames, h, w)
+    return BlockTrace(found.group[:, found.prefix : end], 0, grid)
 
 
 @dataclass(eq=False)

@@ -116,10 +116,7 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     return markdown.table(
         ["", "visual tokens", "first token, times as fast"],
-        [
-            [row["name"], str(row["visual_tokens"]), spread(row["times_as_fast"], 2)]
-            for row in rows
-        ],
+        [[row["name"], str(row["visual_tokens"]), spread(row["times_as_fast"], 2)] for row in rows],
     )
 
 

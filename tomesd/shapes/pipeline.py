@@ -29,12 +29,14 @@ LABELS = {
 class TransformerPipeline(PixArtAlphaPipeline):  # type: ignore[misc]
     """PixArt's pipeline, at 128 px and for short prompts unless it is told otherwise.
 
-    PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text.
+    PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text. It
+    takes two steps or more, but with DDIM.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         usual = {
             "use_resolution_binning": False,
+            "clean_caption": False,  # Or it warns that Beautiful Soup is missing.
             "max_sequence_length": self.tokenizer.model_max_length,
         }
         return super().__call__(*args, **(usual | kwargs))

@@ -103,7 +103,7 @@ def supported() -> dict[str, tuple[str, ...]]:
 def close_names(module: Any) -> list[str]:
     """The supported classes whose names are most like that of a module's class."""
     names = list(dict.fromkeys(name for each in supported().values() for name in each))
-    return get_close_matches(type(module).__name__, names, n=3, cutoff=0.5)
+    return get_close_matches(type(module).__name__, names, n=3, cutoff=0.6)
 
 
 def _nearest(module: nn.Module) -> tuple[str, str, Spec | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.classifier import measurements, tables_and_plots
 from benchmarks.classifier.data import LabelledData, folder_data, shapes_data
-from benchmarks.classifier.experiments import PARTS, Experiment, experiments
+from benchmarks.classifier.experiments import PARTS, UNTIMED, Experiment, experiments
 from benchmarks.classifier.matchers import merging
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_folder, digest, settings_folder
@@ -134,9 +134,11 @@ def check(args: Namespace) -> torch.device:
         raise ValueError(f"data must be a folder with one for each class, got {str(args.data)!r}")
     if args.data is not None and args.model is None:
         raise ValueError("model must be given with data: the embedded one knows shapes only")
-    args.parts = args.parts or list(PARTS[:3] if args.synthetic else PARTS)
-    if args.synthetic and "schedules" in args.parts:
-        raise ValueError("parts must not have schedules with synthetic: they need an accuracy")
+    parts = [part for part in PARTS if not (args.synthetic and part in UNTIMED)]
+    args.parts = args.parts or parts
+    for part in args.parts:
+        if part not in parts:
+            raise ValueError(f"parts must not have {part} with synthetic: they need an accuracy")
     device = choose_device(args.device)
     args.device = str(device)
     check_folder(args.output)

@@ -171,7 +171,9 @@ class ViTPatch(Patch):
         for index, r in enumerate(self.forward.schedule):
             merges = schedule.clipped(r, tokens, self.protected)
             note = f"r clipped from {r} to {merges}" if merges < r else ""
-            merged = self.forwards.latest.maps[index] if self.settings.within_blocks else None
+            # Each of several pictures in one sequence merges for itself.
+            after = index if self.settings.within_blocks else index + 1
+            merged = self.forwards.latest.maps[after]
             left = tokens - merges if merged is None else merged.m
             if self.spec.only and not r:
                 note = "the next block needs the token grid"

@@ -25,9 +25,10 @@ def per_layer(r: Schedule, layers: int) -> list[int]:
     r = checked(r)
     if isinstance(r, tuple):
         mean, inflection = r
-        return [
-            int(mean * (1 + inflection * (2 * i / max(1, layers - 1) - 1))) for i in range(layers)
-        ]
+        # Its ends are whole numbers, as in the paper's code.
+        first = int(mean * (1 - inflection))
+        step = 2 * (mean - first) / max(1, layers - 1)
+        return [int(first + step * i) for i in range(layers)]
     if isinstance(r, list):
         if len(r) != layers:
             raise ValueError(f"r must have one number for each of {layers} layers, got {r!r}")

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from tomesd._moved import find_moved_modules as _find_moved_modules
 
 if _TYPE_CHECKING:
-    from tomesd.api import apply_patch, patched, remove_patch, report
+    from tomesd.api import apply_patch, patched, register, remove_patch, report, supported
     from tomesd.calibration import calibrate
     from tomesd.core.token_map import TokenMap
     from tomesd.diffusion.ratio_schedule import RatioSchedule
     from tomesd.diffusion.settings import DiffusionSettings
     from tomesd.kernels import use_kernels
-    from tomesd.registry import register, supported
     from tomesd.reports import Report
     from tomesd.tracing import TokenGroups, trace
     from tomesd.vit.projectors import tokens_after
@@ -49,7 +48,8 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("apply_patch", "patched", "remove_patch", "report"), "api"),
     "calibrate": "calibration",
-    **dict.fromkeys(("register", "supported"), "registry"),
+    # Not from the registry itself, which knows the models once the families are imported.
+    **dict.fromkeys(("register", "supported"), "api"),
     **dict.fromkeys(("TokenGroups", "trace"), "tracing"),
     "DiffusionSettings": "diffusion.settings",
     "RatioSchedule": "diffusion.ratio_schedule",

@@ -1,7 +1,9 @@
 """A ratio for each block of a denoiser, chosen once from what merging changes in a few images."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +18,31 @@ from tomesd.diffusion.unet import UNet
 from tomesd.hooks import PATCH, DenoiserPatch
 from tomesd.targets import modules_of
 
-# What is measured of each block; in between, its change and its work are taken for linear.
-_RATIOS = (0.25, 0.5, 0.75)
+# What is measured of each block; in between, its change and its work are taken for linear. Small
+# ratios change least for what they save.
+_RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 _EVERYWHERE = {"max_downsample": 8}
 
 Curves = Mapping[str, Sequence[tuple[float, float, float]]]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Calls of a denoiser, by their arguments.
+
+    guidance: of a run whose batch has both halves, without and with the prompt; else 1.
+    """
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    guidance: float = 1.0
+
+    def guided(self, change: Tensor) -> Tensor:
+        """What the scheduler gets to see: what differs between the halves counts `guidance` times,
+        and what does not counts once."""
+        if self.guidance == 1:
+            return change
+        without, with_prompt = change.chunk(2)
+        return without + self.guidance * (with_prompt - without)
 
 
 @torch.no_grad()
@@ -49,7 +70,7 @@ def calibrate(
         steps that merge. Ratios rise where the output changes least for what is saved.
     similarity: instead of speedup, a threshold of cosine similarity, as of tokens to merge. Each
         block merges as many as reach it on average: a fixed number, so that shapes stay static.
-    samples: in how many steps, evenly spread, the change is measured. It takes three forwards for
+    samples: in how many steps, evenly spread, the change is measured. It takes six forwards for
         each block and sample.
     call: further arguments of the pipeline, such as num_inference_steps, height and width: those
         of later use.
@@ -72,11 +93,11 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(patched(pipe, ratio=0.0))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        calls = record(pipe, denoiser, prompts, samples, **call)
+        recorded = record(pipe, denoiser, prompts, samples, **call)
         if similarity is not None:
-            return _alike(pipe, denoiser, calls, similarity)
+            return _alike(pipe, denoiser, recorded, similarity)
         assert speedup is not None
-        curves, work, most = changes(pipe, denoiser, calls)
+        curves, work, most = changes(pipe, denoiser, recorded)
         if speedup > most:
             raise ValueError(f"speedup must be at most {most:.3f} for this pipeline, got {speedup}")
         return greedy(curves, work - work / speedup)
@@ -101,24 +122,37 @@ def _denoiser(pipe: Any) -> nn.Module:
 
 def record(
     pipe: Any, denoiser: nn.Module, prompts: Sequence[str], samples: int, **call: Any
-) -> list[Call]:
-    """The arguments of the denoiser in evenly spread steps of an unpatched run.
+) -> Recorded:
+    """The calls of the denoiser in evenly spread steps of an unpatched run.
 
-    >>> calls = record(pipe, pipe.unet, ["a red heart"], samples=4, num_inference_steps=25)
+    >>> recorded = record(pipe, pipe.unet, ["a red heart"], samples=4, num_inference_steps=25)
     """
-    calls: list[Call] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    batch = 0
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, dict(kwargs)))
 
+    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal batch
+        batch = len(_first_tensor(output))
+
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    handles = [
+        denoiser.register_forward_pre_hook(keep, with_kwargs=True),
+        denoiser.register_forward_hook(count),
+    ]
     try:
         pipe(prompt=list(prompts), **{"generator": generators, "output_type": "latent"} | call)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     chosen = sorted({int((i + 0.5) * len(calls) / samples) for i in range(samples)})
-    return [calls[i] for i in chosen]
+    own = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    scale = call.get("guidance_scale", own.default if own else None)
+    has_halves = batch == 2 * len(prompts) * call.get("num_images_per_prompt", 1)
+    guidance = float(scale) if has_halves and isinstance(scale, int | float) else 1.0
+    return Recorded([calls[i] for i in chosen], guidance)
 
 
 def counting() -> FlopCounterMode:
@@ -138,10 +172,10 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     return flops
 
 
-def _forwards(denoiser: nn.Module, calls: Sequence[Call]) -> tuple[list[Tensor], int]:
+def _forwards(denoiser: nn.Module, recorded: Recorded) -> tuple[list[Tensor], int]:
     """The outputs of these calls, and the floating-point operations of one, which is like all."""
     outputs, counter = [], counting()
-    for index, (args, kwargs) in enumerate(calls):
+    for index, (args, kwargs) in enumerate(recorded.calls):
         with nullcontext() if index else counter:  # Counting is slow.
             outputs.append(denoiser(*args, **kwargs))
     return list(map(_first_tensor, outputs)), counter.get_total_flops()
@@ -158,27 +192,29 @@ def _patch_of(denoiser: nn.Module) -> DenoiserPatch:
     return patch
 
 
-def changes(pipe: Any, denoiser: nn.Module, calls: Sequence[Call]) -> tuple[Curves, int, float]:
+def changes(pipe: Any, denoiser: nn.Module, recorded: Recorded) -> tuple[Curves, int, float]:
     """What merging in each block alone changes and saves in these calls.
 
-    >>> curves, work, most = changes(pipe, pipe.unet, calls)
+    >>> curves, work, most = changes(pipe, pipe.unet, recorded)
 
     Returns (ratio, change, saved) of each block with rising ratios, the first all 0: the mean
-    square of the change, and floating-point operations of one call. Also those of an unpatched one,
-    and how many times fewer they are with the largest ratio everywhere.
+    square of the change after guidance, and floating-point operations of one call. Also those of an
+    unpatched call, and how many times fewer they are with the largest ratio everywhere.
     """
-    plain, work = _forwards(denoiser, calls)
+    plain, work = _forwards(denoiser, recorded)
     with patched(pipe, ratio=_RATIOS[-1], **_EVERYWHERE):
         patch = _patch_of(denoiser)
-        most = work / _forwards(denoiser, calls)[1]
+        most = work / _forwards(denoiser, recorded)[1]
         curves = {name: [(0.0, 0.0, 0.0)] for name in patch.ratio_names()}
         for name, curve in curves.items():
             for ratio in _RATIOS:
                 # Patching anew for each would discard compiled code each time.
                 patch.set_ratios({name: ratio})
-                outputs, left = _forwards(denoiser, calls)
-                pairs = zip(outputs, plain, strict=True)
-                change = sum((a.float() - b.float()).square().mean().item() for a, b in pairs)
+                outputs, left = _forwards(denoiser, recorded)
+                change = 0.0
+                for own, other in zip(outputs, plain, strict=True):
+                    moved = recorded.guided(own.float() - other.float())
+                    change += moved.square().mean().item()
                 curve.append((ratio, change, float(work - left)))
     return curves, work, most
 
@@ -214,7 +250,7 @@ def greedy(curves: Curves, goal: float) -> dict[str, float]:
 
 
 def _alike(
-    pipe: Any, denoiser: nn.Module, calls: list[Call], similarity: float
+    pipe: Any, denoiser: nn.Module, recorded: Recorded, similarity: float
 ) -> dict[str, float]:
     """The share of tokens that are this similar to the destination that they would merge into."""
     shares: dict[str, list[float]] = {}
@@ -238,7 +274,7 @@ def _alike(
             for block in blocks:
                 watch(name, patch, block)
         try:
-            _forwards(denoiser, calls)
+            _forwards(denoiser, recorded)
         finally:
             for handle in handles:
                 handle.remove()

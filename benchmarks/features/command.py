@@ -118,14 +118,3 @@ def table(rows: list[dict[str, Any]]) -> str:
             for row in rows
         ],
     )
-
-
-def short_table(rows: list[dict[str, Any]]) -> str:
-    """The same with a column for each r: for the README."""
-    return markdown.table(
-        ["r", *(str(row["r"]) for row in rows)],
-        [
-            ["nearest neighbour right, %", *(figure(row["right"], 1, 100) for row in rows)],
-            ["times as fast", *(figure(row["speedup"]["median"], 2) for row in rows)],
-        ],
-    )

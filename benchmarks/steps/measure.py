@@ -23,6 +23,7 @@ from benchmarks.steps.recipes import (
     recipes,
 )
 from tomesd import calibration
+from tomesd.hooks import PATCH
 from tomesd.pictures.differences import psnr
 from tomesd.pictures.files import atomic_write
 from tomesd.pictures.sampling import Sampling, sample
@@ -58,13 +59,26 @@ def blocks_for_work(
     seeds = [torch.Generator().manual_seed(10**6 + i) for i in range(len(prompts))]
     options = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
     recorded = calibration.record(pipe, denoiser, prompts, samples=4, generator=seeds, **options)
-    with torch.no_grad(), counted(denoiser) as work:
-        for args, kwargs in recorded.calls:
+    args, kwargs = recorded.calls[0]
+
+    @torch.no_grad()
+    def work() -> int:
+        with counted(denoiser) as done:
             denoiser(*args, **kwargs)
+        return done.flops
+
     with torch.no_grad():
-        return BlocksForWork(
-            calibration.changes(pipe, denoiser, recorded)[0], work.flops / len(recorded.calls)
-        )
+        found, _ = calibration.changes(pipe, denoiser, recorded)
+    whole, curves = work(), {}
+    # Of the blocks alone, without matching, as everything in this table is counted.
+    with tomesd.patched(pipe, ratio=0.5, max_downsample=8):
+        patch = denoiser.__dict__[PATCH]
+        for name, curve in found.items():
+            curves[name] = [curve[0]]
+            for ratio, change, _ in curve[1:]:
+                patch.set_ratios({name: ratio})
+                curves[name].append((ratio, change, float(whole - work())))
+    return BlocksForWork(curves, whole)
 
 
 class Table:

@@ -113,10 +113,10 @@ class LateSchedule(RatioSchedule):
 
 # What apply_patch takes as a ratio, and the forms that remain once functions are sampled.
 OneRatio = float | RatioSchedule | Callable[[float], float]
-Ratio = OneRatio | Mapping[int, OneRatio] | Mapping[str, OneRatio]
 # A level, or the name of a block.
 Place = int | str
 NormalRatio = float | RatioSchedule | dict[Place, float | RatioSchedule]
+Ratio = OneRatio | Mapping[int, OneRatio] | Mapping[str, OneRatio] | NormalRatio
 
 
 def normal_ratio(ratio: Any) -> NormalRatio:

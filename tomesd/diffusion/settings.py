@@ -161,7 +161,8 @@ def diffusion_settings(
         require_one_of("setting", name, known, error=TypeError)
     if preset is not None:
         require_one_of("preset", preset, tuple(PRESETS))
-        ratio = LateSchedule.of_ratio(ratio) if preset == "late" else ratio
+        if preset == "late":
+            ratio = LateSchedule.of_ratio(ratio)
         options = PRESETS[preset] | options
     if "merge_block" not in options and not _BRANCHES.isdisjoint(options):
         options = options | {"merge_block": False}

@@ -143,7 +143,7 @@ RESULTS: dict[str, Result] = {
         f"python scripts/quality.py --num-images 32 --ratios 0.5 --cases {_SCHEDULES}",
         _read_quality,
     ),
-    "steps": Result("python scripts/steps.py --models unet --seeds 0", _read_steps),
+    "steps": Result("python scripts/steps.py --models unet transformer --seeds 0", _read_steps),
     "classifier": Result(
         "python scripts/classify.py --parts sweep ablation algorithms "
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",

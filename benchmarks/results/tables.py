@@ -283,7 +283,7 @@ TABLES: dict[str, Table] = {
     "frontier-short": Table("frontier", frontier, (_SHORT,)),
     "schedules": Table("schedules", schedules),
     "steps": Table("steps", steps, ((0.4, 0.6, 0.8),)),
-    "steps-short": Table("steps", steps, ((0.6,), (2, 4, 8, 25))),
+    "steps-short": Table("steps", steps, ((0.6,), (4, 25))),
     "known-caches": Table("steps", known_caches),
     "patch-cost": Table("patch-cost", patch_cost),
     "forward-512": Table("forward-512", forwards),

@@ -1,6 +1,7 @@
 """Flux with half of its image tokens merged: python examples/flux.py [folder or hub id]
 
-Every block of a diffusion transformer merges; text tokens never do. Writes flux.png.
+Every block of a diffusion transformer merges its image tokens; text tokens never merge. Writes
+flux.png.
 """
 
 import sys

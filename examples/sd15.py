@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 with half of its tokens merged: python examples/sd15.py [folder or hub id]
 
-All levels merge, but not in the first fifth of the steps, which lay the image out: as fast as the
-default, and closer to the unpatched image (docs/results.md). Writes sd15.png.
+All levels merge, but not in the first fifth of the steps, which determine the layout: as fast as
+the default, and closer to the unpatched image (docs/results.md). Writes sd15.png.
 """
 
 import sys

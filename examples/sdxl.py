@@ -1,7 +1,7 @@
 """SDXL with half of its tokens merged: python examples/sdxl.py [folder or hub id]
 
-60 of its 70 blocks are at the second level, so "fast" suits it: it merges at every level where the
-cost model says that this saves time on the device. Writes sdxl.png.
+60 of its 70 blocks are at the second level, so use "fast": it merges at every level where the cost
+model says that merging saves time on the device. Writes sdxl.png.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A Vision Transformer that merges 16 tokens in each layer: python examples/vit.py [folder]
 
-timm's ViT-B/16, or a folder with a classifier of transformers, such as assets/classifier. Times one
-thread on 8 images of noise, which take as long as any others.
+timm's ViT-B/16, or a folder with a transformers classifier, such as assets/classifier. Times the
+model on 8 images of noise, which take as long as any others.
 """
 
 import sys

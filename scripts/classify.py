@@ -1,10 +1,9 @@
 """Accuracy and speed of a merging classifier: python scripts/classify.py
 
-Four parts, all of them by default: a sweep over r (ToMe, Figure 3), the choices of the method
+Four parts, by default all of them: a sweep over r (ToMe, Figure 3), the choices of the method
 (Table 1), the algorithms (Table 2), and random schedules against constant and decreasing ones
-(Figures 2 and 7). Off the shelf: nothing is trained. By default the embedded classifier of the
-Shapes world reads pictures that it was not trained on; a picture counts as correct if its shape,
-its color, and the kind and the color of the background are.
+(Figures 2 and 7). Nothing is trained. By default the embedded classifier reads held-out images;
+an image counts as correct if its shape, its color, and the kind and color of the background are.
 
 Throughput is that of the model alone, interleaved with the unpatched one. Each row is written to
 results.csv when it is finished; the same command resumes an interrupted run.

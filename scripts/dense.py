@@ -1,6 +1,6 @@
-"""How close merged Vision Transformers stay to themselves: python scripts/dense.py
+"""How close the features of merged Vision Transformers stay: python scripts/dense.py
 
-Trains a small ViT with rotary positions on the Shapes world (minutes on one CPU core; the same
+Trains a small ViT with rotary positions on images drawn by code (minutes on one CPU core; the same
 command resumes) and compares the angles that a merged token can take; then compares merging for
 good with merging within blocks in the embedded classifier, at equal savings of multiply-adds.
 """

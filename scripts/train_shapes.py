@@ -1,9 +1,9 @@
-"""Train the embedded Shapes models: python scripts/train_shapes.py [--stage all]
+"""Train the embedded models: python scripts/train_shapes.py [--stage all]
 
-Draws the pictures, then trains the autoencoder, the denoiser (UNet and text encoder, first on
-half-size pictures, then on full-size ones) and the classifier, on a GPU if there is one. With
---output assets they replace the embedded ones. Checkpoints are kept under --work: the same command
-resumes an interrupted run, and one with other settings needs another --work.
+Draws the images, then trains the autoencoder, the denoiser (UNet and text encoder, first on
+half-size images, then on full-size ones) and the classifier, on a GPU if there is one. With
+--output assets the results replace the embedded models. Checkpoints are kept under --work: the same
+command resumes an interrupted run, and other settings need another --work.
 """
 
 from benchmarks.training.shapes_command import main

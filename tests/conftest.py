@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.slow import is_variant
+from tests.support.slow import beyond_the_sample, is_variant, slow
 
 # Workers side by side (pytest -n auto) share the cores, and so do the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -35,16 +35,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Families outside the sample are slow, but for what compares them with their hosts."""
+    """Slow are families outside the sample, and all but a few of a test's many cases."""
     for item in items:
-        module, parts = item.path.stem, set(item.path.parts)
+        parts = set(item.path.parts)
         if "benchmarks" in parts:
             # These make many pictures or train, in processes of their own.
             if parts & {"fid", "frontier", "training"}:
-                item.add_marker(pytest.mark.slow)
-            continue
-        if "reference" in item.nodeid or module == "test_errors":
-            continue
-        values = getattr(item, "callspec", None)
-        if values and any(is_variant(value) for value in values.params.values()):
-            item.add_marker(pytest.mark.slow)
+                item.add_marker(slow)
+        elif "reference" not in item.nodeid and item.path.stem != "test_errors":
+            values = getattr(item, "callspec", None)
+            if values and any(is_variant(value) for value in values.params.values()):
+                item.add_marker(slow)
+    for item in beyond_the_sample(items):
+        item.add_marker(slow)

@@ -145,7 +145,7 @@ def test_a_refused_class_says_why_and_a_class_that_inherits_from_it_too(my_packa
     [
         ("UNet", "my_package.MyViT", TypeError, "spec must be a UNet, DiT or ViT, got 'UNet'"),
         (None, "MyViT", ValueError, "models must be \"package.Class\", got 'MyViT'"),
-        (None, "a.b.MyViT", ValueError, "models must be \"package.Class\", got 'a.b.MyViT'"),
+        (None, "a.b.", ValueError, "models must be \"package.Class\", got 'a.b.'"),
         (None, 3, TypeError, 'models must be classes or "package.Class", got 3'),
     ],
 )

@@ -4,12 +4,16 @@ import importlib.util
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 import tomesd
+from tests.support import stand_in_transformers
 from tests.support.stand_in_comfyui import build, sample
+from tests.support.stand_in_transformers import TRANSFORMERS
 
 FOLDER = Path(__file__).parents[1] / "integrations" / "comfyui"
 
@@ -122,10 +126,79 @@ def test_the_node_of_old_workflows_has_its_inputs_and_is_replaced(nodes):
         sample(old)
 
 
-@pytest.mark.parametrize("name", ["Flux", "MMDiT", "QwenImageTransformer2DModel", "WanModel"])
-def test_a_transformer_of_comfyui_is_refused_with_the_reason(nodes, name):
-    model = build()
-    kind = type(name, (torch.nn.Module,), {"__module__": "comfy.ldm.a_model"})
-    model.model.diffusion_model = kind()
-    with pytest.raises(TypeError, match=f"must not be a {name}: the transformers of ComfyUI"):
-        _run(nodes, "TokenMerging", model=model)
+@pytest.mark.parametrize(("name", "frames"), [("Flux", None), ("Qwen-Image", 1), ("Wan", 3)])
+def test_a_transformer_of_comfyui_merges_and_its_map_is_drawn(nodes, name, frames):
+    model = build(model=stand_in_transformers.build(TRANSFORMERS[name]))
+    clone, _ = _run(nodes, "TokenMerging", model=model, since=0.5, keep_maps=True)
+    assert not torch.equal(sample(clone, frames=frames), sample(model, frames=frames))
+    # A video's pictures are four times as many, but one.
+    image = torch.rand(9 if frames == 3 else 1, 80, 112, 3)
+    drawn, report = _run(nodes, "TokenMap", model=clone, image=image)
+    assert drawn.shape == image.shape
+    assert f" {35 * (frames or 1)} " in report
+    with pytest.raises(ValueError, match="merge_block must be True"):
+        _run(nodes, "TokenMerging", model=model, preset="quality")
+
+
+def test_of_an_image_with_reference_images_its_own_map_is_drawn(nodes):
+    transformer = stand_in_transformers.build(TRANSFORMERS["Flux"])
+    clone, _ = _run(nodes, "TokenMerging", model=build(model=transformer), keep_maps=True)
+    transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"ref_latents": [torch.rand(2, 4, 8, 6)]}),
+        with_kwargs=True,
+    )
+    sample(clone)
+    drawn, report = _run(nodes, "TokenMap", model=clone, image=torch.rand(1, 80, 112, 3))
+    assert drawn.shape == (1, 80, 112, 3)
+    assert " 47 " in report
+
+
+@pytest.fixture
+def previews(monkeypatch):
+    """What ComfyUI's page is sent: its modules, as the nodes and its samplers call them."""
+    sent = []
+
+    class Previewer:
+        def decode_latent_to_preview_image(self, preview_format, x0):
+            h, w = x0.shape[-2:]
+            return preview_format, Image.new("RGB", (w, h)), 512
+
+    class ProgressBar:
+        def __init__(self, total):
+            self.total = total
+
+        def update_absolute(self, value, total=None, preview=None):
+            sent.append((value, preview))
+
+    module = ModuleType("latent_preview")
+    module.get_previewer = lambda device, latent_format: Previewer()
+    utils = ModuleType("comfy.utils")
+    utils.ProgressBar = ProgressBar
+    monkeypatch.setitem(sys.modules, "latent_preview", module)
+    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
+    monkeypatch.setitem(sys.modules, "comfy.utils", utils)
+    return sent
+
+
+def test_merged_tokens_are_drawn_over_the_preview_of_each_step_that_merges(nodes, previews):
+    clone, _ = _run(nodes, "TokenMerging", model=build(), since=0.5, preview=True)
+    called = []
+    with_preview = sample(clone, callback=lambda *args: called.append(args[0]))
+    assert called == [0, 1, 2, 3]
+    assert [value for value, _ in previews] == [3, 4]
+    for _, (kind, picture, longest) in previews:
+        assert (kind, picture.size, longest) == ("JPEG", (36 * 14, 36 * 10), 512)
+        assert picture.getcolors() is None or len(picture.getcolors()) > 1
+    previews.clear()
+    without, _ = _run(nodes, "TokenMerging", model=clone, since=0.5)
+    assert torch.equal(sample(without), with_preview)
+    assert not previews
+    removed, _ = _run(nodes, "TokenMerging", model=clone, ratio=0.0)
+    sample(removed)
+    assert not previews
+
+
+def test_without_previews_in_comfyui_none_is_sent(nodes, previews, monkeypatch):
+    monkeypatch.setattr(sys.modules["latent_preview"], "get_previewer", lambda *args: None)
+    sample(_run(nodes, "TokenMerging", model=build(), preview=True)[0])
+    assert not previews

@@ -80,6 +80,20 @@ def test_a_webui_changes_the_ratio_from_image_to_image(host):
     assert not torch.equal(images[0.5], images[0.25])
 
 
+@pytest.mark.parametrize(
+    ("call", "most"),
+    [({"ratio": 0.9}, 0.75), ({"ratio": 1.0} | EVERYTHING, 0.75), ({"ratio": 0.9, "sx": 1}, 0.5)],
+)
+def test_of_a_ratio_above_the_most_all_that_can_merges_with_a_warning(host, call, most):
+    with pytest.warns(UserWarning, match=f"at most {most} with these sx and sy, got") as warned:
+        tomesd.apply_patch(host.sd_model, **call)
+    assert warned[0].filename == __file__
+    merged = host.image()
+    tomesd.apply_patch(host.sd_model, **call | {"ratio": most})
+    assert torch.equal(host.image(), merged)
+    tomesd.remove_patch(host.sd_model)
+
+
 def test_positions_are_those_of_0_1_3():
     pipe = sd_pipeline()
     tomesd.apply_patch(pipe, 0.5, 2, 1, 3, True, True, False, True)

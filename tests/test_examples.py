@@ -4,23 +4,16 @@ import importlib
 from collections import defaultdict
 from doctest import DocTest
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import benchmarks
 import tomesd
 from tests.support.examples import examples, free_names, modules, run
-from tests.support.slow import slow_but
+from tests.support.slow import slow, slow_but
 from tomesd import registry
 
 ROOT = Path(__file__).parents[1]
-# These draw a picture in 50 steps, or count a full-size model's operations.
-SLOW = {
-    "tomesd.shapes.pipeline",
-    *("benchmarks.cost.counts", "benchmarks.cost.tables", "benchmarks.cost.command"),
-    "benchmarks.results.tables",
-}
 # Examples that do not run as they are written, and why.
 # What an example of benchmarks/ may need that is not here. Names of what a run made or was set to:
 OF_A_RUN = {
@@ -82,12 +75,11 @@ def _nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def _parameters(package: ModuleType) -> list:
-    names = modules(package)
-    return slow_but(set(names) - SLOW, names)
+# In the default run: what users call first.
+SAMPLE = {"tomesd.api", "tomesd.tracing", "tomesd.visualize", "tomesd.core.matching"}
 
 
-@pytest.mark.parametrize("name", _parameters(tomesd))
+@pytest.mark.parametrize("name", slow_but(SAMPLE, modules(tomesd)))
 def test_every_example_gives_what_its_docstring_says(name):
     found = examples(importlib.import_module(name))
     # What makes and shows images takes models of the hub and files of the user's, too.
@@ -97,7 +89,8 @@ def test_every_example_gives_what_its_docstring_says(name):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("name", _parameters(benchmarks))
+@slow
+@pytest.mark.parametrize("name", modules(benchmarks))
 def test_every_example_of_the_benchmarks_gives_what_its_docstring_says(name):
     try:
         module = importlib.import_module(name)

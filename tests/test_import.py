@@ -36,6 +36,7 @@ WHAT_THE_IMPORT_ADDS = """
 import json, sys, torch
 before = set(sys.modules)
 import tomesd
+assert "UNet2DConditionModel" in tomesd.supported()["diffusers"]
 tomesd.apply_patch
 print(json.dumps(sorted(set(sys.modules) - before)))
 """

@@ -1,4 +1,4 @@
-"""The examples of the pages in docs/ that have nothing else to test them run."""
+"""The examples of the pages in docs/ that no other test runs."""
 
 import re
 import warnings
@@ -18,3 +18,18 @@ def test_the_examples_of_a_page_run(page):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         exec(found[0], {})
+
+
+@pytest.mark.slow
+def test_the_training_guide_runs_from_top_to_bottom(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # The Trainer writes checkpoints.
+    torch.manual_seed(0)
+    *steps, compiled = re.findall(
+        r"```python\n(.*?)```", (DOCS / "training.md").read_text("utf-8"), re.DOTALL
+    )
+    names: dict = {}
+    for source in steps:
+        exec(source, names)
+    # Generating code takes minutes; that there is one graph is known before.
+    exec(compiled.replace("fullgraph=True", "fullgraph=True, backend='aot_eager'"), names)
+    assert names["model"].get_input_embeddings().projection.weight.grad is not None

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.pictures.prompts import held_out
+from benchmarks.quality.cases import correct
 from benchmarks.training import architectures
 from benchmarks.training.data import MASK_CELLS, draw_pictures, masks
 from benchmarks.training.loop import Stage, train
 from tests.support.slow import slow
 from tests.support.tiny_shapes import untrained_pipeline
+from tomesd.pictures.sampling import Sampling, sample
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import COLORS, HELD_OUT, KINDS, SHAPES, Scene, draw, draw_mask, scene
 
@@ -204,6 +207,15 @@ def test_the_few_step_pipeline_is_told_its_guidance_and_does_not_double_the_batc
 
     assert not torch.equal(drawn(3.0), drawn(5.0))
     assert batches == [1] * 8
+
+
+@slow
+def test_the_embedded_transformer_draws_what_most_prompts_say():
+    pipe = shapes.load_pipeline("transformer")
+    pipe.set_progress_bar_config(disable=True)
+    scenes = held_out(8)
+    images = list(sample(pipe, [scene.prompt for scene in scenes], range(8), Sampling(15, 4.0), 8))
+    assert sum(correct(images, scenes)) >= 6
 
 
 def test_an_untrained_student_says_what_its_teacher_says_whatever_the_guidance():

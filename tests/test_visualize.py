@@ -170,7 +170,7 @@ def test_a_prompt_draws_steps_and_blocks_of_the_pipeline(main, pipeline, tmp_pat
         (["--model", "timm:nothing"], "model must be one that timm knows, got 'timm:nothing'"),
         (["--layers", "3"], "layers must be from 0 to 2, got 3"),
         (["nothing.png"], "image must be a file, got 'nothing.png'"),
-        ([str(SCRIPT)], "image must be a picture, got"),
+        ([str(SCRIPT)], "image must be in an image format, got"),
         (["--ratio", "0.5"], "ratio is allowed with --prompt only, got 0.5"),
         (["--prompt", "a heart", "--r", "4"], "r is not allowed with --prompt, got 4"),
         (["--prompt", "a heart", "--ratio", "0"], "ratio must be above 0"),

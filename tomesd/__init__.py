@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from tomesd._moved import find_moved_modules as _find_moved_modules
 
 if _TYPE_CHECKING:
-    from tomesd.api import apply_patch, patched, remove_patch, report
+    from tomesd.api import apply_patch, patched, register, remove_patch, report, supported
     from tomesd.core.token_map import TokenMap
     from tomesd.diffusion.ratio_schedule import RatioSchedule
     from tomesd.diffusion.settings import DiffusionSettings
     from tomesd.kernels import use_kernels
-    from tomesd.registry import register, supported
     from tomesd.reports import Report
     from tomesd.tracing import TokenGroups, trace
     from tomesd.vit.projectors import tokens_after
@@ -46,7 +45,8 @@ __all__ = [
 # Imported when they are first used: torch takes seconds, and `tomesd --help` can do without it.
 _MODULES = {
     **dict.fromkeys(("apply_patch", "patched", "remove_patch", "report"), "api"),
-    **dict.fromkeys(("register", "supported"), "registry"),
+    # Not from the registry itself, which knows the models once the families are imported.
+    **dict.fromkeys(("register", "supported"), "api"),
     **dict.fromkeys(("TokenGroups", "trace"), "tracing"),
     "DiffusionSettings": "diffusion.settings",
     "RatioSchedule": "diffusion.ratio_schedule",

@@ -15,9 +15,12 @@ from tomesd.diffusion.dit import DiT, DiTPatch
 from tomesd.diffusion.ratio_schedule import Ratio
 from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
+from tomesd.registry import register, supported
 from tomesd.reports import Report, ReportRow
 from tomesd.targets import by_name, choose, modules_of
 from tomesd.vit import ViT, ViTPatch
+
+__all__ = ["apply_patch", "patched", "register", "remove_patch", "report", "supported"]
 
 Model = TypeVar("Model")
 
@@ -45,38 +48,38 @@ def apply_patch(
     preset: str | None = None,
     **settings: Any,
 ) -> Model:
-    """Merge tokens in every supported model of a pipeline or module, from its next call on.
+    """Merge tokens in every supported model of a pipeline or module, from the next call on.
 
     >>> pipe = tomesd.apply_patch(pipe, ratio=0.5)
     >>> vit = tomesd.apply_patch(vit, r=4)
 
     model: a pipeline of diffusers or transformers; a UNet, ControlNet or diffusion transformer of
-        diffusers; the original UNet (ldm, sgm and what copied it) or a model around it; a
-        ModelPatcher of ComfyUI or Forge, where it holds for that clone of the model only; or a
-        Vision Transformer of transformers, timm or torchvision (`tomesd.supported`), also one that
-        is wrapped (by torch.compile, DistributedDataParallel). It is changed in place by forward
-        hooks and returned. A model that is patched already gets the new settings instead.
+        diffusers; the original UNet (ldm, sgm and their copies) or a model that contains it; a
+        ModelPatcher of ComfyUI or Forge, of which only that clone is patched; or a Vision
+        Transformer of transformers, timm or torchvision (`tomesd.supported`). Models may be wrapped
+        (by torch.compile, DistributedDataParallel). The model is changed in place, by forward
+        hooks, and returned. Patching again replaces the settings.
     ratio: for denoisers, the share of the tokens to merge, from 0 (changes nothing) to below 1; 0.5
-        by default, as in the papers. How much faster that is depends on the model and the size of
-        the image (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for
-        a ratio that changes over the steps of a pipeline; or, for a UNet, a dict of any of these by
-        level, {1: 0.5, 2: 0.25}, where a level is given by how much coarser it is than the finest
-        one with attention. Other levels do not merge.
+        by default, as in the papers. The speed-up depends on the model and the image size
+        (docs/performance.md). Or a `tomesd.RatioSchedule` or a function of progress, for a ratio
+        that changes over the steps of a pipeline; or, for a UNet, a dict of any of these by level,
+        {1: 0.5, 2: 0.25}, where a level is named by how much coarser it is than the finest one
+        with attention. Other levels do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
-        whole blocks at every level where it pays, "late" the same in a pipeline, but not in the
-        first fifth of the steps, which is closer to the unpatched image for the work that it saves
-        (docs/results.md), "paper" is exactly ToMe's Appendix F. Options that are given override it.
-    positional: what tomesd 0.1.3 took by position after the ratio, so that its calls still run:
-        max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
+        whole blocks at every level where it pays, "late" the same but not in the first fifth of a
+        pipeline's steps, which keeps the image closer for the work saved (docs/results.md), and
+        "paper" is exactly ToMe's Appendix F. Options given with a preset override it.
+    positional: the positional arguments of tomesd 0.1.3 after the ratio, so that its calls still
+        run: max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
         `tomesd.ViTSettings`: r, the number of tokens to merge in each layer, or speedup is
-        required, and denoisers are then left as they are.
+        required, and denoisers are then not patched.
 
-    Code that torch.compile has compiled so far is discarded, for all models: it would not notice
-    new hooks.
-    Raises TypeError for a model that is not supported, or whose release has other parts than the
-    tested ones, or for an unknown setting; ValueError for a setting out of range or if nothing at
-    all would be merged. The model is then unchanged.
+    All code compiled by torch.compile so far is discarded, for all models: it would not notice new
+    hooks.
+    Raises TypeError for an unsupported model, a model whose parts differ from the tested releases,
+    or an unknown setting; ValueError for a setting out of range or if nothing would merge. The
+    model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
     settings = by_name(positional, settings)
@@ -107,7 +110,7 @@ def remove_patch(model: Model) -> Model:
 
     >>> pipe = tomesd.remove_patch(pipe)
 
-    Returns the model. A model without a patch is left as it is.
+    Returns the model. A model without a patch is not changed.
     """
     clone = clones.clone_of(model)
     if clone is not None:
@@ -125,12 +128,12 @@ def remove_patch(model: Model) -> Model:
 def patched(
     model: Model, ratio: Ratio | None = None, *, preset: str | None = None, **settings: Any
 ) -> Iterator[Model]:
-    """Merge tokens inside a `with` block only; undone on leaving it, also after an exception.
+    """Merge tokens only inside a `with` block; undone on leaving it, also after an exception.
 
     >>> with tomesd.patched(pipe, ratio=0.5):
     ...     image = pipe(prompt).images[0]
 
-    Takes what apply_patch takes. A patch that was there before comes back afterwards.
+    Takes the arguments of apply_patch. An earlier patch is restored afterwards.
     """
     clone = clones.clone_of(model)
     follower = None if clone is None else clones.follower_of(clone)
@@ -153,8 +156,8 @@ def report(model: Any) -> Report:
 
     >>> print(tomesd.report(pipe))
 
-    Token counts are those of the last image, before the first one those of the model's own size.
-    "Attention saved" is the share of query–key pairs in self-attention that need not be computed.
+    Token counts are those of the last image; before the first one, those of the model's own size.
+    "Attention saved" is the share of query–key pairs in self-attention that are not computed.
     Raises ValueError if nothing in the model is patched.
     """
     patched = patches_of(model)
@@ -162,7 +165,7 @@ def report(model: Any) -> Report:
         raise not_patched_error(model)
     found = {name: _rows(target, patch) for name, (target, patch) in patched.items()}
     if not any(isinstance(patch, ViTPatch) for _, patch in patched.values()):
-        later = [ReportRow("all of it", 0, 0, 0, 1.0, "not patched: it came later")]
+        later = [ReportRow("all of it", 0, 0, 0, 1.0, "not patched: it was added later")]
         others = {name: each for name, each in modules_of(model).items() if name not in patched}
         found |= {n: later for n, m in others.items() if isinstance(registry.find(m), UNet | DiT)}
     return Report(found)
@@ -183,7 +186,7 @@ def patches_of(model: Any) -> dict[str, tuple[nn.Module, Any]]:
 def _rows(target: nn.Module, patch: Any) -> list[ReportRow]:
     """The rows of one patched model."""
     gone = set(getattr(patch, "blocks", ())) - set(target.modules())
-    note = "replaced since: apply_patch again to merge in the new ones"
+    note = "replaced since: call apply_patch again to merge in the new ones"
     rows: list[ReportRow] = patch.rows()
     return rows + [ReportRow("blocks", len(gone), 0, 0, 1.0, note)] * bool(gone)
 
@@ -191,7 +194,7 @@ def _rows(target: nn.Module, patch: Any) -> list[ReportRow]:
 def not_patched_error(model: Any) -> ValueError:
     return ValueError(
         f"model must be patched, got a {type(model).__name__} without a patch: call apply_patch on "
-        "it, also if the part that was patched has been replaced"
+        "it, again if the patched part has been replaced"
     )
 
 
@@ -201,7 +204,7 @@ def _why_changed(target: nn.Module, error: Exception) -> str:
     release = getattr(sys.modules.get(host), "__version__", "of an unknown release")
     tested = f" {_TESTED[host]}" if host in _TESTED else ""
     return (
-        f"model must be a {name} with the parts that it has in {host}{tested}, got one from {host} "
+        f"model must be a {name} with the same parts as in {host}{tested}, got one from {host} "
         f"{release}: {error}"
     )
 

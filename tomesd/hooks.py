@@ -1,5 +1,6 @@
 """What the patches of all families share: hook handles and per-thread state."""
 
+import functools
 import inspect
 import threading
 import warnings
@@ -53,12 +54,30 @@ def by_name(
     return dict(zip(names[:known], args[:known], strict=True)) | kwargs
 
 
+def unless_removed(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A pre-hook on a model that another of its pre-hooks may remove while the model is called.
+
+    PyTorch calls it once more all the same, but without arguments by name: it then does nothing.
+    """
+
+    @functools.wraps(hook)
+    def call(owner: Any, model: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        return None if kwargs is None else hook(owner, model, args, kwargs)
+
+    return call
+
+
 class BlockTrace(NamedTuple):
     """What `tomesd.trace` records of a denoiser's block: see `TokenGroups`."""
 
     group: Tensor
     prefix: int
     grid: tuple[int, ...]
+
+    @property
+    def groups(self) -> Tensor:
+        """Of the tokens on the grid: [B, *grid]."""
+        return self.group[:, self.prefix :].reshape(-1, *self.grid)
 
 
 @dataclass(eq=False)

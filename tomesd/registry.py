@@ -4,6 +4,7 @@ Models are known by the package and name of their class, so no host has to be im
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -43,12 +44,12 @@ def register(spec: Spec, *models: str | type[nn.Module]) -> None:
 
     spec: how they are hooked: a `tomesd.diffusion.unet.UNet`, `tomesd.diffusion.dit.DiT` or
         `tomesd.vit.ViT`.
-    models: "package.Class", where package is the top-level one that defines the class, or the class
-        itself; "*.Class" for one that many packages have copied. A class that is registered already
-        gets the new spec.
+    models: "package.Class", where package defines the class, or the class itself; "*.Class" for one
+        that many packages have copied. The top-level package is enough, unless other parts of it
+        have classes with the same name. A class that is already registered gets the new spec.
 
     docs/adding-a-model.md has an example for each kind.
-    Raises TypeError for another spec or model, and ValueError for a name without a package.
+    Raises TypeError for any other spec or model, and ValueError for a name without a package.
     """
     if not isinstance(spec, Spec):
         raise TypeError(f"spec must be a UNet, DiT or ViT, got {spec!r}")
@@ -89,8 +90,8 @@ def supported() -> dict[str, tuple[str, ...]]:
     >>> "FluxTransformer2DModel" in tomesd.supported()["diffusers"]
     True
 
-    "*" is any package. A model of a class that inherits from one of them is supported too, and so
-    is a pipeline that has one. `tomesd.register` adds a class.
+    "*" is any package. Subclasses of these are supported too, and so are pipelines that contain
+    such a model. `tomesd.register` adds a class.
     """
     found = {
         host: tuple(name for name, spec in entries.items() if not isinstance(spec, _Refusal))
@@ -102,17 +103,24 @@ def supported() -> dict[str, tuple[str, ...]]:
 def close_names(module: Any) -> list[str]:
     """The supported classes whose names are most like that of a module's class."""
     names = list(dict.fromkeys(name for each in supported().values() for name in each))
-    return get_close_matches(type(module).__name__, names, n=3, cutoff=0.5)
+    return get_close_matches(type(module).__name__, names, n=3, cutoff=0.6)
 
 
 def _nearest(module: nn.Module) -> tuple[str, str, Spec | None]:
     """Package, class and what is registered for it; None for a module of no such class."""
     for base in type(module).__mro__:
-        package, name = base.__module__.partition(".")[0], base.__name__
-        for host in (package, "*"):
+        package, name = base.__module__, base.__name__
+        for host in (*_with_parents(package), "*"):
             if name in _entries.get(host, {}):
-                return package, name, _entries[host][name]
+                return package.partition(".")[0], name, _entries[host][name]
     return "", "", None
+
+
+def _with_parents(package: str) -> Iterator[str]:
+    """a.b.c, a.b and a."""
+    while package:
+        yield package
+        package = package.rpartition(".")[0]
 
 
 def _names(model: Any) -> tuple[str, str]:
@@ -120,7 +128,7 @@ def _names(model: Any) -> tuple[str, str]:
         return model.__module__.partition(".")[0], model.__name__
     if not isinstance(model, str):
         raise TypeError(f'models must be classes or "package.Class", got {model!r}')
-    host, _, name = model.partition(".")
-    if not host or not name or "." in name:
+    host, _, name = model.rpartition(".")
+    if not host or not name:
         raise ValueError(f'models must be "package.Class", got {model!r}')
     return host, name

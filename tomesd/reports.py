@@ -7,7 +7,7 @@ from typing import NamedTuple
 class ReportRow(NamedTuple):
     """One line of a report: a place in a model and what merging does there.
 
-    tokens, merged: before and after, of the last image or else of the model's own size; 0 if
+    tokens, merged: before and after merging, for the last image or else the model's own size; 0 if
         unknown. work: the share of self-attention's work that is left. note: why nothing merges.
     """
 
@@ -41,9 +41,14 @@ class Report:
             for row in rows:
                 lines.append(
                     f"  {row.where:<26} {row.blocks:>6} {row.tokens:>7} {row.merged:>9} "
-                    f"{1 - row.work:>15.1%}  {row.note}".rstrip()
+                    f"{_saved(row.tokens, row.work)}  {row.note}".rstrip()
                 )
             work = sum(row.blocks * row.tokens**2 for row in rows)
             left = sum(row.blocks * row.tokens**2 * row.work for row in rows)
-            lines.append(f"  {'all':<51} {1 - left / max(work, 1):>15.1%}")
+            lines.append(f"  {'all':<51} {_saved(work, left / max(work, 1))}")
         return "\n".join(lines)
+
+
+def _saved(tokens: int, work: float) -> str:
+    """A dash where the number of tokens is unknown."""
+    return f"{1 - work:>15.1%}" if tokens else f"{'–':>15}"

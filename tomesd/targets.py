@@ -1,6 +1,7 @@
 """What apply_patch patches in what it is given, and with which settings."""
 
 import warnings
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -67,7 +68,10 @@ def choose(
     if not denoisers and (not vits or (_denoiser_part(model) is not None and not by_r)):
         raise TypeError(_why_unsupported(model))
     if not by_r and denoisers:
-        return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
+        ratio = 0.5 if ratio is None else ratio
+        if preset is None and settings.keys() <= set(_OLD_ORDER):
+            ratio = _capped(ratio, settings)
+        return denoisers, diffusion_settings(ratio, preset, settings)
     found = type((vits or denoisers)[0]).__name__
     if not vits:
         raise TypeError(
@@ -84,9 +88,20 @@ def choose(
         check_projectors(modules_of(model).values())
     denoiser = _denoiser_part(model)
     if denoiser is not None:
-        left = f"{type(denoiser).__name__}, its denoiser, is left as it is"
-        warnings.warn(f"r merges tokens in {found} of the pipeline alone: {left}", stacklevel=3)
+        left = f"{type(denoiser).__name__}, its denoiser, is not patched"
+        warnings.warn(f"r merges tokens only in the pipeline's {found}: {left}", stacklevel=3)
     return vits, chosen
+
+
+def _capped(ratio: Ratio, settings: dict[str, Any]) -> Ratio:
+    """The ratio of a call as tomesd 0.1.3 took it: of more than can merge, all that can."""
+    most = diffusion_settings(0.0, None, settings).largest_ratio
+    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if not number or not 0 < most < ratio <= 1:  # type: ignore[operator]
+        return ratio
+    why = f"ratio must be at most {most:.4g} with these sx and sy, got {ratio}"
+    warnings.warn(f"{why}: {most:.4g} is used, as in tomesd 0.1.3", stacklevel=4)
+    return most
 
 
 def _denoiser_part(model: Any) -> nn.Module | None:
@@ -102,10 +117,16 @@ def _why_unsupported(model: Any) -> str:
     asked = modules.values() if denoiser is None else denoiser.modules()
     for reason in filter(None, map(registry.why_refused, asked)):
         return reason
+    clone = clones.clone_of(model)
+    if clone is not None:
+        name = type(getattr(clone.model, "diffusion_model", clone.model)).__name__
+        known = registry.supported()
+        merge = sorted({"UNetModel", *known["comfy.ldm"], *known["backend"]})
+        return f"model must have one of {', '.join(merge)}, got one with a {name}"
     model = model if denoiser is None else denoiser
     name = type(model).__name__
     if hasattr(model, "load_components") and not modules:
-        return f"model must have its parts, got a {name} without any: call its load_components()"
+        return f"model must have its components loaded, got a {name} without any: load_components()"
     if not modules:
         return (
             "model must be a diffusers pipeline or a torch module, got "
@@ -115,5 +136,5 @@ def _why_unsupported(model: Any) -> str:
     similar = f" The closest supported ones are {', '.join(close)}." if close else ""
     return (
         f"model must be or contain a class of tomesd.supported(), got {name}.{similar} "
-        "docs/adding-a-model.md shows how to register another one"
+        "docs/adding-a-model.md shows how to register another"
     )

@@ -19,23 +19,23 @@ from tomesd.vit.patch import ViTPatch
 
 @dataclass(frozen=True, eq=False)
 class TokenGroups:
-    """Which tokens are merged into one at one place of a model, in one of its forwards.
+    """Which tokens merged in one block of a model, in one of its forwards.
 
     >>> groups = torch.tensor([[0, 1, 1, 2, 3]])
     >>> TokenGroups("ViTModel", 0, "layer 0", groups, prefix=1, grid=(2, 2)).patches
     tensor([[[1, 1],
              [2, 3]]])
 
-    model: the name of the patched model in what was traced, as `tomesd.report` gives it.
+    model: the name of the patched model within the traced one, as in `tomesd.report`.
     step: the number of the model's forward within the trace, from 0: the denoising step.
-    where: the block. In a Vision Transformer tokens merge for good, and this is the group of each
-        input token after that block; in a denoiser, or with within_blocks=True, what merges inside
-        that block only.
+    where: the block. In a Vision Transformer tokens merge for good, and these are the groups of the
+        input tokens after that block; in a denoiser, or with within_blocks=True, of the tokens that
+        merge inside that block.
     group: int64 [B, prefix + patches], on the CPU: the group of each token, −1 for a dropped one.
         Group numbers are per sample. Detection tokens (YOLOS) follow the patches.
-    prefix: how many class, distillation and register tokens lead; each is a group of its own.
+    prefix: how many class, distillation and register tokens come first; each is its own group.
     grid: the layout of the other tokens: (h, w) for images and latents, (frames, h, w) for videos,
-        (frequencies, times) for sound; (patches,) if some are masked out.
+        (frequencies, times) for audio; (patches,) if some are masked out.
     """
 
     model: str
@@ -47,7 +47,7 @@ class TokenGroups:
 
     @property
     def patches(self) -> Tensor:
-        """One integer for each patch: int64 [B, *grid], without the prefix."""
+        """The group of each patch: int64 [B, *grid], without the prefix."""
         end = self.prefix + math.prod(self.grid)
         patches: Tensor = self.group[:, self.prefix : end].unflatten(1, self.grid)
         return patches
@@ -55,20 +55,20 @@ class TokenGroups:
 
 @contextmanager
 def trace(model: Any) -> Iterator[list[TokenGroups]]:
-    """Record which tokens merge in every patched model of a pipeline or module, inside a `with`.
+    """Record which tokens merge in every patched model of a pipeline or module, in a `with` block.
 
     >>> with tomesd.trace(vit) as traced:
     ...     output = vit(images)
     >>> traced[-1].patches  # which patches ended up in which final token: [B, h, w]
 
-    model: patched by `apply_patch`; it may get other settings inside the block. The list fills
-        while the model runs, in the order of its blocks: for a Vision Transformer one TokenGroups
-        for each layer of each forward, for a denoiser one for each block that merges, in each step.
-        Blocks that merge nothing (r=0, ratio=0) leave no record. Blocks that gradient checkpointing
-        recomputes are recorded once.
-    Records are copied to the CPU at once, which is a host sync. Compiled models run uncompiled
-    inside
-    the block: nothing can be recorded from within a compiled graph.
+    model: patched by `apply_patch`; it may be patched again inside the block. The list fills while
+        the model runs, in the order of its blocks: for a Vision Transformer one TokenGroups per
+        layer and forward, for a denoiser one per merging block and step. Blocks that merge nothing
+        (r=0, ratio=0) leave no record. Blocks that gradient checkpointing recomputes are recorded
+        once.
+
+    Records are copied to the CPU at once, which is a device sync. Compiled models run uncompiled
+    inside the block: nothing can be recorded from within a compiled graph.
     Raises ValueError if nothing in the model is patched.
     Source: ToMe, Figures 4 and 6 are drawn from this.
     """
@@ -107,9 +107,12 @@ def _watch_vit(
         patches = next(iter(maps.values())).n - patch.protected
         if math.prod(grid) != patches:  # A masked autoencoder: the others are in random order.
             grid = (patches,)
+        # All of a forward at once: other threads may be running the model too.
         traced.extend(
-            TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
-            for layer, so_far in maps.items()
+            [
+                TokenGroups(name, step, f"layer {layer}", so_far.group.cpu(), patch.prefix, grid)
+                for layer, so_far in maps.items()
+            ]
         )
 
     # In all families a convolution embeds the patches, and its output is their grid.

@@ -19,19 +19,18 @@ _GOLDEN = 0.618034
 
 
 def draw_groups(image: Image.Image, patches: Tensor) -> Image.Image:
-    """A picture in which every group of merged patches has one colour.
+    """Draw merged patches over an image: every group has one color.
 
     >>> draw_groups(picture, traced[-1].patches[0])
 
-    Inside, a group has the average colour of its region; around each of its parts runs a border in
-    a colour of the group's own. Patches of the same inner and border colour are one token, also
-    where they do not touch. Dropped patches are black.
+    A group is filled with the average color of its region, and each of its parts has a border in
+    the group's own color. Patches with the same fill and border are one token, even where they do
+    not touch. Dropped patches are black.
 
     image: what the model saw, at any size: the part that its patches covered. patches: int64
-        [h, w], from `TokenGroups.patches`, for one sample; for sound, rows are frequencies.
-    Returns an RGB picture of the same size.
-    Raises ValueError unless patches have two dimensions, no more of them than the picture has
-    pixels.
+        [h, w], from `TokenGroups.patches`, for one sample; for audio, rows are frequencies.
+    Returns an RGB image of the same size.
+    Raises ValueError unless patches have two dimensions and are no more than the image's pixels.
     Source: ToMe, Figure 4.
     """
     if patches.dim() != 2:
@@ -40,17 +39,17 @@ def draw_groups(image: Image.Image, patches: Tensor) -> Image.Image:
 
 
 def draw_frames(frames: Sequence[Image.Image], patches: Tensor) -> list[Image.Image]:
-    """`draw_groups` over the frames of a video, where a group goes on from frame to frame.
+    """`draw_groups` over the frames of a video; a group may span several frames.
 
     >>> pictures = draw_frames(frames, traced[-1].patches[0])
 
-    A group has one border colour and one inner colour in all frames: the average of its region in
-    all of them. So what keeps its colours over time is one token.
+    A group has the same border and fill in all frames: the fill is the average color of its region
+    in all of them. So what keeps its colors over time is one token.
 
     frames: all of one size. patches: int64 [t, h, w] for one sample, where each of the t may cover
-        several frames (VideoMAE: 2). Returns as many RGB pictures as there are frames.
-    Raises ValueError unless patches have three dimensions and frames are all of one size, with as
-    many frames and pixels as patches or more.
+        several frames (VideoMAE: 2). Returns one RGB image per frame.
+    Raises ValueError unless patches have three dimensions and frames are all of one size, with at
+    least as many frames and pixels as patches.
     Source: ToMe, Figure 6.
     """
     if patches.dim() != 3:

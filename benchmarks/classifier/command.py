@@ -11,14 +11,14 @@ from torch import Tensor
 
 from benchmarks.classifier import measurements, tables_and_plots
 from benchmarks.classifier.data import LabelledData, folder_data, shapes_data
-from benchmarks.classifier.experiments import PARTS, Experiment, experiments
+from benchmarks.classifier.experiments import PARTS, UNTIMED, Experiment, experiments
 from benchmarks.classifier.matchers import merging
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_folder, digest, settings_folder
 from tomesd.pictures.classifiers import Classifier, check_model, load_classifier
 from tomesd.pictures.device import PRECISIONS, choose_device, device_name
 from tomesd.pictures.files import versions
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.shapes.names import ASSETS
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,11 @@ def check(args: Namespace) -> torch.device:
         raise ValueError(f"data must be a folder with one for each class, got {str(args.data)!r}")
     if args.data is not None and args.model is None:
         raise ValueError("model must be given with data: the embedded one knows shapes only")
-    args.parts = args.parts or list(PARTS[:3] if args.synthetic else PARTS)
-    if args.synthetic and "schedules" in args.parts:
-        raise ValueError("parts must not have schedules with synthetic: they need an accuracy")
+    parts = [part for part in PARTS if not (args.synthetic and part in UNTIMED)]
+    args.parts = args.parts or parts
+    for part in args.parts:
+        if part not in parts:
+            raise ValueError(f"parts must not have {part} with synthetic: they need an accuracy")
     device = choose_device(args.device)
     args.device = str(device)
     check_folder(args.output)
@@ -147,7 +149,11 @@ def check(args: Namespace) -> torch.device:
 def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="timm:<name>, torchvision:<name> or transformers folder (embedded)")
-    add("--data", type=Path, help="folder with one of pictures for each class, as --model's logits")
+    add(
+        "--data",
+        type=Path,
+        help="folder with one folder of images per class, in the order of the logits",
+    )
     add("--synthetic", action="store_true", help="noise and random weights: the speed alone")
     add("--parts", nargs="+", choices=PARTS, help="(all)")
     add("--r", type=number(int, 0, 10_000), nargs="+", help="of the sweep (9, from 0 to all)")

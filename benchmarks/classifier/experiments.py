@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tomesd.vit import schedule
+from tomesd.vit.matcher import ORDERS
 
-PARTS = ("sweep", "ablation", "algorithms", "schedules")
+PARTS = ("sweep", "ablation", "algorithms", "schedules", "orders")
+# Parts that compare accuracies alone, without a speed.
+UNTIMED = PARTS[3:]
 
 # ToMe, Table 1: a choice, and the options of `matchers.merging` that differ from the defaults.
 ABLATION: dict[str, dict[str, Any]] = {
@@ -67,8 +70,9 @@ def experiments(
     >>> [each.name for each in experiments(["sweep"], [0, 8], 8, 12, 0)]
     ['r = 0', 'r = 8']
 
-    values: r in the sweep. r: in the ablation and of the algorithms. schedules: the number of
-        random ones, which merge between a quarter and all of the largest value's tokens.
+    values: r in the sweep, and with each order of the tokens. r: in the ablation and of the
+        algorithms. schedules: the number of random ones, which merge between a quarter and all of
+        the largest value's tokens.
     """
     found = []
     if "sweep" in parts:
@@ -78,6 +82,12 @@ def experiments(
             found += [Experiment(part, name, {"r": r} | how) for name, how in table.items()]
     if "schedules" in parts:
         found += _schedules(values, layers, schedules)
+    if "orders" in parts:
+        found += [
+            Experiment("orders", f"r = {value}, {order}", {"r": value, "order": order}, timed=False)
+            for value in values
+            for order in ORDERS
+        ]
     return found
 
 

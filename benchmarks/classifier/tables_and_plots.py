@@ -17,6 +17,7 @@ TITLES = {
     "ablation": "Choices of the method (ToMe, Table 1)",
     "algorithms": "Algorithms (ToMe, Table 2)",
     "schedules": "Schedules (ToMe, Figures 2 and 7)",
+    "orders": "Orders of the tokens of a layer (ToMe, Table 1e)",
 }
 
 

@@ -10,9 +10,13 @@ from argparse import (
 )
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Generic, TypeVar
 
+from tomesd.pictures import names
+
 Prepared = TypeVar("Prepared")
+Value = TypeVar("Value")
 
 # What `prepare` raises for a wrong argument or a missing file or package.
 USAGE_ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -61,7 +65,7 @@ class Command(Generic[Prepared]):
         try:
             self._parse_and_run(argv, self.parser(doc))
         except KeyboardInterrupt:
-            left = "the same command resumes" if self.resumes else "no file is left half-written"
+            left = "the same command resumes" if self.resumes else "no partial files are left"
             print(f"stopped: {left}", file=sys.stderr)
             sys.exit(130)
 
@@ -80,35 +84,25 @@ class Command(Generic[Prepared]):
             sys.exit(f"{parser.prog}: {error}{left}")
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high, both included.
+def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """An option's type; argparse shows the message of its own errors only.
 
-    >>> number(int, 1, 1000)("25")
+    >>> option_type(names.number(int, 1, 1000))("25")
     25
     """
 
-    def parse(text: str) -> float:
+    @wraps(parse)
+    def convert(text: str) -> Value:
         try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            raise ArgumentTypeError(f"must be {noun} from {low} to {high}, got {text!r}")
-        return value
+            return parse(text)
+        except ValueError as error:
+            raise ArgumentTypeError(str(error)) from error
 
-    return parse
+    return convert
 
 
-def size(text: str) -> tuple[int, int]:
-    """An argparse type: width and height in pixels, multiples of 8.
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    return option_type(names.number(kind, low, high))
 
-    >>> size("128"), size("192x128")
-    ((128, 128), (192, 128))
-    """
-    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
-    if len(sides) > 2 or any(side < 8 or side % 8 for side in sides):
-        raise ArgumentTypeError(
-            f"must be one side or WxH in positive multiples of 8 pixels, got {text!r}"
-        )
-    return sides[0], sides[-1]
+
+size = option_type(names.size)

@@ -73,7 +73,7 @@ def add_options(parser: ArgumentParser) -> None:
         default=[0.5],
         help="share of the tokens that merge, into one per cell of 2×2, or 4×4 above 0.75 (0.5)",
     )
-    add("--batch", type=number(int, 1, 1024), help="(of one picture: 2 with guidance, 1 for Flux)")
+    add("--batch", type=number(int, 1, 1024), help="(of one image: 2 with guidance, 1 for Flux)")
     add(
         "--window",
         type=number(int, 1, 8192),

@@ -2,18 +2,37 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 import tomesd
 from benchmarks.common import markdown
 from tomesd.api import patches_of
 
 SENSES = {"image", "video", "audio"}
+# What parameters are initialized by.
+_INITIALIZES = (
+    *("normal_", "uniform_", "erfinv_", "fill_", "zero_"),
+    *("clamp_", "add_", "mul_", "div_"),
+)
+
+
+class Uninitialized(TorchFunctionMode):
+    """Parameters stay as they are: on the meta device, that takes most of the time of building."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _INITIALIZES:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -45,42 +64,86 @@ def cover(host: str, name: str, model: nn.Module) -> Covered:
     return Covered(host, name, type(model).__name__, "", why)
 
 
-def transformers_models() -> Iterator[Covered]:
-    """Classes of transformers that take images, videos or sound, with the default configuration;
-    those that cannot be built so are left out."""
+@dataclass(frozen=True)
+class Host:
+    """Whose models are counted. names: of all of them. build: makes one; None for what is no
+    encoder. It runs on the meta device, where no weights are made."""
+
+    names: Callable[[], list[str]]
+    build: Callable[[str], nn.Module | None]
+
+
+def _transformers_names() -> list[str]:
+    """Classes of transformers that take images, videos or sound."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    for name in dir(transformers):
-        found = getattr(transformers, name, None)
-        if not inspect.isclass(found) or not issubclass(found, transformers.PreTrainedModel):
-            continue
-        kind: Any = found
-        # Speech encoders of the oldest code name the argument only.
-        senses = set(getattr(kind, "input_modalities", None) or ())
-        hears = getattr(kind, "main_input_name", "") == "input_values"
-        if name.endswith("PreTrainedModel") or not (senses & SENSES or hears):
-            continue
-        try:
-            with torch.device("meta"):
-                model = kind(kind.config_class())
-        except Exception:
-            continue
-        yield cover("transformers", name, model)
+    return [name for name in dir(transformers) if _senses(getattr(transformers, name, None))]
 
 
-def timm_models() -> Iterator[Covered]:
-    """Models of timm; those without a list of blocks are convolutional and left out."""
+def _senses(kind: Any) -> bool:
+    import transformers
+
+    if not inspect.isclass(kind) or not issubclass(kind, transformers.PreTrainedModel):
+        return False
+    # Speech encoders of the oldest code name the argument only.
+    hears = getattr(kind, "main_input_name", "") == "input_values"
+    found = set(getattr(kind, "input_modalities", None) or ())
+    return not kind.__name__.endswith("PreTrainedModel") and bool(found & SENSES or hears)
+
+
+def _transformers_model(name: str) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name)
+    model: nn.Module = kind(kind.config_class())
+    return model
+
+
+def _timm_names() -> list[str]:
+    """Of the modules of timm in which something is called attention or transformer."""
     import timm
 
-    for name in timm.list_models():
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        if hasattr(model, "blocks") or hasattr(model, "attn_pool"):
-            yield cover("timm", name, model)
+    names = set()
+    for module in timm.list_modules():
+        classes = " ".join(vars(import_module(f"timm.models.{module}")))
+        if "Attention" in classes or "Transformer" in classes:
+            names |= set(timm.list_models(module=module))
+    return sorted(names)
 
 
-HOSTS = {"transformers": transformers_models, "timm": timm_models}
+def _timm_model(name: str) -> nn.Module | None:
+    """Those without a list of blocks are convolutional."""
+    import timm
+
+    model: nn.Module = timm.create_model(name)
+    return model if hasattr(model, "blocks") or hasattr(model, "attn_pool") else None
+
+
+HOSTS = {
+    "transformers": Host(_transformers_names, _transformers_model),
+    "timm": Host(_timm_names, _timm_model),
+}
+
+
+def cover_all(hosts: Sequence[str], known: Sequence[Covered]) -> Iterator[Covered]:
+    """Every model of these hosts; those that are known already come first.
+
+    Nothing needs to have a default configuration: what cannot be built has that as its reason.
+    """
+    done = {(each.host, each.name) for each in known}
+    yield from known
+    todo = [(host, name) for host in hosts for name in HOSTS[host].names()]
+    for host, name in tqdm([each for each in todo if each not in done], unit="model"):
+        try:
+            with torch.device("meta"), Uninitialized():
+                model = HOSTS[host].build(name)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            yield Covered(host, name, "", "", f"not built: {type(error).__name__}: {reason}"[:300])
+        else:
+            none = Covered(host, name, "", "", "has no blocks")
+            yield none if model is None else cover(host, name, model.eval())
 
 
 def table(found: list[Covered]) -> str:

@@ -18,6 +18,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from tqdm import tqdm
 
 from benchmarks.pictures.reference import FEWEST
+from tomesd.shapes import names
 from tomesd.shapes import pipeline as shapes
 
 # The size of KID's subsets, as its authors and torch-fidelity have it.
@@ -117,7 +118,7 @@ class Features:
     def source(self) -> Path | None:
         """The file or folder of the weights; None if they are downloaded."""
         if self.weights is None and self.name == "shapes":
-            return shapes.ASSETS / "classifier"
+            return names.ASSETS / "classifier"
         return self.weights
 
     def check(self) -> None:

@@ -25,7 +25,7 @@ from benchmarks.speed.setup import Setup
 from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 from tomesd.pictures.files import atomic_write
 from tomesd.pictures.sampling import EMBEDDED, Sampling, check_model
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.shapes.names import ASSETS
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     half = parser.add_mutually_exclusive_group()
     half.add_argument("--quality-only", action="store_true", help="no times")
-    half.add_argument("--speed-only", action="store_true", help="no pictures")
+    half.add_argument("--speed-only", action="store_true", help="no images")
     add("--only", nargs="+", metavar="NAME", help="these candidates and unpatched (all)")
     add("--no-peer", action="store_true", help=f"without {PEER}, which comes from PyPI")
     add("--peer-cache", type=Path, default=Path("runs/peers"), help="(%(default)s)")
@@ -136,17 +136,17 @@ def add_options(parser: ArgumentParser) -> None:
 def add_half_options(parser: ArgumentParser) -> None:
     """The options of one half alone."""
     add = parser.add_argument_group("quality").add_argument
-    add("--model", help="folder of a pipeline of the Shapes world (the embedded one)")
+    add("--model", help="folder of an embedded-style pipeline (the embedded one)")
     add("--num-images", type=number(int, 1, 10_000), default=64, help="(%(default)s)")
     add("--num-reference", type=number(int, 1, 10_000), default=1000, help="(%(default)s)")
     add("--steps", type=number(int, 1, 1000), default=EMBEDDED.steps, help="(%(default)s)")
     add("--guidance", type=number(float, 0, 100), default=EMBEDDED.guidance, help="(%(default)s)")
     add("--size", type=number(int, 8, 100_000), help="pixels (the model's own)")
-    add("--batch", type=number(int, 1, 1024), default=8, help="pictures sampled at once (8)")
+    add("--batch", type=number(int, 1, 1024), default=8, help="images sampled at once (8)")
     add = parser.add_argument_group("speed").add_argument
     add("--speed-model", default="sd15", help="sd15, sdxl or a folder, its config only (sd15)")
     add("--speed-size", type=number(int, 8, 100_000), default=512, help="pixels (%(default)s)")
-    add("--speed-batch", type=number(int, 1, 1024), default=2, help="2: one picture with guidance")
+    add("--speed-batch", type=number(int, 1, 1024), default=2, help="2: one image with guidance")
     add("--rounds", type=number(int, 1, 100_000), default=5, help="(%(default)s)")
 
 

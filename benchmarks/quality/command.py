@@ -25,7 +25,7 @@ from benchmarks.quality.cases import CASES, Case, correct, load, measure_case, m
 from tomesd.pictures import classifiers
 from tomesd.pictures.device import device_name
 from tomesd.pictures.sampling import EMBEDDED, check_model, choose, native_side
-from tomesd.shapes.pipeline import ASSETS
+from tomesd.shapes.names import ASSETS
 from tomesd.shapes.world import Scene
 
 SPEC = PipelineSpec(None, "cpu", torch.float32, None)
@@ -107,10 +107,10 @@ def add_options(parser: ArgumentParser) -> None:
         type=number(float, 0, 0.75),
         nargs="*",
         default=RATIOS,
-        help=f"none: the unpatched pictures alone ({' '.join(map(str, RATIOS))})",
+        help=f"none: only the unpatched images ({' '.join(map(str, RATIOS))})",
     )
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="(all)")
-    add("--batch", type=number(int, 1, 1024), default=8, help="pictures sampled at once (8)")
+    add("--batch", type=number(int, 1, 1024), default=8, help="images sampled at once (8)")
     add("--output", type=Path, default=Path("runs/quality"), help="folder (%(default)s)")
 
 

@@ -96,7 +96,7 @@ def _read_coverage(file: Path) -> Record:
     }
 
 
-def _read_dense(file: Path) -> Record:
+def _read_plain(file: Path) -> Record:
     found = _json(file)
     return {**found, "environment": _environment(found["environment"])}
 
@@ -143,7 +143,7 @@ RESULTS: dict[str, Result] = {
         f"python scripts/quality.py --num-images 32 --ratios 0.5 --cases {_SCHEDULES}",
         _read_quality,
     ),
-    "steps": Result("python scripts/steps.py --models unet --seeds 0", _read_steps),
+    "steps": Result("python scripts/steps.py --models unet transformer --seeds 0", _read_steps),
     "classifier": Result(
         "python scripts/classify.py --parts sweep ablation algorithms "
         "--r 0 5 10 16 21 24 28 36 48 --ablation-r 24",
@@ -175,8 +175,14 @@ RESULTS: dict[str, Result] = {
         _read_fid,
     ),
     "pipelines": Result("python -m tests.pipelines runs/pipelines.json", _read_pipelines),
-    "coverage": Result("python scripts/coverage.py --host transformers", _read_coverage),
-    "dense": Result("python scripts/dense.py", _read_dense),
+    "coverage": Result("python scripts/coverage.py", _read_coverage),
+    "dense": Result("python scripts/dense.py", _read_plain),
+    "first-token": Result("python scripts/first_token.py --rounds 3", _read_plain),
+    "orders": Result(
+        "python scripts/classify.py --parts orders --r 8 16 20 24 28 32 36 --num-images 2000 "
+        "--rounds 0",
+        _read_classifier,
+    ),
 }
 
 

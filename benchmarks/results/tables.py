@@ -9,6 +9,8 @@
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
 - coverage: models of transformers and timm that merge
 - dense-angles, dense-ways: how close merged features stay
+- classifier-orders: the orders in which a layer gives its tokens to the next
+- first-token: how soon a vision-language model answers
 - fid: distances of merging and of random pruning
 - pipelines: what came of merging in each pipeline of diffusers
 - cost:levels, cost:shares, cost:ideal, cost:budget, cost:cards: the cost model
@@ -29,6 +31,7 @@ from benchmarks.coverage.models import table as coverage_table
 from benchmarks.dense.command import angles_table, ways_table
 from benchmarks.fid.distances import Features
 from benchmarks.fid.tables_and_sheets import table as fid_table
+from benchmarks.first_token.command import table as first_token_table
 from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
 from benchmarks.steps.table_and_plot import LINES, mean
@@ -198,6 +201,20 @@ def classifier_algorithms(result: Record) -> str:
     return markdown.table([*headings, "the paper's times as fast"], rows)
 
 
+def classifier_orders(result: Record) -> str:
+    rows = [json.loads(row["settings"]) | row for row in _part(result, "orders")]
+    values = sorted({row["r"] for row in rows})
+    accuracy = {(row["order"], row["r"]): row["accuracy"] for row in rows}
+    orders = dict.fromkeys(row["order"] for row in rows)
+    return markdown.table(
+        ["accuracy, %", *(f"r = {value}" for value in values)],
+        [
+            [order, *(figure(accuracy.get((order, value)), 1, 100) for value in values)]
+            for order in orders
+        ],
+    )
+
+
 def vit_speed(result: Record) -> str:
     return markdown.table(
         ["", "images per second", "times as fast", "times fewer multiply-adds"],
@@ -266,7 +283,7 @@ TABLES: dict[str, Table] = {
     "frontier-short": Table("frontier", frontier, (_SHORT,)),
     "schedules": Table("schedules", schedules),
     "steps": Table("steps", steps, ((0.4, 0.6, 0.8),)),
-    "steps-short": Table("steps", steps, ((0.6,), (2, 4, 8, 25))),
+    "steps-short": Table("steps", steps, ((0.6,), (4, 25))),
     "known-caches": Table("steps", known_caches),
     "patch-cost": Table("patch-cost", patch_cost),
     "forward-512": Table("forward-512", forwards),
@@ -275,7 +292,9 @@ TABLES: dict[str, Table] = {
     "classifier-sweep": Table("classifier", classifier_sweep),
     "classifier-ablation": Table("classifier", classifier_ablation),
     "classifier-algorithms": Table("classifier", classifier_algorithms),
+    "classifier-orders": Table("orders", classifier_orders),
     "vit-b16": Table("vit-b16", vit_speed),
+    "first-token": Table("first-token", lambda result: first_token_table(result["rows"])),
     "fid": Table("fid", fid),
     "pipelines": Table("pipelines", pipelines),
     "coverage": Table("coverage", coverage),

@@ -168,7 +168,7 @@ def add_options(parser: ArgumentParser) -> None:
     add(
         "--batch",
         type=number(int, 1, 1024),
-        help="(2, one picture with guidance; 1 for Flux and with --train-lora)",
+        help="(2, one image with guidance; 1 for Flux and with --train-lora)",
     )
     add("--precision", choices=PRECISIONS, help="(cuda: bf16, or fp16 if too old; others: fp32)")
     add("--device", help="cuda, mps or cpu (the first available)")

@@ -17,7 +17,7 @@ from benchmarks.training.merged_classifier import TrainingSetup, table, train_an
 from tomesd.pictures.classifiers import check_model
 from tomesd.pictures.device import choose_device, device_name
 from tomesd.pictures.files import versions
-from tomesd.shapes import pipeline as shapes
+from tomesd.shapes import names
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def identity(args: Namespace, stage: Stage, device: torch.device) -> dict[str, A
     """Everything that results depend on but r."""
     return {
         "from_scratch": args.from_scratch,
-        "weights": None if args.from_scratch else digest(shapes.ASSETS / "classifier"),
+        "weights": None if args.from_scratch else digest(names.ASSETS / "classifier"),
         "stage": vars(stage),
         "pictures": args.pictures,
         "images": args.num_images,

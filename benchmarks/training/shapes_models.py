@@ -21,6 +21,7 @@ from benchmarks.training.losses import (
     denoiser_loss,
     noisy_batch,
 )
+from tomesd.shapes import names
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import HELD_OUT, scene
 
@@ -74,7 +75,7 @@ class Settings:
         """The pipeline that few-step and transformer build on: the one in `output`, else the
         embedded one."""
         own = self.output / "pipeline"
-        return own if own.is_dir() else shapes.ASSETS / "pipeline"
+        return own if own.is_dir() else names.ASSETS / "pipeline"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -1,6 +1,6 @@
-"""The nodes. They import nothing of ComfyUI: a MODEL brings the methods of its ModelPatcher."""
+"""The nodes. A MODEL brings the methods of its ModelPatcher; only previews import ComfyUI."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -9,47 +9,69 @@ from torch import Tensor
 
 import tomesd
 from tomesd.diffusion import clones
-from tomesd.visualize import draw_groups
+from tomesd.hooks import BlockTrace
+from tomesd.visualize import draw_frames, draw_groups
 
-_LEVELS = ("preset", "1", "2", "4", "8")
-_PRESETS = ("none", "quality", "fast", "paper")
+from .preview import follow_preview, forget_preview
+
 # The functions with which ComfyUI's own node merges.
 _BUILT_IN = {"tomesd_m", "tomesd_u"}
 
 
-class TokenMerging:
-    """MODEL → MODEL with merged tokens, and the report."""
+class _Node:
+    """What ComfyUI reads from every node; INPUTS is what INPUT_TYPES gives it."""
 
-    CATEGORY = "model_patches/unet"
-    FUNCTION = "patch"
-    RETURN_TYPES = ("MODEL", "STRING")
-    RETURN_NAMES = ("model", "report")
+    CATEGORY = "model_patches"
+    FUNCTION = "run"
+    INPUTS: ClassVar[dict[str, dict[str, Any]]]
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        share = {"min": 0.0, "max": 1.0, "step": 0.05}
-        ratio = {"default": 0.5, "max": 0.75, "tooltip": "Share of the tokens that merge."}
-        since = {"default": 0.2, "tooltip": "Share of the steps that stay unmerged."}
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "ratio": ("FLOAT", share | ratio),
-                "levels": (
-                    _LEVELS,
-                    {"tooltip": "Merge at levels at most this much coarser than the finest one."},
-                ),
-                "since": ("FLOAT", share | since),
-                "preset": (_PRESETS, {"tooltip": "docs/options.md says what each sets."}),
-                "method": (("tome", "prune"), {"tooltip": "Prune drops tokens: for comparisons."}),
-            },
-            "optional": {
-                "hires": ("BOOLEAN", {"default": False, "tooltip": "This is the hires pass."}),
-                "keep_maps": ("BOOLEAN", {"default": False, "tooltip": "For the Token Map node."}),
-            },
-            "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
-        }
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:  # noqa: N802
+        return cls.INPUTS
 
-    def patch(
+
+def _share(default: float, most: float, tooltip: str, step: float = 0.05) -> tuple[str, Any]:
+    limits = {"default": default, "min": 0.0, "max": most, "step": step}
+    return "FLOAT", limits | {"tooltip": tooltip}
+
+
+def _choice(*options: str, tooltip: str) -> tuple[tuple[str, ...], Any]:
+    return options, {"tooltip": tooltip}
+
+
+def _switch(tooltip: str) -> tuple[str, Any]:
+    return "BOOLEAN", {"default": False, "tooltip": tooltip}
+
+
+class TokenMerging(_Node):
+    """MODEL → MODEL with merged tokens, and the report."""
+
+    RETURN_TYPES = ("MODEL", "STRING")
+    RETURN_NAMES = ("model", "report")
+    INPUTS: ClassVar = {
+        "required": {
+            "model": ("MODEL",),
+            "ratio": _share(0.5, 0.75, "Share of the tokens that merge."),
+            "levels": _choice(
+                *("preset", "1", "2", "4", "8"),
+                tooltip="Merge at levels at most this much coarser than the finest one.",
+            ),
+            "since": _share(0.2, 1.0, "Share of the steps that stay unmerged."),
+            "preset": _choice(
+                *("none", "quality", "fast", "paper"),
+                tooltip="docs/options.md says what each sets.",
+            ),
+            "method": _choice("tome", "prune", tooltip="Prune drops tokens: for comparisons."),
+        },
+        "optional": {
+            "hires": _switch("This is the hires pass."),
+            "keep_maps": _switch("For the Token Map node."),
+            "preview": _switch("Draw the merged tokens over the preview while sampling."),
+        },
+        "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
+    }
+
+    def run(
         self,
         model: Any,
         ratio: float,
@@ -59,12 +81,14 @@ class TokenMerging:
         method: str = "tome",
         hires: bool = False,
         keep_maps: bool = False,
+        preview: bool = False,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> tuple[Any, str]:
         if extra_pnginfo is not None:
             # The names that the WebUIs have for it.
             extra_pnginfo["token_merging_ratio_hr" if hires else "token_merging_ratio"] = ratio
         clone = _without_built_in(model.clone())
+        forget_preview(clone)
         if ratio == 0 or since >= 1:
             return tomesd.remove_patch(clone), "nothing merges: ratio is 0, or since is 1"
         options: dict[str, Any] = {"method": method}
@@ -78,41 +102,42 @@ class TokenMerging:
         )
         follower = clones.follower_of(clone)
         assert follower is not None
-        follower.keeps_maps = keep_maps
+        follower.keeps_maps = keep_maps or preview
+        if preview:
+            follow_preview(clone, follower)
         return clone, str(tomesd.report(clone))
 
 
-class TomePatchModel:
+class TomePatchModel(_Node):
     """The inputs and the output of ComfyUI's own node: whole blocks instead of queries only."""
 
-    CATEGORY = "model_patches/unet"
-    FUNCTION = "patch"
     RETURN_TYPES = ("MODEL",)
+    INPUTS: ClassVar = {
+        "required": {
+            "model": ("MODEL",),
+            "ratio": _share(0.3, 1.0, "Share of the tokens that merge.", step=0.01),
+        }
+    }
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        ratio = {"default": 0.3, "min": 0.0, "max": 1.0, "step": 0.01}
-        return {"required": {"model": ("MODEL",), "ratio": ("FLOAT", ratio)}}
-
-    def patch(self, model: Any, ratio: float) -> tuple[Any]:
+    def run(self, model: Any, ratio: float) -> tuple[Any]:
         # More than 0.75 of the tokens never merged.
-        return (TokenMerging().patch(model, min(ratio, 0.75), since=0.0)[0],)
+        return (TokenMerging().run(model, min(ratio, 0.75), since=0.0)[0],)
 
 
-class TokenMap:
-    """Draws the tokens that merged in one step over the finished picture."""
+class TokenMap(_Node):
+    """Draws the tokens that merged in one step over the finished picture or video."""
 
-    CATEGORY = "model_patches/unet"
-    FUNCTION = "draw"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "report")
+    INPUTS: ClassVar = {
+        "required": {
+            "model": ("MODEL",),
+            "image": ("IMAGE",),
+            "step": ("INT", {"default": -1, "min": -1, "max": 10000, "tooltip": "-1: the last."}),
+        }
+    }
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        step = {"default": -1, "min": -1, "max": 10000, "tooltip": "From 0; -1 is the last one."}
-        return {"required": {"model": ("MODEL",), "image": ("IMAGE",), "step": ("INT", step)}}
-
-    def draw(self, model: Any, image: Tensor, step: int = -1) -> tuple[Tensor, str]:
+    def run(self, model: Any, image: Tensor, step: int = -1) -> tuple[Tensor, str]:
         follower = clones.follower_of(model)
         if follower is None or not follower.keeps_maps:
             raise ValueError(
@@ -122,20 +147,18 @@ class TokenMap:
         step = steps[-1] if step == -1 and steps else step
         if step not in follower.maps:
             raise ValueError(f"step must be one in which tokens merged, one of {steps}, got {step}")
-        found = follower.maps[step]
-        groups = found.group[:, found.prefix :].unflatten(1, found.grid).cpu()
-        if groups.dim() == 4:
-            groups = groups[:, 0]  # The first frame.
-        drawn = [
-            np.asarray(draw_groups(_picture(each), groups[index % len(groups)]))
-            for index, each in enumerate(image)
-        ]
+        drawn = [np.asarray(each) for each in _drawn(image, follower.maps[step])]
         return torch.from_numpy(np.stack(drawn)).float() / 255, str(tomesd.report(model))
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    """A picture of ComfyUI: [h, w, 3], from 0 to 1."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+def _drawn(image: Tensor, found: BlockTrace) -> list[Image.Image]:
+    """The pictures [count, h, w, 3] of ComfyUI, from 0 to 1, with their merged tokens."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    pictures = [Image.fromarray(each) for each in pixels]
+    groups = found.groups.cpu()
+    if groups.dim() == 3:
+        return [draw_groups(each, groups[i % len(groups)]) for i, each in enumerate(pictures)]
+    return draw_frames(pictures, groups[0])
 
 
 def _without_built_in(clone: Any) -> Any:

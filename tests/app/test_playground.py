@@ -1,5 +1,6 @@
 """The playground in a real browser: what a visitor does, and what they see."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -41,16 +42,13 @@ def page(browser, address):
     page.hosts = set()
     page.on("request", lambda request: page.hosts.add(request.url.split("/")[2].split(":")[0]))
     page.goto(address)
-    page.get_by_text("Model, seed and steps").click()
+    page.get_by_text("Model, method, seed and steps").click()
     page.fill("#steps input", "2")
     return page
 
 
 def wait(page, selector: str, text: str) -> None:
-    page.wait_for_function(
-        "([selector, text]) => document.querySelector(selector).innerText.includes(text)",
-        arg=[selector, text],
-    )
+    playwright.expect(page.locator(selector)).to_contain_text(text, timeout=60 * SECONDS)
 
 
 def draw(page, prompt: str, says: str = "Done.") -> None:
@@ -91,8 +89,8 @@ def test_wrong_input_is_a_sentence(page):
     draw(page, " ", "Type a prompt first.")
     page.fill("#model input", "./not/there")
     page.keyboard.press("Enter")
-    draw(page, "a star", "Model must be a folder or a hub id, got './not/there'.")
-    page.fill("#model input", "embedded")
+    draw(page, "a star", "a folder or a hub id, got './not/there'.")
+    page.fill("#model input", "unet")
     page.keyboard.press("Enter")
 
 
@@ -120,12 +118,32 @@ def test_nothing_is_asked_of_another_machine(page):
     assert page.hosts == {"127.0.0.1"}
 
 
-def test_it_fits_a_phone_and_follows_a_dark_theme(browser, address):
-    phone = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
-    phone.goto(address)
-    phone.wait_for_selector("#draw")
-    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
-    dark = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
-    assert max(phone.evaluate(dark)[:3]) < 64
+@pytest.mark.parametrize(
+    ("name", "width", "theme"),
+    [
+        ("phone", 390, "dark"),
+        pytest.param("playground", 1100, "light", marks=pytest.mark.slow),
+        pytest.param("dark", 1100, "dark", marks=pytest.mark.slow),
+    ],
+)
+def test_it_fits_the_screen_and_follows_the_theme(browser, address, name, width, theme):
+    """`SCREENSHOTS=assets pytest -m slow tests/app -k playground-1100` makes the README's."""
+    screen = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme=theme)
+    screen.goto(address)
+    screen.wait_for_selector("#draw")
+    assert screen.evaluate("document.documentElement.scrollWidth") <= width
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+    assert (max(screen.evaluate(light)[:3]) < 64) == (theme == "dark")
+    if name == "phone":
+        return
+    screen.click("#draw")
+    wait(screen, "#caption", "512 groups")
+    for image in ("unpatched", "merged", "difference", "map"):
+        shown = screen.wait_for_selector(f"#{image} img").bounding_box()
+        assert shown["height"] > 250, f"{image} is small"
     if folder := os.environ.get("SCREENSHOTS"):
-        phone.screenshot(path=f"{folder}/phone.png", full_page=True)
+        screen.evaluate("scrollTo(0, 0)")
+        drawn = Image.open(io.BytesIO(screen.screenshot(full_page=True)))
+        drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            f"{folder}/{name}.png", optimize=True
+        )

@@ -17,14 +17,14 @@ def test_a_picture_is_opened(tmp_path, kind):
 def test_other_files_and_huge_pictures_are_refused_with_a_sentence(tmp_path, monkeypatch):
     path = tmp_path / "upload.png"
     path.write_text("import os")
-    with pytest.raises(ValueError, match="This file is no PNG, JPEG or WebP"):
+    with pytest.raises(ValueError, match="This file is not a PNG, JPEG or WebP"):
         open_upload(str(path))
     Image.new("RGB", (8, 8)).save(path, format="GIF")
-    with pytest.raises(ValueError, match="This file is no PNG"):
+    with pytest.raises(ValueError, match="This file is not a PNG"):
         open_upload(str(path))
     monkeypatch.setattr(reading, "MOST_PIXELS", 16)
     Image.new("RGB", (8, 8)).save(path)
-    with pytest.raises(ValueError, match="A picture may have"):
+    with pytest.raises(ValueError, match="Images may have at most"):
         open_upload(str(path))
 
 

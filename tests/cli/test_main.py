@@ -88,7 +88,7 @@ def test_ctrl_c_ends_the_command_with_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["report"])
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip() == "tomesd: error: stopped; no file is left half-written"
+    assert capsys.readouterr().err.strip() == "tomesd: error: stopped; no partial files are left"
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_one_learns_that_r_leaves_the_denoiser_of_a_pipeline_as_it_is():
             "transformer": _empty("LTX2VideoTransformer3DModel"),
         }
 
-    with pytest.warns(UserWarning, match=r"CLIP\w* of the pipeline alone: LTX2VideoTransformer3D"):
+    with pytest.warns(UserWarning, match=r"only in the pipeline's CLIP\w*: LTX2VideoTransformer3D"):
         tomesd.apply_patch(Pipeline(), r=1)
 
 

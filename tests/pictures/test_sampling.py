@@ -18,7 +18,7 @@ from tomesd.pictures.sampling import (
     native_side,
     sample,
 )
-from tomesd.shapes import pipeline as shapes
+from tomesd.shapes import names
 
 HOW = Sampling(steps=2, guidance=3.0, width=64, height=64)
 PROMPTS = ["a red heart", "a blue star", "a green moon"]
@@ -146,13 +146,13 @@ def test_an_impossible_model_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"model must be a pipeline's folder.*no model_index.json"):
         check_model(str(tmp_path))
     for wrong in ("./not/there", "two words", "a/b/c"):
-        with pytest.raises(ValueError, match=f"model must be a folder or a hub id, got '{wrong}'"):
+        with pytest.raises(ValueError, match=f"unet, few-step, .*a hub id, got '{wrong}'"):
             check_model(wrong)
     check_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
 
 def test_the_error_for_a_missing_embedded_pipeline_names_what_makes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "ASSETS", tmp_path)
+    monkeypatch.setattr(names, "ASSETS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"python scripts/train_shapes.py"):
         load_pipeline()
 

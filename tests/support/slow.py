@@ -1,12 +1,19 @@
 """The `slow` marker: `pytest` leaves out what has it, `pytest -m slow` runs that alone."""
 
-from collections.abc import Collection, Iterable
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 
 slow = pytest.mark.slow
+
+# Cases of one test in the default run.
+CASES = 6
+# Whose cases are their own sample, or cost nothing.
+WHOLE = {"test_matrix", "test_errors"}
 
 
 def slow_but(sample: Collection[Any], values: Iterable[Any]) -> list[Any]:
@@ -42,6 +49,21 @@ def is_variant(value: Any) -> bool:
     return (name in transformers and name not in _TRANSFORMERS) or (
         name in vits and name not in _VITS
     )
+
+
+def beyond_the_sample(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
+    """The cases of a test with many that the default run leaves out.
+
+    Chosen by a hash of their names: each n-th of a product of parameters could have one value of
+    one of them only.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        kept = item.path.stem in WHOLE or item.get_closest_marker("slow")
+        if hasattr(item, "callspec") and not kept:
+            cases[item.path, item.originalname].append(item)
+    for found in cases.values():
+        yield from sorted(found, key=lambda item: zlib.crc32(item.name.encode()))[CASES:]
 
 
 @cache

@@ -194,7 +194,7 @@ class BaseModel(nn.Module):
 
     def __init__(self, diffusion_model: nn.Module):
         super().__init__()
-        self.diffusion_model = diffusion_model
+        self.diffusion_model, self.latent_format = diffusion_model, None
 
     def apply_model(
         self,
@@ -215,7 +215,7 @@ class BaseModel(nn.Module):
         noise = self.diffusion_model(
             x, timestep, context=c_crossattn, transformer_options=transformer_options
         )
-        return x - t[:, None, None, None] * noise
+        return x - t.view(-1, *(1,) * (x.dim() - 1)) * noise
 
 
 class _Executor:
@@ -258,6 +258,7 @@ class ModelPatcher(ForgePatcher):
 
     def __init__(self, model: BaseModel):
         super().__init__(model)
+        self.load_device = torch.device("cpu")
         self.wrappers: dict[str, dict[str, list]] = {}
         self.callbacks: dict[str, dict[str, list]] = {}
 
@@ -286,25 +287,54 @@ class ModelPatcher(ForgePatcher):
                 callback(self)
 
 
-def build(kind: type[ForgePatcher] = ModelPatcher, seed: int = 0) -> Any:
+def build(
+    kind: type[ForgePatcher] = ModelPatcher, seed: int = 0, model: nn.Module | None = None
+) -> Any:
+    """model: a UNet, if none is given."""
     torch.manual_seed(seed)
-    return kind(BaseModel(UNetModel()).eval())
+    model = UNetModel() if model is None else model
+    # ComfyUI calls what is around a model by the model's name too.
+    around = type(type(model).__name__, (BaseModel,), {"__module__": "comfy.model_base"})
+    return kind((BaseModel if isinstance(model, UNetModel) else around)(model).eval())
 
 
 @torch.no_grad()
-def sample(patcher: Any, steps: int = 4, h: int = 10, w: int = 14, batch: int = 1) -> Tensor:
+def sample(
+    patcher: Any,
+    steps: int = 4,
+    h: int = 10,
+    w: int = 14,
+    batch: int = 1,
+    frames: int | None = None,
+    callback: Callable | None = None,
+) -> Tensor:
     """Euler's method as their samplers call the model, with guidance in one batch of two."""
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 4, h, w, generator=draw)
+    shape = (batch, 4, h, w) if frames is None else (batch, 4, frames, h, w)
+    noise = torch.randn(shape, generator=draw)
     context = torch.randn(2 * batch, 5, WIDTH, generator=draw)
     sigmas = torch.linspace(10, 0, steps + 1)
+
+    def outer_sample(x, latent_image, sampler, sigmas, denoise_mask=None, callback=None):
+        try:
+            return _euler(patcher, x, context, sigmas, callback)
+        finally:
+            if isinstance(patcher, ModelPatcher):
+                patcher.cleanup()
+
+    wrappers = getattr(patcher, "wrappers", {}).get("outer_sample", {})
+    listed = [wrapper for each in wrappers.values() for wrapper in each]
+    return _Executor(outer_sample, patcher, listed)(noise, None, None, sigmas, None, callback)
+
+
+def _euler(patcher: Any, x: Tensor, context: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
     options = copy.deepcopy(patcher.model_options)
-    for now, after in itertools.pairwise(sigmas):
+    for step, (now, after) in enumerate(itertools.pairwise(sigmas)):
         to = options["transformer_options"] | {"sigmas": now[None]}
         if isinstance(patcher, ModelPatcher):
             to |= {"sample_sigmas": sigmas, "wrappers": patcher.wrappers}
         c = {"c_crossattn": context, "transformer_options": to}
-        both, t = torch.cat([x, x]), now.repeat(2 * batch)
+        both, t = torch.cat([x, x]), now.repeat(2 * len(x))
         function = options.get("model_function_wrapper")
         if function is None:
             denoised = patcher.model.apply_model(both, t, **c)
@@ -313,7 +343,7 @@ def sample(patcher: Any, steps: int = 4, h: int = 10, w: int = 14, batch: int = 
             denoised = function(patcher.model.apply_model, call)
         cond, uncond = denoised.chunk(2)
         denoised = uncond + 3 * (cond - uncond)
+        if callback is not None:
+            callback(step, denoised, x, len(sigmas) - 1)
         x = x + (after - now) * (x - denoised) / now
-    if isinstance(patcher, ModelPatcher):
-        patcher.cleanup()
     return x

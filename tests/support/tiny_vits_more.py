@@ -13,17 +13,12 @@ from tests.support.tiny_vits_towers import like_clip
 from tests.support.tiny_vits_transformers import (
     configured,
     described,
+    encoder,
     like_dino,
     like_videomae,
     qkv,
 )
 from tests.support.vit_reference import Block
-
-
-def _flava(**config) -> Vit:
-    only = {"attn_implementation": "eager"}  # It knows no other.
-    model = hf.FlavaImageModel(hf.FlavaImageConfig(**configured(config | only)))
-    return described(model, model.encoder.layer, {"pixel_values": images()}, 1, like_videomae)
 
 
 def _yolos(**config) -> Vit:
@@ -39,32 +34,8 @@ def _yolos(**config) -> Vit:
     return vit
 
 
-def _vitpose(**config) -> Vit:
-    family = {
-        "image_size": [48, 48],
-        "patch_size": [8, 8],
-        "mlp_ratio": 2,
-        "out_features": ["stage1", "stage3"],
-    }
-    model = hf.VitPoseBackbone(hf.VitPoseBackboneConfig(**configured(config, **family)))
-
-    def describe(block: Any) -> Block:
-        return like_videomae(block)._replace(mlp=lambda x: block.mlp(block.layernorm_after(x)))
-
-    return described(model, model.encoder.layer, {"pixel_values": images(48)}, 0, describe)
-
-
-def _radio(**config) -> Vit:
-    family = {
-        "max_img_size": 24,
-        "num_cls_tokens": 2,
-        "num_registers": 1,
-        "summary_idxs": [0],
-        "mlp_ratio": 2.0,
-        "layerscale_value": 0.7,
-    }
-    model = hf.RadioModel(hf.RadioConfig(**configured(config, **family)))
-    return described(model, model.encoder.layer, {"pixel_values": images()}, 3, like_dino)
+def _like_vitpose(block: Any) -> Block:
+    return like_videomae(block)._replace(mlp=lambda x: block.mlp(block.layernorm_after(x)))
 
 
 def _eomt_config(config: dict) -> dict:
@@ -170,11 +141,35 @@ def _speech(kind: Any, norms_before: bool = False, **config) -> Vit:
     return described(model, layers, {"input_values": torch.randn(2, 600)}, 0, describe)
 
 
+_flava = encoder(hf.FlavaImageModel, "encoder.layer", 1, like_videomae)
+
 MORE = {
-    "FLAVA": _flava,
+    # It knows no other attention.
+    "FLAVA": lambda **config: _flava(**config | {"attn_implementation": "eager"}),
     "YOLOS": _yolos,
-    "ViTPose backbone": _vitpose,
-    "RADIO": _radio,
+    "ViTPose backbone": encoder(
+        hf.VitPoseBackbone,
+        "encoder.layer",
+        0,
+        _like_vitpose,
+        lambda: {"pixel_values": images(48)},
+        image_size=[48, 48],
+        patch_size=[8, 8],
+        mlp_ratio=2,
+        out_features=["stage1", "stage3"],
+    ),
+    "RADIO": encoder(
+        hf.RadioModel,
+        "encoder.layer",
+        3,
+        like_dino,
+        max_img_size=24,
+        num_cls_tokens=2,
+        num_registers=1,
+        summary_idxs=[0],
+        mlp_ratio=2.0,
+        layerscale_value=0.7,
+    ),
     "EoMT": _eomt,
     "EoMT DINOv3": _eomt_dinov3,
     "X-CLIP": _x_clip,

@@ -1,6 +1,5 @@
 """Tiny vision towers of transformers, with random weights."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +7,8 @@ import transformers as hf
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
 
-from tests.support.tiny_vits_base import Vit, heads, images
-from tests.support.tiny_vits_transformers import configured, described, qkv
+from tests.support.tiny_vits_base import heads
+from tests.support.tiny_vits_transformers import encoder, qkv
 from tests.support.vit_reference import Block
 
 
@@ -51,52 +50,6 @@ def _like_internvl(block: Any) -> Block:
     )
 
 
-def _clip(**config) -> Vit:
-    model = hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**configured(config)))
-    encoder = model.vision_model
-    inputs = {"pixel_values": images()}
-    return described(model, encoder.encoder.layers, inputs, 1, like_clip)
-
-
-def _siglip(**config) -> Vit:
-    model = hf.SiglipVisionModel(hf.SiglipVisionConfig(**configured(config)))
-    return described(model, model.encoder.layers, {"pixel_values": images()}, 0, like_clip)
-
-
-def _siglip2(**config) -> Vit:
-    model = hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**configured(config, num_patches=36)))
-    inputs = {
-        "pixel_values": torch.randn(2, 36, 48),
-        "pixel_attention_mask": torch.ones(2, 36),
-        "spatial_shapes": torch.full((2, 2), 6),
-    }
-    return described(model, model.encoder.layers, inputs, 0, like_clip)
-
-
-def _aimv2(**config) -> Vit:
-    model = hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**configured(config, use_head=False)))
-    return described(model, model.encoder.layers, {"pixel_values": images()}, 0, _like_aimv2)
-
-
-def _internvl(**config) -> Vit:
-    family = {"use_qk_norm": True, "image_size": [24, 24], "patch_size": [4, 4]}
-    kind = hf.InternVLVisionConfig
-    model = hf.InternVLVisionModel(kind(**configured(config, **family)))
-    return described(model, model.encoder.layer, {"pixel_values": images()}, 1, _like_internvl)
-
-
-def _tower(kind: Any, prefix: int, inner: str = "", **config) -> Vit:
-    """A tower with CLIP's blocks. kind: its class. inner: its part that has the encoder."""
-    model = kind(kind.config_class(**configured(config)))
-    layers = model.get_submodule(f"{inner}encoder.layers")
-    return described(model, layers, {"pixel_values": images()}, prefix, like_clip)
-
-
-def _git(**config) -> Vit:
-    only = {"attn_implementation": "eager"}  # It knows no other.
-    return _tower(hf.GitVisionModel, 1, "vision_model.", **config | only)
-
-
 def _like_blip(block: Any) -> Block:
     def split(x: Any) -> Any:
         return tuple(heads(part) for part in block.self_attn.qkv(x).chunk(3, dim=-1))
@@ -109,36 +62,58 @@ def _like_blip(block: Any) -> Block:
     )
 
 
-def _blip(kind: Any, **config) -> Vit:
-    model = kind(kind.config_class(**configured(config)))
-    layers = model.encoder.layers
-    return described(model, layers, {"pixel_values": images()}, 1, _like_blip)
+def _padded() -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.randn(2, 36, 48),
+        "pixel_attention_mask": torch.ones(2, 36),
+        "spatial_shapes": torch.full((2, 2), 6),
+    }
 
 
-def _eager_blip(**config) -> Vit:
-    return _blip(hf.BlipVisionModel, **config | {"attn_implementation": "eager"})
+def _tower(kind: Any, prefix: int, layers: str = "encoder.layers", **family: Any) -> Any:
+    """With CLIP's blocks."""
+    return encoder(kind, layers, prefix, like_clip, **family)
 
+
+def _blip(kind: Any) -> Any:
+    return encoder(kind, "encoder.layers", 1, _like_blip)
+
+
+def _eager(build: Any) -> Any:
+    """What knows no other attention."""
+    return lambda **config: build(**config | {"attn_implementation": "eager"})
+
+
+_INNER = "vision_model.encoder.layers"
 
 TOWERS = {
-    "CLIP": _clip,
-    "SigLIP": _siglip,
-    "SigLIP 2": _siglip2,
-    "MetaCLIP 2": partial(_tower, hf.MetaClip2VisionModel, 1),
-    "ChineseCLIP": partial(_tower, hf.ChineseCLIPVisionModel, 1),
-    "AltCLIP": partial(_tower, hf.AltCLIPVisionModel, 1),
-    "CLIPSeg": partial(_tower, hf.CLIPSegVisionModel, 1),
-    "OWL-ViT": partial(_tower, hf.OwlViTVisionModel, 1, "vision_model."),
-    "OWLv2": partial(_tower, hf.Owlv2VisionModel, 1, "vision_model."),
-    "GIT": _git,
-    "Kosmos-2": partial(_tower, Kosmos2VisionModel, 1, "model."),
-    "Idefics 2": partial(_tower, Idefics2VisionTransformer, 0),
-    "Idefics 3": partial(_tower, hf.Idefics3VisionTransformer, 0),
-    "SmolVLM": partial(_tower, hf.SmolVLMVisionTransformer, 0),
-    "Janus": partial(_tower, hf.JanusVisionModel, 0),
-    "AIMv2": _aimv2,
-    "InternVL": _internvl,
-    "BLIP": _eager_blip,
-    "BLIP-2": partial(_blip, hf.Blip2VisionModel),
-    "InstructBLIP": partial(_blip, hf.InstructBlipVisionModel),
-    "InstructBLIP video": partial(_blip, hf.InstructBlipVideoVisionModel),
+    "CLIP": _tower(hf.CLIPVisionModelWithProjection, 1, _INNER),
+    "SigLIP": _tower(hf.SiglipVisionModel, 0),
+    "SigLIP 2": _tower(hf.Siglip2VisionModel, 0, inputs=_padded, num_patches=36),
+    "MetaCLIP 2": _tower(hf.MetaClip2VisionModel, 1),
+    "ChineseCLIP": _tower(hf.ChineseCLIPVisionModel, 1),
+    "AltCLIP": _tower(hf.AltCLIPVisionModel, 1),
+    "CLIPSeg": _tower(hf.CLIPSegVisionModel, 1),
+    "OWL-ViT": _tower(hf.OwlViTVisionModel, 1, _INNER),
+    "OWLv2": _tower(hf.Owlv2VisionModel, 1, _INNER),
+    "GIT": _eager(_tower(hf.GitVisionModel, 1, _INNER)),
+    "Kosmos-2": _tower(Kosmos2VisionModel, 1, "model.encoder.layers"),
+    "Idefics 2": _tower(Idefics2VisionTransformer, 0),
+    "Idefics 3": _tower(hf.Idefics3VisionTransformer, 0),
+    "SmolVLM": _tower(hf.SmolVLMVisionTransformer, 0),
+    "Janus": _tower(hf.JanusVisionModel, 0),
+    "AIMv2": encoder(hf.Aimv2VisionModel, "encoder.layers", 0, _like_aimv2, use_head=False),
+    "InternVL": encoder(
+        hf.InternVLVisionModel,
+        "encoder.layer",
+        1,
+        _like_internvl,
+        use_qk_norm=True,
+        image_size=[24, 24],
+        patch_size=[4, 4],
+    ),
+    "BLIP": _eager(_blip(hf.BlipVisionModel)),
+    "BLIP-2": _blip(hf.Blip2VisionModel),
+    "InstructBLIP": _blip(hf.InstructBlipVisionModel),
+    "InstructBLIP video": _blip(hf.InstructBlipVideoVisionModel),
 }

@@ -73,116 +73,29 @@ def configured(config: dict, **family) -> dict:
     return defaults | family | config
 
 
-def _vit(**config) -> Vit:
-    model = hf.ViTForImageClassification(hf.ViTConfig(**configured(config)))
-    layers = model.vit.layers
-    return described(model, layers, {"pixel_values": images()}, 1, like_vit)
+def pictures() -> dict[str, Tensor]:
+    return {"pixel_values": images()}
 
 
-def _deit(**config) -> Vit:
-    model = hf.DeiTForImageClassification(hf.DeiTConfig(**configured(config)))
-    layers = model.deit.layers
-    return described(model, layers, {"pixel_values": images()}, 2, like_vit)
+def videos() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 4, 3, 24, 24)}
 
 
-def _vit_mae(**config) -> Vit:
-    family = {
-        "decoder_hidden_size": 16,
-        "decoder_num_hidden_layers": 1,
-        "decoder_num_attention_heads": 2,
-        "decoder_intermediate_size": 16,
-        "mask_ratio": 0.25,
-    }
-    model = hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**configured(config, **family)))
-    inputs = {"pixel_values": images(), "noise": torch.rand(2, 36)}
-    return described(model, model.vit.layers, inputs, 1, like_vit)
+def encoder(
+    kind: Any,
+    layers: str,
+    prefix: int,
+    like: Callable[[Any], Block],
+    inputs: Callable[[], dict[str, Tensor]] = pictures,
+    **family: Any,
+) -> Callable[..., Vit]:
+    """Builds a model of a class, whose blocks are in `layers`; family: its own configuration."""
 
+    def build(**config: Any) -> Vit:
+        model = kind(kind.config_class(**configured(config, **family)))
+        return described(model, model.get_submodule(layers), inputs(), prefix, like)
 
-def _dinov2(**config) -> Vit:
-    family = {"mlp_ratio": 2, "layerscale_value": 0.7}
-    model = hf.Dinov2ForImageClassification(hf.Dinov2Config(**configured(config, **family)))
-    layers = model.dinov2.encoder.layer
-    return described(model, layers, {"pixel_values": images()}, 1, like_dino)
-
-
-def _dinov2_backbone(**config) -> Vit:
-    family = {"mlp_ratio": 2, "out_features": ["stage1", "stage3"]}
-    model = hf.Dinov2Backbone(hf.Dinov2Config(**configured(config, **family)))
-    layers = model.encoder.layer
-    return described(model, layers, {"pixel_values": images()}, 1, like_dino)
-
-
-def _dinov2_with_registers(**config) -> Vit:
-    family = {"mlp_ratio": 2, "num_register_tokens": 3, "use_swiglu_ffn": True}
-    kind = hf.Dinov2WithRegistersForImageClassification
-    model = kind(hf.Dinov2WithRegistersConfig(**configured(config, **family)))
-    encoder = model.dinov2_with_registers
-    inputs = {"pixel_values": images()}
-    return described(model, encoder.encoder.layer, inputs, 4, like_dino)
-
-
-def _videomae(**config) -> Vit:
-    family = {
-        "num_frames": 4,
-        "tubelet_size": 2,
-        "qkv_bias": True,
-        "patch_size": 8,
-        "use_mean_pooling": True,
-    }
-    model = hf.VideoMAEForVideoClassification(hf.VideoMAEConfig(**configured(config, **family)))
-    layers = model.videomae.encoder.layer
-    inputs = {"pixel_values": torch.randn(2, 4, 3, 24, 24)}
-    return described(model, layers, inputs, 0, like_videomae)
-
-
-def _ast(**config) -> Vit:
-    family = {"max_length": 24, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4}
-    model = hf.ASTForAudioClassification(hf.ASTConfig(**configured(config, **family)))
-    encoder = model.audio_spectrogram_transformer
-    return described(model, encoder.layers, {"input_values": torch.randn(2, 24, 16)}, 2, like_vit)
-
-
-def _vit_msn(**config) -> Vit:
-    model = hf.ViTMSNForImageClassification(hf.ViTMSNConfig(**configured(config)))
-    return described(model, model.vit.layers, {"pixel_values": images()}, 1, like_vit)
-
-
-def _ijepa(**config) -> Vit:
-    model = hf.IJepaForImageClassification(hf.IJepaConfig(**configured(config)))
-    return described(model, model.ijepa.layers, {"pixel_values": images()}, 0, like_vit)
-
-
-def _pixio(**config) -> Vit:
-    family = {"n_cls_tokens": 3, "mlp_ratio": 2}
-    model = hf.PixioModel(hf.PixioConfig(**configured(config, **family)))
-    return described(model, model.layers, {"pixel_values": images()}, 3, like_vit)
-
-
-def _tipsv2_config(config: dict, **family) -> Any:
-    family = {"num_register_tokens": 2, "mlp_ratio": 2, "layerscale_value": 0.7} | family
-    return hf.Tipsv2VisionConfig(**configured(config, **family))
-
-
-def _tipsv2(**config) -> Vit:
-    model = hf.Tipsv2VisionModel(_tipsv2_config(config))
-    return described(model, model.encoder.layer, {"pixel_values": images()}, 3, like_dino)
-
-
-def _tipsv2_backbone(**config) -> Vit:
-    model = hf.Tipsv2VisionBackbone(_tipsv2_config(config, out_features=["stage1", "stage3"]))
-    return described(model, model.encoder.layer, {"pixel_values": images()}, 3, like_dino)
-
-
-def _vivit(**config) -> Vit:
-    family = {"num_frames": 4, "tubelet_size": [2, 8, 8]}
-    model = hf.VivitForVideoClassification(hf.VivitConfig(**configured(config, **family)))
-    inputs = {"pixel_values": torch.randn(2, 4, 3, 24, 24)}
-    return described(model, model.vivit.layers, inputs, 1, like_vit)
-
-
-def _dpt(**config) -> Vit:
-    model = hf.DPTModel(hf.DPTConfig(**configured(config, qkv_bias=True)))
-    return described(model, model.encoder.layer, {"pixel_values": images()}, 1, like_videomae)
+    return build
 
 
 def whisper_config(**config) -> Any:
@@ -206,36 +119,94 @@ def whisper_config(**config) -> Any:
     return hf.WhisperConfig(**family | config)
 
 
+def _like_whisper(block: Any) -> Block:
+    return Block(
+        block.self_attn_layer_norm,
+        qkv(block.self_attn),
+        block.self_attn.out_proj,
+        lambda x: block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x)))),
+    )
+
+
 def _whisper(**config) -> Vit:
     model = WhisperEncoder(whisper_config(**config))
     inputs = {"input_features": torch.randn(2, 8, 72)}
+    return described(model, model.layers, inputs, 0, _like_whisper)
 
-    def describe(block: Any) -> Block:
-        return Block(
-            block.self_attn_layer_norm,
-            qkv(block.self_attn),
-            block.self_attn.out_proj,
-            lambda x: block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x)))),
-        )
 
-    return described(model, model.layers, inputs, 0, describe)
-
+_STAGES = {"out_features": ["stage1", "stage3"]}
+_DINOV2 = {"mlp_ratio": 2, "layerscale_value": 0.7}
+_TIPSV2 = {**_DINOV2, "num_register_tokens": 2}
+_VIDEO = {"num_frames": 4, "tubelet_size": 2, "patch_size": 8}
+_MAE = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+    "mask_ratio": 0.25,
+}
+_SOUND = {"max_length": 24, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4}
 
 ENCODERS = {
-    "ViT": _vit,
-    "DeiT": _deit,
-    "ViTMAE": _vit_mae,
-    "DINOv2": _dinov2,
-    "DINOv2 backbone": _dinov2_backbone,
-    "DINOv2 with registers": _dinov2_with_registers,
-    "VideoMAE": _videomae,
-    "AST": _ast,
+    "ViT": encoder(hf.ViTForImageClassification, "vit.layers", 1, like_vit),
+    "DeiT": encoder(hf.DeiTForImageClassification, "deit.layers", 2, like_vit),
+    "ViTMAE": encoder(
+        hf.ViTMAEForPreTraining,
+        "vit.layers",
+        1,
+        like_vit,
+        lambda: pictures() | {"noise": torch.rand(2, 36)},
+        **_MAE,
+    ),
+    "DINOv2": encoder(
+        hf.Dinov2ForImageClassification, "dinov2.encoder.layer", 1, like_dino, **_DINOV2
+    ),
+    "DINOv2 backbone": encoder(
+        hf.Dinov2Backbone, "encoder.layer", 1, like_dino, mlp_ratio=2, **_STAGES
+    ),
+    "DINOv2 with registers": encoder(
+        hf.Dinov2WithRegistersForImageClassification,
+        "dinov2_with_registers.encoder.layer",
+        4,
+        like_dino,
+        mlp_ratio=2,
+        num_register_tokens=3,
+        use_swiglu_ffn=True,
+    ),
+    "VideoMAE": encoder(
+        hf.VideoMAEForVideoClassification,
+        "videomae.encoder.layer",
+        0,
+        like_videomae,
+        videos,
+        **_VIDEO,
+        qkv_bias=True,
+        use_mean_pooling=True,
+    ),
+    "AST": encoder(
+        hf.ASTForAudioClassification,
+        "audio_spectrogram_transformer.layers",
+        2,
+        like_vit,
+        lambda: {"input_values": torch.randn(2, 24, 16)},
+        **_SOUND,
+    ),
     "Whisper": _whisper,
-    "ViTMSN": _vit_msn,
-    "I-JEPA": _ijepa,
-    "Pixio": _pixio,
-    "TIPSv2": _tipsv2,
-    "TIPSv2 backbone": _tipsv2_backbone,
-    "ViViT": _vivit,
-    "DPT": _dpt,
+    "ViTMSN": encoder(hf.ViTMSNForImageClassification, "vit.layers", 1, like_vit),
+    "I-JEPA": encoder(hf.IJepaForImageClassification, "ijepa.layers", 0, like_vit),
+    "Pixio": encoder(hf.PixioModel, "layers", 3, like_vit, n_cls_tokens=3, mlp_ratio=2),
+    "TIPSv2": encoder(hf.Tipsv2VisionModel, "encoder.layer", 3, like_dino, **_TIPSV2),
+    "TIPSv2 backbone": encoder(
+        hf.Tipsv2VisionBackbone, "encoder.layer", 3, like_dino, **_TIPSV2, **_STAGES
+    ),
+    "ViViT": encoder(
+        hf.VivitForVideoClassification,
+        "vivit.layers",
+        1,
+        like_vit,
+        videos,
+        num_frames=4,
+        tubelet_size=[2, 8, 8],
+    ),
+    "DPT": encoder(hf.DPTModel, "encoder.layer", 1, like_videomae, qkv_bias=True),
 }

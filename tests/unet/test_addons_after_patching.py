@@ -210,12 +210,12 @@ def test_a_pipeline_made_from_a_patched_one_merges_and_its_steps_count_for_a_sch
 def test_one_learns_that_the_part_that_was_patched_has_been_replaced():
     pipe = tomesd.apply_patch(sd_pipeline())
     pipe.unet = sd_unet(seed=1)
-    with pytest.raises(ValueError, match="also if the part that was patched has been replaced"):
+    with pytest.raises(ValueError, match="again if the patched part has been replaced"):
         tomesd.report(pipe)
     both = torch.nn.ModuleDict({"unet": sd_unet(), "controlnet": controlnet(sd_unet())})
     tomesd.apply_patch(both)
     both["unet"] = sd_unet(seed=1)
-    assert "not patched: it came later" in str(tomesd.report(both))
+    assert "not patched: it was added later" in str(tomesd.report(both))
     assert tomesd.report(both).rows["controlnet"][0].note == ""
 
 
@@ -223,7 +223,7 @@ def test_one_learns_that_blocks_were_replaced():
     unet = tomesd.apply_patch(sd_unet())
     assert "replaced" not in str(tomesd.report(unet))
     unet.down_blocks[0].attentions[0] = sd_unet().down_blocks[0].attentions[0]
-    assert "replaced since: apply_patch again" in str(tomesd.report(unet))
+    assert "replaced since: call apply_patch again" in str(tomesd.report(unet))
     assert predict(unet).isfinite().all()
 
 

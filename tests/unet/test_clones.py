@@ -39,6 +39,14 @@ def test_only_the_clone_with_the_patch_and_its_clones_merge(patcher):
     assert _hooks(patcher) == 0
 
 
+def test_random_merging_leaves_the_next_clone_alone(patcher):
+    """Its hook on the model itself is removed while the next clone calls the model."""
+    plain = sample(patcher, steps=1)
+    clone = tomesd.apply_patch(patcher.clone(), method="prune")
+    assert not torch.equal(sample(clone, steps=1), plain)
+    assert torch.equal(sample(patcher, steps=1), plain)
+
+
 def test_two_clones_keep_their_own_settings(patcher):
     one = tomesd.apply_patch(patcher.clone(), ratio=0.5)
     other = tomesd.apply_patch(patcher.clone(), ratio=0.25, merge_attn=True)
@@ -147,7 +155,7 @@ def test_a_compiled_model_is_refused():
 def test_a_module_that_is_patched_by_itself_is_refused(patcher):
     clone = tomesd.apply_patch(patcher.clone())
     tomesd.apply_patch(patcher.model.diffusion_model)
-    with pytest.raises(ValueError, match="must not be patched by itself"):
+    with pytest.raises(ValueError, match="must not be patched itself while"):
         sample(clone)
     tomesd.remove_patch(patcher.model.diffusion_model)
     sample(clone)

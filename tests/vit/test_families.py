@@ -67,6 +67,25 @@ def test_merged_blocks_compute_what_the_paper_says(name):
         torch.testing.assert_close(got, unmerge(merged, groups), atol=1e-4, rtol=1e-4)
 
 
+# With detection tokens at the end, distillation, rotary positions, and a bias by places.
+@pytest.mark.parametrize("name", ["YOLOS", "DeiT", "Pixtral", "BEiT"])
+@torch.no_grad()
+def test_in_the_paper_s_order_protected_tokens_keep_their_ends_and_values(name):
+    vit = build(name)
+    tomesd.apply_patch(vit.model, r=R, order="concatenated")
+    vit.output()
+    end = patched_encoder(vit)._tomesd_patch.forward.maps[-1]
+    n, m = end.n, end.m
+    head = end.head
+    assert head[:, : vit.prefix].tolist() == [list(range(vit.prefix))] * len(head)
+    assert head[:, m - vit.suffix :].tolist() == [list(range(n - vit.suffix, n))] * len(head)
+    assert (head.diff() < 0).any()
+    tomesd.apply_patch(vit.model, r=[3, 0, 0], order="concatenated")
+    once = vit.output()
+    tomesd.apply_patch(vit.model, r=[3, 0, 0])
+    torch.testing.assert_close(vit.output(), once, atol=1e-4, rtol=1e-4)
+
+
 NEED_ALL = ("ViTMAE", "EoMT", "EoMT DINOv3", *(name for name in FAMILIES if "backbone" in name))
 
 

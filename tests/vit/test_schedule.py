@@ -23,8 +23,8 @@ def test_the_decreasing_schedule_falls_from_2r_to_0_on_a_line(r, layers):
     got = per_layer((r, -1), layers)
     assert got == sorted(got, reverse=True)
     line = [2 * r * (1 - i / (layers - 1)) for i in range(layers)] if layers > 1 else [2 * r]
-    # Rounded down, as in the paper's code; a line of floats may lie just below a whole number.
-    assert all(0 <= b - a < 1 + 1e-9 for a, b in zip(got, line, strict=True))
+    # Rounded down, as in the paper's code; floats may miss a whole number by a little.
+    assert all(-1e-9 <= b - a < 1 + 1e-9 for a, b in zip(got, line, strict=True))
 
 
 @given(r=st.integers(0, 40), inflection=st.floats(-1, 1), layers=st.integers(2, 40))
@@ -42,6 +42,12 @@ def test_inflection_0_is_constant_and_1_the_decreasing_schedule_turned_round():
 
 def test_the_decreasing_schedule_rounds_down_as_the_paper_s_code_does():
     assert per_layer((16, -1), 12) == [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]
+
+
+def test_any_inflection_rounds_its_ends_first_as_the_paper_s_code_does():
+    assert per_layer((13, 0.3), 5) == [9, 11, 13, 15, 17]
+    assert per_layer((1, -0.9), 2) == [1, 1]
+    assert per_layer((5, -1), 6) == [10, 8, 6, 4, 2, 0]
 
 
 @pytest.mark.parametrize(

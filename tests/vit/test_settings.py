@@ -21,7 +21,7 @@ from tests.support.tiny_vits import build
         ({"r": 2.5}, TypeError, "r must be an int .* got 2.5"),
         ({"r": [1, 2]}, ValueError, "r must have one number for each of 3 layers"),
         ({}, TypeError, "r .*or speedup must be given"),
-        ({"r": 3, "speedup": 2.0}, ValueError, "r must not be given beside speedup"),
+        ({"r": 3, "speedup": 2.0}, ValueError, "r must not be given with speedup"),
         ({"speedup": 50}, ValueError, "speedup must be at most"),
         ({"speedup": "2x"}, TypeError, "speedup must be float, got '2x'"),
         ({"ratio": 0.5}, TypeError, "ViTModel must be given r.*ratio and preset are for diffusion"),

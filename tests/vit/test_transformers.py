@@ -212,12 +212,13 @@ def test_only_the_vision_half_of_clip_merges():
     assert list(tomesd.report(clip).rows) == ["vision_model"]
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=slow)])
 @torch.no_grad()
-def test_vit_compiles_to_one_graph_with_merging():
+def test_vit_compiles_to_one_graph_with_merging(backend):
     vit = build("ViT", num_hidden_layers=2)
     tomesd.apply_patch(vit.model, r=9)
     expected = vit.output()
-    vit.model = torch.compile(vit.model, fullgraph=True, backend="aot_eager")
+    vit.model = torch.compile(vit.model, fullgraph=True, backend=backend)
     torch.testing.assert_close(vit.output(), expected)
 
 
@@ -233,6 +234,7 @@ def test_an_attention_mask_compiles_to_one_graph_with_merging():
     torch.testing.assert_close(vit.output(), expected)
 
 
+@slow
 @torch.no_grad()
 def test_a_compiled_model_notices_that_it_is_patched_and_restored():
     vit = build("ViT", num_hidden_layers=2)

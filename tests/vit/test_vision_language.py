@@ -106,6 +106,26 @@ def test_gemma_3_s_projector_is_refused_by_name():
         tomesd.apply_patch(model, r=5, unmerge=False)
 
 
+PIXTRAL = hf.PixtralVisionConfig(**VISION | {"head_dim": 12})
+SPLIT = {
+    "Mistral3MultiModalProjector": lambda: hf.Mistral3ForConditionalGeneration(
+        hf.Mistral3Config(vision_config=PIXTRAL, text_config=hf.MistralConfig(**TEXT))
+    ),
+    "LlavaModel": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=PIXTRAL, text_config=hf.LlamaConfig(**TEXT))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_splits_tokens_by_the_sizes_of_pictures_is_refused_by_name(name):
+    with torch.device("meta"):
+        model = SPLIT[name]()
+    tomesd.apply_patch(model, r=5)
+    with pytest.raises(ValueError, match=f"unmerge must be True with {name}, which"):
+        tomesd.apply_patch(model, r=5, unmerge=False)
+
+
 def test_tokens_after_says_what_is_wrong():
     model = llava()
     with pytest.raises(ValueError, match="must have one patched Vision Transformer, got 0"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from timm.models.hiera import Hiera
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
@@ -209,6 +210,50 @@ def _timm_sam() -> tuple[nn.Module, Any]:
     return model, model.blocks
 
 
+HIERA = {"embed_dim": 6, "mlp_ratio": 2.0}
+
+
+def _hiera() -> tuple[nn.Module, Any]:
+    config = hf.HieraConfig(
+        **HIERA, image_size=[96, 96], depths=[1, 1, 4, 2], num_heads=[1, 1, 2, 2]
+    )
+    model = hf.HieraModel(config)
+    return model, model.encoder.stages[2].layers[1:]
+
+
+def _timm_hiera(fused: bool) -> tuple[nn.Module, Any]:
+    model = Hiera(**HIERA, img_size=96, stages=(1, 1, 4, 2), head_mul=1, num_heads=2)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    return model, model.blocks[3:6]
+
+
+HIERAS = {
+    "Hiera": _hiera,
+    "timm Hiera": lambda: _timm_hiera(True),
+    "timm Hiera, eager": lambda: _timm_hiera(False),
+}
+
+
+@pytest.mark.parametrize("name", HIERAS)
+@torch.no_grad()
+def test_hiera_merges_where_its_attention_is_global_and_nothing_is_pooled(name):
+    model, blocks, call = build_grid(name, size=96)
+    plain = call()
+    tomesd.apply_patch(model, r=15, within_blocks=True)
+    (rows,) = tomesd.report(model).rows.values()
+    assert [(row.tokens, row.merged) for row in rows] == [(36, 21)] * 3
+    given, taken = inputs_and_outputs(blocks, call)
+    assert not torch.equal(call(), plain)
+    assert tomesd.report(model).rows.popitem()[1] == rows
+    tomesd.remove_patch(model)
+    assert torch.equal(call(), plain)
+    for block, xs, ys in zip(blocks, given, taken, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            want = expected_block(x, describe_grid(block), 15)
+            torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
+
+
 GRIDS = {
     "SAM": lambda: _sam(hf.SamVisionModel, hf.SamVisionConfig, "sdpa"),
     "SAM, eager": lambda: _sam(hf.SamVisionModel, hf.SamVisionConfig, "eager"),
@@ -219,13 +264,13 @@ GRIDS = {
 grids = pytest.mark.parametrize("name", GRIDS)
 
 
-def build_grid(name: str) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
+def build_grid(name: str, size: int = 24) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
     torch.manual_seed(0)
-    model, blocks = GRIDS[name]()
+    model, blocks = (GRIDS | HIERAS)[name]()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
     model.eval()
-    images = torch.randn(2, 3, 24, 24)
+    images = torch.randn(2, 3, size, size)
 
     def call() -> Tensor:
         out = model(images)
@@ -234,10 +279,14 @@ def build_grid(name: str) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
     return model, blocks, call
 
 
-def describe_grid(block: Any, width: int) -> Block:
-    """A block of global attention on tokens [N, C] of a square grid."""
+def describe_grid(block: Any, width: int = 0) -> Block:
+    """A block of global attention on tokens [N, C] of a square grid; Hiera adds no places."""
     attention = getattr(block, "attn", None) or block.attention
-    norms = [getattr(block, f"norm{i}", None) or getattr(block, f"layer_norm{i}") for i in (1, 2)]
+    names = (
+        ("norm1", "layer_norm1", "layernorm_before"),
+        ("norm2", "layer_norm2", "layernorm_after"),
+    )
+    norms = [next(getattr(block, n) for n in each if hasattr(block, n)) for each in names]
 
     def qkv(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(heads(part) for part in attention.qkv(x).chunk(3, dim=-1))
@@ -252,7 +301,8 @@ def describe_grid(block: Any, width: int) -> Block:
                     logits[:, i, j] += q[:, i] @ (rows + columns)
             return logits
 
-    return OnGrid(norms[0], qkv, attention.proj, lambda x: block.mlp(norms[1](x)))
+    kind = OnGrid if width else Block
+    return kind(norms[0], qkv, attention.proj, lambda x: block.mlp(norms[1](x)))
 
 
 @grids

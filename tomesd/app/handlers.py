@@ -146,7 +146,7 @@ def figures(result: Result) -> str:
         peak = "–" if shot.peak is None else f"{shot.peak / 2**30:.2f} GiB"
         near = "–" if name == "unpatched" else f"{result.psnr:.1f} dB"
         lines.append(f"| {name} | {shot.seconds:.2f} | {peak} | {near} |")
-    note = "\n\nThe merged time includes recording the map below." if result.maps else ""
+    note = "\n\nOne run each; the merged one also records the map." if result.maps else ""
     return "\n".join(lines) + note
 
 

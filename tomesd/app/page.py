@@ -7,12 +7,13 @@ import gradio as gr
 from tomesd.app import handlers
 from tomesd.app.handlers import Playground
 from tomesd.app.reading import LAYERS, MOST_R, Reader
-from tomesd.app.studio import EMBEDDED, Studio
+from tomesd.app.studio import Studio
 from tomesd.diffusion.settings import METHODS, PRESETS
+from tomesd.shapes.names import DEFAULT, available
 
 PROMPT = "a photo of a red heart on a blue striped background"
+# Beside the embedded ones.
 MODELS = [
-    EMBEDDED,
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-xl-base-1.0",
     "black-forest-labs/FLUX.1-schnell",
@@ -24,7 +25,9 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 CSS = """
 .gradio-container { max-width: 1100px !important; }
 #status, #frontier-status { min-height: 1.6em; }
-.pixelated img { image-rendering: pixelated; }
+#figures table { width: 100%; }
+#figures th, #figures td { padding: 4px 6px; font-size: 0.85em; white-space: nowrap; }
+.drawn img { width: 100%; height: 100%; object-fit: contain; }
 """
 
 
@@ -35,15 +38,15 @@ def build(studio: Studio, reader: Reader) -> gr.Blocks:
     """
     play = Playground(studio, reader)
     with gr.Blocks(title="tomesd playground", analytics_enabled=False) as page:
-        gr.Markdown("# tomesd playground\nMerge similar tokens, and see what it changes.")
+        gr.Markdown("# tomesd playground\nMerge similar tokens and see what changes.")
         result = gr.State(None, time_to_live=3600)
         with gr.Tab("Images"):
             scene, merging, run, stop, status = _controls(studio.model)
             _images(play, scene, merging, run, stop, status, result)
         with gr.Tab("Quality over speed"):
             _frontier(play, scene)
-        with gr.Tab("Classifier"):
-            _classifier(play)
+        with gr.Tab("Classifier") as tab:
+            _classifier(play, tab)
     page.queue(default_concurrency_limit=1, max_size=16)
     return page
 
@@ -63,7 +66,7 @@ def _controls(model: str | None) -> tuple[list[Any], list[Any], Any, Any, Any]:
             0.5,
             step=0.05,
             label="Ratio",
-            info="Share of the tokens that merge",
+            info="Share of tokens to merge",
             elem_id="ratio",
         )
         since = gr.Slider(
@@ -71,27 +74,27 @@ def _controls(model: str | None) -> tuple[list[Any], list[Any], Any, Any, Any]:
             0.9,
             0,
             step=0.1,
-            label="From step",
-            info="Share of the steps that stays whole",
+            label="Since",
+            info="Share of steps without merging",
             elem_id="since",
         )
-        levels = gr.Dropdown(LEVELS, value=0, label="Levels", info="Which of a UNet's levels merge")
+        levels = gr.Dropdown(LEVELS, value=0, label="Levels", info="Levels of a UNet that merge")
         preset = gr.Dropdown(
             [("none", ""), *((name, name) for name in sorted(PRESETS))],
             value="",
             label="Preset",
             info="What merges in a block",
         )
-    with gr.Accordion("Model, seed and steps", open=False), gr.Row():
+    with gr.Accordion("Model, method, seed and steps", open=False), gr.Row():
         name = gr.Dropdown(
-            MODELS if model is None else [model],
-            value=model or EMBEDDED,
+            [*available(), *MODELS] if model is None else [model],
+            value=model or DEFAULT,
             allow_custom_value=model is None,
             label="Model",
-            info="embedded, a folder, or a hub id, which is downloaded",
+            info="Embedded, or type a folder or a hub id",
             elem_id="model",
         )
-        method = gr.Dropdown(list(METHODS), label="Method", info="Merge, or drop at random")
+        method = gr.Dropdown(list(METHODS), label="Method", info="Merge, or drop random tokens")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32)
         steps = gr.Number(
             0,
@@ -120,6 +123,7 @@ def _images(
         "buttons": ["download", "fullscreen"],
         "height": 300,
         "min_width": 220,
+        "elem_classes": "drawn",
     }
     with gr.Row():
         plain = gr.Image(label="Unpatched", alt_text="unpatched image", elem_id="unpatched", **look)
@@ -127,9 +131,9 @@ def _images(
         changed = gr.Image(
             label="Difference, 4 times", alt_text="difference", elem_id="difference", **look
         )
-    figures = gr.Markdown(elem_id="figures")
     with gr.Row():
-        with gr.Column(min_width=220):
+        with gr.Column(min_width=280):
+            figures = gr.Markdown(elem_id="figures")
             step = gr.Slider(1, 2, 1, step=1, label="Step", elem_id="map-step", interactive=False)
             block = gr.Slider(
                 1, 2, 1, step=1, label="Block", elem_id="map-block", interactive=False
@@ -176,9 +180,9 @@ def _images(
 
 def _frontier(play: Playground, scene: list[Any]) -> None:
     gr.Markdown(
-        "Draws the current prompt with several settings: the further right a point is, the faster, "
-        "and the higher, the closer to the unpatched image. Small images, such as the embedded "
-        "pipeline's, save little time, and one run each shows only large differences."
+        "Draws the current prompt with several settings. Points further right are faster, higher "
+        "ones closer to the unpatched image. Small images, such as the embedded pipeline's, save "
+        "little time, and one run each shows only large differences."
     )
     with gr.Row():
         run = gr.Button("Draw the curve", variant="primary", elem_id="curve")
@@ -203,21 +207,21 @@ def _frontier(play: Playground, scene: list[Any]) -> None:
     stop.click(play.stop, None, status, queue=False, api_visibility="private")
 
 
-def _classifier(play: Playground) -> None:
+def _classifier(play: Playground, tab: gr.Tab) -> None:
     gr.Markdown(
-        "The embedded Vision Transformer says which shape is in a picture. Patches of one color "
-        "and one border are one token."
+        "The embedded Vision Transformer names the shape in an image. Patches that share a color "
+        "and a border have merged into one token."
     )
     with gr.Row():
         with gr.Column(min_width=240):
             picture = gr.Image(
                 type="filepath",
                 sources=["upload", "clipboard"],
-                label="Picture: PNG, JPEG or WebP",
+                label="Image: PNG, JPEG or WebP",
                 height=260,
                 elem_id="upload",
             )
-            seed = gr.Slider(0, 99, 3, step=1, label="Or a drawn picture", elem_id="example")
+            seed = gr.Slider(0, 99, 3, step=1, label="Or a drawn image", elem_id="example")
             r = gr.Slider(
                 0, MOST_R, 8, step=1, label="r", info="Tokens merged in each layer", elem_id="r"
             )
@@ -233,8 +237,9 @@ def _classifier(play: Playground) -> None:
             )
             reading = gr.Markdown(elem_id="reading")
     inputs, outputs = [picture, seed, r, layer], [groups, reading]
-    for control in inputs:
-        control.change(
+    # The classifier is loaded when its tab is first opened.
+    for changed in (tab.select, *(control.change for control in inputs)):
+        changed(
             play.read,
             inputs,
             outputs,
@@ -243,12 +248,3 @@ def _classifier(play: Playground) -> None:
             concurrency_id="reading",
             api_visibility="private",
         )
-    gr.on(
-        None,
-        play.read,
-        inputs,
-        outputs,
-        show_progress="hidden",
-        concurrency_id="reading",
-        api_visibility="private",
-    )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import tomesd
+from tomesd.app.loading import LOADING
 from tomesd.pictures.classifiers import Classifier, load_classifier
 from tomesd.pictures.files import open_image
 from tomesd.pictures.token_pages import enlarged
@@ -55,8 +56,7 @@ class Reader:
     def read(self, picture: Image.Image, r: int, layer: int) -> Reading:
         """layer: after which the merged patches are drawn, from 1 to LAYERS."""
         with self._lock, torch.no_grad():
-            self._classifier = self._classifier or load_classifier()
-            classifier = self._classifier
+            classifier = self._load()
             picture = classifier.fit(picture)
             tomesd.apply_patch(classifier.model, r=max(r, 1))
             with tomesd.trace(classifier.model) as traced:
@@ -74,6 +74,12 @@ class Reader:
         return Reading(
             large, draw_groups(large, record.patches[0]), int(record.group.unique().numel()), found
         )
+
+    def _load(self) -> Classifier:
+        if self._classifier is None:
+            with LOADING:
+                self._classifier = load_classifier()
+        return self._classifier
 
 
 def example(seed: int) -> Image.Image:
@@ -93,7 +99,7 @@ def open_upload(path: str) -> Image.Image:
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"A picture may have {MOST_PIXELS // 1_000_000} megapixels.")
+                raise ValueError(f"Images may have at most {MOST_PIXELS // 1_000_000} megapixels.")
     except OSError as error:
-        raise ValueError("This file is no PNG, JPEG or WebP picture.") from error
+        raise ValueError("This file is not a PNG, JPEG or WebP image.") from error
     return open_image(Path(path))

@@ -11,6 +11,7 @@ import gradio as gr
 from tomesd.app.page import CSS, FONTS, build
 from tomesd.app.reading import Reader
 from tomesd.app.studio import Studio
+from tomesd.shapes.names import DEFAULT
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -31,7 +32,7 @@ def serve(
         other one, so that nobody elsewhere makes this machine load what they like.
     Raises OSError if the port is taken.
     """
-    only = model if host in LOCAL else model or "embedded"
+    only = model if host in LOCAL else model or DEFAULT
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="tomesd-"))
     page = build(Studio(only), Reader())
     _, address, _ = page.launch(

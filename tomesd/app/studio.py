@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import tomesd
+from tomesd.app.loading import LOADING
 from tomesd.diffusion.ratio_schedule import Ratio, RatioSchedule
 from tomesd.diffusion.settings import diffusion_settings
 from tomesd.pictures import sampling
@@ -19,9 +20,9 @@ from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 from tomesd.pictures.differences import difference, psnr
 from tomesd.pictures.memory import with_peak
 from tomesd.pictures.token_pages import enlarged
+from tomesd.shapes.names import DEFAULT
 from tomesd.visualize import draw_groups
 
-EMBEDDED = "embedded"
 LONGEST_PROMPT = 1000
 
 # After each step: steps that are done, and all steps.
@@ -62,7 +63,7 @@ class Scene:
     """What to draw; steps: None for the model's own."""
 
     prompt: str
-    model: str = EMBEDDED
+    model: str = DEFAULT
     seed: int = 0
     steps: int | None = None
 
@@ -71,7 +72,7 @@ class Scene:
         if not self.prompt.strip():
             raise ValueError("Type a prompt first.")
         if len(self.prompt) > LONGEST_PROMPT:
-            raise ValueError(f"The prompt may have {LONGEST_PROMPT} characters.")
+            raise ValueError(f"The prompt may have at most {LONGEST_PROMPT} characters.")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Result:
         found = blocks[min(block, len(blocks) - 1)]
         image = enlarged(self.merged.image, tuple(found.groups.shape))
         left = int(found.groups[found.groups >= 0].unique().numel())
-        caption = f"Step {step + 1}, {found.where}: {found.groups.numel()} tokens, {left} groups"
+        where = found.where.replace(".transformer_blocks.", ", block ")
+        caption = f"Step {step + 1}, {where}: {found.groups.numel()} tokens, {left} groups"
         return draw_groups(image, found.groups), caption
 
     def blocks(self, step: int) -> int:
@@ -181,14 +183,14 @@ class Studio:
             raise ValueError(f"The model must be {self.model}, got {model!r}.")
         if self._loaded is None or self._loaded[0] != model:
             tick(0, 0)
-            name = None if model == EMBEDDED else model
             precision = PRECISIONS[choose_precision(self.device)]
-            pipe = sampling.load_pipeline(name, self.device, precision)
+            with LOADING:
+                pipe = sampling.load_pipeline(model, self.device, precision)
             pipe.set_progress_bar_config(disable=True)
             self._loaded = model, pipe
             self._unpatched.clear()
             # First calls allocate memory and load kernels, which no setting should pay for.
-            self._shoot(pipe, Scene("", model, steps=1), tick, None)
+            self._shoot(pipe, Scene("", model, steps=2), tick, None)
         return self._loaded[1]
 
     def _draw_unpatched(self, pipe: Any, scene: Scene, tick: Tick, stop: Event | None) -> Shot:
@@ -201,7 +203,7 @@ class Studio:
     def _shoot(
         self, pipe: Any, scene: Scene, tick: Tick, stop: Event | None, tracing: bool = False
     ) -> tuple[Shot, list[MergeMap]]:
-        how = sampling.choose(pipe, None if scene.model == EMBEDDED else scene.model, scene.steps)
+        how = sampling.choose(pipe, scene.model, scene.steps)
 
         def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
             if stop is not None and stop.is_set():

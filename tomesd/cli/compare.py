@@ -8,7 +8,7 @@ from tomesd.cli import options
 from tomesd.cli.options import usage_errors
 
 
-@click.command(name="compare", short_help="Compare merging with random pruning in one image.")
+@click.command(name="compare", short_help="Compare merging with random pruning in one figure.")
 @click.argument("prompt")
 @options.preset
 @options.model
@@ -17,8 +17,8 @@ from tomesd.cli.options import usage_errors
 def command(**given: Any) -> None:
     """Compare merging with random pruning, at ratios from 0 to 0.6.
 
-    One image with a row for each method and a column for each ratio, each cell with its time: one
-    run after a warm-up, which shows a large effect, but not a few percent.
+    One figure with a row for each method and a column for each ratio, each cell with its time: one
+    run after a warm-up, which shows large effects, but not a few percent.
 
     \b
     tomesd compare "a photo of a red heart on a blue striped background"

@@ -28,31 +28,32 @@ from tomesd.cli.options import number, usage_errors
     type=number(int, 1, 100_000),
     default=1,
     show_default=True,
-    help="Of each prompt, with seed, seed + 1, and so on.",
+    help="Images per prompt, with seeds SEED, SEED + 1, ...",
 )
 @click.option(
     "--img2img",
     type=click.Path(path_type=Path),
-    help="Start with this image, scaled and cropped to the size, instead of noise alone.",
+    help="Start from this image, scaled and cropped to the size, instead of pure noise.",
 )
 @click.option(
     "--strength",
     type=number(float, 0.01, 1),
-    help="With --img2img: how much to change it; 1 is everything.  [default: 0.8]",
+    help="With --img2img: how much to change the image; 1 ignores it.  [default: 0.8]",
 )
 @click.option(
-    "--compile", "compiles", is_flag=True, help="Compile the denoiser; the first image waits."
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Compile the denoiser; the first image takes longer.",
 )
 @options.output("runs/generate")
-@click.option(
-    "--save-map", is_flag=True, help="Write which tokens merged to a second file, NAME-map.png."
-)
-@click.option("--report", is_flag=True, help="Print where how many tokens merged.")
+@click.option("--save-map", is_flag=True, help="Also draw which tokens merged, in NAME-map.png.")
+@click.option("--report", is_flag=True, help="Print how many tokens merged where.")
 def command(**given: Any) -> None:
     """Make images of PROMPT with merged tokens.
 
-    Files are PNG with their settings as metadata. Times are from the prompt to the pixels; that of
-    the first image includes the warm-up.
+    Images are PNG files with their settings as metadata. Times are from the prompt to the pixels;
+    the first one includes warm-up.
 
     \b
     tomesd generate "a photo of a red heart on a blue striped background" --ratio 0.5

@@ -13,6 +13,7 @@ from tomesd.pictures import sampling
 from tomesd.pictures.device import PRECISIONS, choose_device, choose_precision
 from tomesd.pictures.files import check_output, versions
 from tomesd.pictures.sampling import Sampling
+from tomesd.shapes.names import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Job:
     def metadata(self) -> dict[str, Any]:
         """The settings that the file of every image has."""
         return {
-            "model": self.model or "embedded",
+            "model": self.model or DEFAULT,
             "steps": self.sampling.steps,
             "guidance": self.sampling.guidance,
             "scheduler": type(self.pipe.scheduler).__name__,

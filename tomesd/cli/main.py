@@ -38,7 +38,7 @@ class Commands(click.Group):
 def group() -> None:
     """Token merging for diffusion models and Vision Transformers.
 
-    Models are the embedded ones by default: nothing is downloaded. Shell completion for bash (or
+    By default the embedded models are used: nothing is downloaded. Shell completion for bash (or
     zsh, fish): eval "$(_TOMESD_COMPLETE=bash_source tomesd)".
     """
 
@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         name = getattr(getattr(error, "ctx", None), "command_path", "tomesd")
         fail(name, error.format_message(), error.exit_code)
     except click.Abort:
-        fail("tomesd", "stopped; no file is left half-written", 130)
+        fail("tomesd", "stopped; no partial files are left", 130)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        fail("tomesd", "memory ran out: use a smaller size or a precision of fewer bytes", 1)
+        fail("tomesd", "out of memory: use a smaller size or a lower precision", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

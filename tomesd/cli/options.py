@@ -2,50 +2,43 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from tomesd.diffusion.settings import METHODS, PRESETS
+from tomesd.pictures import names
 from tomesd.pictures.names import PRECISIONS, SCHEDULERS
+from tomesd.shapes.names import DEFAULT, available
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """An option's type: a number from low to high, both included.
+def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """An option's type; click shows the message of its own errors only.
 
-    >>> number(int, 1, 1000)("25")
+    >>> option_type(names.number(int, 1, 1000))("25")
     25
     """
 
-    def parse(text: str) -> float:
+    @wraps(parse)
+    def convert(text: str) -> Value:
         try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            raise click.BadParameter(f"must be {noun} from {low} to {high}, got {text!r}")
-        return value
+            return parse(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
 
-    parse.__name__ = "integer" if kind is int else "number"  # What --help shows.
-    return parse
+    return convert
 
 
-def size(text: str) -> tuple[int, int]:
-    """An option's type: width and height in pixels, multiples of 8.
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    return option_type(names.number(kind, low, high))
 
-    >>> size("128"), size("192x128")
-    ((128, 128), (192, 128))
-    """
-    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
-    if len(sides) > 2 or any(side < 8 or side % 8 for side in sides):
-        raise click.BadParameter(
-            f"must be one side or WxH in positive multiples of 8 pixels, got {text!r}"
-        )
-    return sides[0], sides[-1]
+
+size = option_type(names.size)
 
 
 @contextmanager
@@ -78,7 +71,7 @@ def output(default: str) -> Callable[[Function], Function]:
         type=click.Path(path_type=Path),
         default=Path(default),
         show_default=True,
-        help="PNG file, replaced if it exists; or a folder, where nothing is replaced.",
+        help="A PNG file, replaced if it exists, or a folder, in which nothing is replaced.",
     )
 
 
@@ -87,14 +80,14 @@ ratio = click.option(
     type=float,
     default=0.5,
     show_default=True,
-    help="Share of the tokens to merge; 0 changes nothing.",
+    help="Share of the tokens to merge; 0: none.",
 )
 
 preset = click.option(
     "--preset",
     type=click.Choice(sorted(PRESETS)),
-    help="quality: keys and values only; fast: every level where it pays; paper: all branches and "
-    "levels, as in ToMe's Appendix F.",
+    help="quality: keys and values only; fast: every level where it pays; late: the same, but not "
+    "in the first fifth of the steps; paper: all branches and levels, as in ToMe's Appendix F.",
 )
 
 method = click.option(
@@ -102,24 +95,29 @@ method = click.option(
     type=click.Choice(METHODS),
     default="tome",
     show_default=True,
-    help="Merge similar tokens, or drop random ones.",
+    help="tome: merge similar tokens; prune: drop random ones.",
 )
 
 levels = click.option(
     "--levels",
     type=click.Choice(["1", "2", "4", "8"]),
-    help="Which levels of a UNet merge, by how much coarser than the finest one they may be: 1 is "
-    "the finest only, 8 all.  [default: 1, or the preset's]",
+    help="Which levels of a UNet merge, by how much coarser they are than the finest one: 1 is "
+    "only the finest, 8 all.  [default: 1, or the preset's]",
 )
 
 since = click.option(
     "--since",
     type=number(float, 0, 0.999),
-    help="Merge from this share of the steps on: 0.2 leaves the first fifth whole.",
+    help="Share of the steps at the start in which nothing merges, such as 0.2.",
 )
 
+# The embedded pipelines, as help texts name them.
+EMBEDDED = ", ".join(available())
+
 model = click.option(
-    "--model", help="Hub id or folder.  [default: the embedded pipeline, 128x128 px]"
+    "--model",
+    help=f"An embedded pipeline of 128x128 px ({EMBEDDED}), a folder or a hub id.  "
+    f"[default: {DEFAULT}]",
 )
 
 seed = click.option(
@@ -127,13 +125,13 @@ seed = click.option(
     type=number(int, 0, 2**32),
     default=0,
     show_default=True,
-    help="Of the first image's noise.",
+    help="Seed of the first image's noise.",
 )
 
 steps = click.option(
     "--steps",
     type=number(int, 1, 1000),
-    help="Denoising steps.  [default: 25 of the embedded pipeline, others have their own]",
+    help="Denoising steps.  [default: the model's]",
 )
 
 sampling = several(
@@ -144,14 +142,14 @@ sampling = several(
     click.option(
         "--guidance",
         type=number(float, 0, 100),
-        help="Scale of the guidance.  [default: 4 of the embedded pipeline, others have their own]",
+        help="Guidance scale.  [default: the model's]",
     ),
-    click.option("--size", type=size, help="Pixels, one side or WxH.  [default: the model's]"),
+    click.option("--size", type=size, help="Pixels, side or WxH.  [default: the model's]"),
     seed,
     click.option("--device", help="cuda, mps or cpu.  [default: the first available]"),
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="[default: bf16 or, where there is none, fp16 on cuda; fp32 elsewhere]",
+        help="[default: on cuda bf16, or fp16 if it has no bf16; elsewhere fp32]",
     ),
 )

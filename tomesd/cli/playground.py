@@ -12,12 +12,12 @@ from tomesd.cli.options import number, usage_errors
 @click.option(
     "--port", type=number(int, 0, 65535), help="[default: the first free one from 7860 on]"
 )
-@click.option("--open", "opens", is_flag=True, help="Open it in the browser.")
+@click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 def command(model: str | None, host: str, port: int | None, opens: bool) -> None:
     """Try token merging in the browser.
 
-    Everything is computed on this machine and nothing is sent anywhere. Only this machine can open
-    the page, unless --host says otherwise.
+    Everything runs on this machine and nothing is sent anywhere. Only this machine can open the
+    page, unless --host says otherwise.
     """
     with usage_errors():
         from tomesd.app.serve import serve

@@ -9,20 +9,24 @@ from tomesd.cli.options import usage_errors
 from tomesd.diffusion.settings import PRESETS
 
 
-@click.command(name="report", short_help="Say what merges and where it pays.")
+@click.command(
+    name="report",
+    short_help="Say what merges and where it pays.",
+    epilog=f"Embedded pipelines: {options.EMBEDDED}.",
+)
 @click.argument("model", required=False)
 @options.ratio
 @click.option(
     "--preset",
     type=click.Choice(sorted(PRESETS)),
-    help="Which branches merge; all levels are listed.",
+    help="Which branches merge; all levels are listed anyway.",
 )
 @click.option(
     "--size",
     "sizes",
     type=options.size,
     multiple=True,
-    help="Pixels, one side or WxH; may be given several times.  [default: 1, 1.5 and 2 times "
+    help="Pixels, side or WxH; may be given several times.  [default: 1, 1.5 and 2 times "
     "the model's]",
 )
 @click.option(
@@ -30,14 +34,14 @@ from tomesd.diffusion.settings import PRESETS
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="What the estimate is for; it need not be there.",
+    help="Device of the estimate; it need not be present.",
 )
 def command(**given: Any) -> None:
     """Say which models of the pipeline MODEL merge, and at which sizes it pays.
 
-    MODEL is a hub id or a folder, by default the embedded pipeline. Only its configuration is read:
-    no weights are loaded or downloaded. The estimate is from shapes and the rates of one CPU
-    thread, or of a GPU of the size of an RTX 4090; batch 2, that is, one image with guidance.
+    MODEL is an embedded pipeline (by default unet), a folder or a hub id. Only its configuration is
+    read: no weights are loaded or downloaded. The estimate uses shapes and the rates of one CPU
+    thread or of a GPU like an RTX 4090, for batch 2: one image with guidance.
 
     \b
     tomesd report stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda

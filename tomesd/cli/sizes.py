@@ -14,8 +14,7 @@ from tomesd.diffusion.dit import DiTPatch
 from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet import UNetPatch
 from tomesd.hooks import PATCH
-from tomesd.pictures.sampling import check_model
-from tomesd.shapes import pipeline as shapes
+from tomesd.pictures.sampling import check_model, embedded_folder
 
 BATCH = 2
 _DEVICES = {"cpu": "one CPU thread", "cuda": "a GPU like an RTX 4090"}
@@ -74,8 +73,10 @@ def denoisers(model: str | None) -> dict[str, Denoiser]:
 
 
 def _folder(model: str | None) -> Path:
-    if model is None:
-        return shapes.ASSETS / "pipeline"
+    folder = embedded_folder(model)
+    if folder is not None:
+        return folder
+    assert model is not None
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

@@ -6,17 +6,18 @@ from typing import Any
 import click
 
 from tomesd.cli import options
-from tomesd.cli.options import number, usage_errors
+from tomesd.cli.options import number, option_type, usage_errors
 
 
+@option_type
 def layers(text: str) -> list[int]:
-    """An option's type: numbers of layers.
+    """Numbers of layers.
 
     >>> layers("0,5,11")
     [0, 5, 11]
     """
     if not all(part.isdecimal() for part in text.split(",")):
-        raise click.BadParameter(f"must be whole numbers with commas between them, got {text!r}")
+        raise ValueError(f"must be whole numbers separated by commas, got {text!r}")
     return [int(part) for part in text.split(",")]
 
 
@@ -24,13 +25,13 @@ def layers(text: str) -> list[int]:
 @click.argument("image", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--model",
-    help="timm:NAME, torchvision:NAME or a folder of transformers; with --prompt a pipeline's hub "
-    "id or folder.  [default: the embedded ones]",
+    help="timm:NAME, torchvision:NAME or a transformers folder; with --prompt an embedded pipeline "
+    f"({options.EMBEDDED}), a folder or a hub id.  [default: the embedded ones]",
 )
 @click.option(
     "--r", type=number(int, 1, 10_000), help="Tokens to merge in each layer.  [default: 8]"
 )
-@click.option("--layers", type=layers, help="Which to draw, as 0,5,11.  [default: four of them]")
+@click.option("--layers", type=layers, help="Layers to draw, as 0,5,11.  [default: four]")
 @click.option("--prompt", help="Draw the merged tokens of an image made from this prompt.")
 @click.option(
     "--ratio", type=float, help="With --prompt: share of the tokens to merge.  [default: 0.5]"
@@ -42,9 +43,9 @@ def command(**given: Any) -> None:
     """Draw which tokens merge in a classifier, or in a pipeline's denoiser.
 
     Patches of IMAGE (by default a drawn one) that a Vision Transformer merged into one token are
-    filled with their average color and get a border in a color of their own, after several layers
-    (ToMe, Figure 4). With --prompt, an image is made instead and drawn with the tokens that merged,
-    for several steps and each block.
+    filled with their average color and share a border color, after several layers (ToMe, Figure 4).
+    With --prompt, an image is generated instead, and drawn with the merged tokens of several steps
+    and each block.
 
     \b
     tomesd visualize photo.png --model timm:vit_base_patch16_224 --r 16

@@ -1,9 +1,8 @@
 """Sources, which may merge away, and destinations, which they may merge into.
 
 A partition depends on shapes and settings only and is shared by all samples of a batch. A random
-one
-is a pure function of a key, never of the global random state: it compiles, repeats, and is the same
-for both halves of a guidance batch.
+one is a pure function of a key, never of the global random state: it compiles, repeats, and is the
+same for both halves of a guidance batch.
 """
 
 from dataclasses import dataclass

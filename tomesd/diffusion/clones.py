@@ -61,7 +61,7 @@ class Follower:
         if compiles or hasattr(executor.class_obj.diffusion_model, "_orig_mod"):
             raise ValueError(
                 "a model with token merging must not be compiled here, got one with torch.compile: "
-                "compiled code would merge in the other clones of the model too; remove one of both"
+                "compiled code would merge in the other clones of the model too; remove either"
             )
         with self.calls(args[1], options):
             return executor(*args, **kwargs)
@@ -87,8 +87,8 @@ class Follower:
                 other.uninstall()
             if PATCH in vars(module):
                 raise ValueError(
-                    f"{type(module).__name__} must not be patched by itself when a clone with a "
-                    "patch samples: remove_patch(module) first"
+                    f"{type(module).__name__} must not be patched itself while a patched clone "
+                    "samples: remove_patch(module) first"
                 )
         for module, patch in self.patches.items():
             patch.install()
@@ -118,8 +118,8 @@ class Follower:
         sigmas = options.get("sample_sigmas")
         if sigmas is None:
             raise ValueError(
-                "transformer_options must have sample_sigmas, as ComfyUI's samplers hand them on, "
-                "for a ratio that changes over the steps or for token maps; got none"
+                "transformer_options must have sample_sigmas, which ComfyUI's samplers pass, for a "
+                "ratio that changes over the steps or for token maps; got none"
             )
         now = float(sigma.max())
         self.scheduler.timesteps = sigmas[:-1].tolist()
@@ -133,11 +133,21 @@ class Follower:
         def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             found = patch.traced(block)
             if found is not None:
-                self.maps[self.scheduler._step_index] = found
+                self.maps[self.scheduler._step_index] = _of_first_image(found, patch)
 
         for block in list(patch.blocks)[:1]:
             # Before the patch's own last hook, which forgets the map.
             patch.handles.append(block.register_forward_hook(keep, prepend=True))
+
+
+def _of_first_image(found: BlockTrace, patch: UNetPatch | DiTPatch) -> BlockTrace:
+    """Without the reference images that follow it and have grids of their own."""
+    if len(found.grid) > 1 or not isinstance(patch, DiTPatch) or patch.hooks.last is None:
+        return found
+    frames, h, w = patch.hooks.last.grids[0]
+    end = found.prefix + frames * h * w
+    grid = (h, w) if frames == 1 else (frames, h, w)
+    return BlockTrace(found.group[:, found.prefix : end], 0, grid)
 
 
 @dataclass(eq=False)

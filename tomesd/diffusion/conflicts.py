@@ -49,8 +49,8 @@ def check_cache(*modules: Any) -> None:
             hook._is_stateful for hook in _hooks(module)
         ):
             raise ValueError(
-                "a cache must not be enabled while tokens merge, got one: what it keeps from step "
-                "to step would be of other tokens; disable_cache() on the model"
+                "a cache must not be enabled while tokens merge, got one: its values belong to the "
+                "tokens of another step; call disable_cache() on the model"
             )
 
 

@@ -146,6 +146,6 @@ def foreign_keys_error(attention: Any, tokens: Tensor, given: Tensor) -> ValueEr
     name = type(attention.processor).__name__
     return ValueError(
         f"{name} must project keys from the tokens that attention is given while tokens merge, "
-        f"{list(tokens.shape)}, got others, {list(given.shape)}: how many tokens each of those is "
-        "cannot be known; remove_patch, or weigh all alike, apply_patch(..., prop_attn=False)"
+        f"{list(tokens.shape)}, got others, {list(given.shape)}, whose group sizes are unknown: "
+        "remove_patch, or give all keys the same weight, apply_patch(..., prop_attn=False)"
     )

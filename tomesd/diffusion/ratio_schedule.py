@@ -11,7 +11,7 @@ MOST_PIECES = 6
 
 @dataclass(frozen=True)
 class RatioSchedule:
-    """A ratio that changes over the denoising steps, constant within each of a few pieces.
+    """A ratio that changes over the denoising steps: piecewise constant.
 
     >>> tomesd.apply_patch(pipe, ratio=tomesd.RatioSchedule.last(0.5, since=0.5))
     >>> tomesd.RatioSchedule.ramp(0.6, 0.2, pieces=3).pieces
@@ -20,7 +20,7 @@ class RatioSchedule:
     pieces: (until, ratio) in order: the ratio up to that progress, which is 0 before the first step
         and 1 after the last; the last piece must end at 1. Progress is the share of the scheduler's
         steps that are done: the first k of n steps end at k/n, and image-to-image with strength 0.6
-        begins at 0.4. At most six constant pieces; each is compiled once.
+        begins at 0.4. At most six pieces; each is compiled once.
 
     Raises TypeError or ValueError, naming what is wrong and what is allowed.
     """
@@ -43,7 +43,7 @@ class RatioSchedule:
 
     @classmethod
     def last(cls, ratio: float, since: float) -> "RatioSchedule":
-        """Merge in the last part of the steps only: by then the layout of the image is settled, and
+        """Merge only in the last part of the steps: the layout of the image is settled by then, and
         merging changes it least (`scripts/quality.py`).
 
         >>> RatioSchedule.last(0.5, since=10 / 25).pieces  # all but the first 10 of 25 steps
@@ -53,7 +53,7 @@ class RatioSchedule:
 
     @classmethod
     def first(cls, ratio: float, until: float) -> "RatioSchedule":
-        """Merge in the first part of the steps only, and compute the details with all tokens.
+        """Merge only in the first part of the steps, and compute the details with all tokens.
 
         >>> RatioSchedule.first(0.5, until=10 / 25).pieces  # the first 10 of 25 steps
         ((0.4, 0.5), (1.0, 0.0))
@@ -73,7 +73,7 @@ class RatioSchedule:
 
     @classmethod
     def of(cls, function: Callable[[float], float], pieces: int = 4) -> "RatioSchedule":
-        """Any function of progress, evaluated in the middle of each of a few equal pieces.
+        """Any function of progress, evaluated at the middle of each of a few equal pieces.
 
         >>> RatioSchedule.of(lambda progress: 0.5 * progress, pieces=2).pieces
         ((0.5, 0.125), (1.0, 0.375))

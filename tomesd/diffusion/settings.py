@@ -19,27 +19,26 @@ class DiffusionSettings:
     >>> DiffusionSettings(ratio=0.5).merge_block
     True
 
-    ratio: share of a block's tokens that merge away (0.5 leaves half). A float, a `RatioSchedule`
+    ratio: the share of a block's tokens to merge (0.5 leaves half). A float, a `RatioSchedule`
         or function of progress, or a dict of these by level; functions are sampled into schedules.
-    max_downsample: merge at levels at most this much coarser than the finest one with attention. 1
-        merges at the finest only, where most of the work is; 8 everywhere.
+    max_downsample: merge at levels at most this much coarser than the finest one with attention: 1
+        merges only at the finest, where most of the work is; 8 at all levels.
     min_tokens: merge at levels with at least this many tokens in the current image. With
         max_downsample=8 it alone selects the levels: 4,096 is the finest level of Stable Diffusion
         1.5 at 512 px and the two finest at 1024 px.
-    only_where_it_pays: skip levels where merging cannot save more time than it costs, estimated by
+    only_where_it_pays: skip levels where merging would cost more time than it saves, estimated by
         `tomesd.core.cost` from shapes and the kind of device.
     sx, sy: one token in each cell of sy×sx is a destination and never merges away, so at most
         1 − 1/(sx·sy) of the tokens can merge.
-    window: a token merges into a destination of its own window, this many tokens along a side, so
-        that matching is linear in the number of tokens. 32 is global matching up to 256 px; 0 is
-        global at every size.
+    window: a token merges into a destination in its own window, this many tokens on a side, so that
+        matching is linear in the number of tokens. 32 is global matching up to 256 px; 0 is global
+        at every size.
     use_rand: draw the destination in each cell at random (a pure function of seed, timestep and
         block) instead of taking the top left token.
-    seed: of everything random. Two runs with one seed are equal bit for bit on the CPU.
+    seed: for all random choices. Two runs with one seed are equal bit for bit on the CPU.
     merge_block: one merge around a whole block: all of it runs on merged tokens, and what it adds
-    to
-        them is added to every token, x + unmerge(block(merge(x)) − merge(x)). The default, since it
-        is faster than merging self-attention alone and closer to the unpatched image
+        is added to every token, x + unmerge(block(merge(x)) − merge(x)). The default, since it is
+        faster than merging self-attention alone and closer to the unpatched image
         (docs/results.md).
     merge_attn, merge_crossattn, merge_mlp: with merge_block=False, the branches of a block that run
         on merged tokens, as in the papers. `apply_patch` implies merge_block=False if one of these,
@@ -49,7 +48,7 @@ class DiffusionSettings:
         from four counts as four (ToMe, section 3).
     keep_norm: where blocks merge branch by branch, rescale each merged token to its destination's
         norm. A branch gets its tokens from a norm layer, and averaging shrinks them: attention
-        would underrate them. (Token Fusion's MLERP rescales to the largest norm of the group.)
+        would underweight them. (Token Fusion's MLERP rescales to the largest norm of the group.)
         Whole blocks merge before their norms.
     refine: extra k-means rounds after the matching, with destinations fixed. Each costs about as
         much as the matching; worth it for high ratios (docs/results.md).
@@ -57,9 +56,8 @@ class DiffusionSettings:
         Appendix F.
     partition: "strided" takes destinations from 2-D cells (ToMeSD), "alternating" every other token
         of the flattened grid (ToMe, Appendix F), which allows at most half to merge.
-    across_frames: in videos, one of sx·sy neighbours in time is a destination instead of one in
-    each
-        cell of a frame, so that static content merges without loss. Images merge as without it.
+    across_frames: in videos, one of sx·sy neighbors in time is a destination instead of one in each
+        cell of a frame, so that static content merges without loss. No effect on images.
 
     Raises ValueError or TypeError, naming the option, its value and what is allowed.
     """

@@ -12,7 +12,7 @@ from torch import nn
 
 from tomesd.diffusion.block import ThreadState
 from tomesd.diffusion.ratio_plan import RatioPlan
-from tomesd.hooks import PerThread, by_name
+from tomesd.hooks import PerThread, by_name, unless_removed
 
 
 @dataclass(eq=False)
@@ -30,6 +30,7 @@ class StageHook:
 
     # A model's own hooks are not part of its graph, so this may read the scheduler.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @unless_removed
     def record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = by_name(self.names, args, kwargs)
         self.threads.state.stage = self.plan.stage(given[self.timestep])

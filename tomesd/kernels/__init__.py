@@ -35,16 +35,16 @@ _enabled = os.environ.get("TOMESD_KERNELS", "1") != "0"
 
 
 def use_kernels(enabled: bool) -> None:
-    """Let models on NVIDIA GPUs use fused Triton kernels, as they do by default, or PyTorch alone.
+    """Choose between fused Triton kernels on NVIDIA GPUs (the default) and PyTorch alone.
 
     >>> tomesd.use_kernels(False)
 
-    enabled: for the whole process, from the next forward pass on. So does TOMESD_KERNELS=0 in the
-        environment from the start.
-    Kernels run on NVIDIA GPUs from compute capability 8.0 on, where Triton is installed, in
-    float16, bfloat16 and float32. The maps are those of PyTorch up to the rounding of
-    similarities; sums have a fixed order, so two runs give the same bits.
-    Raises TypeError if it is not a bool.
+    enabled: for the whole process, from the next forward pass on. TOMESD_KERNELS=0 in the
+        environment is the same as False from the start.
+    Kernels run on NVIDIA GPUs with compute capability 8.0 or above where Triton is installed, in
+    float16, bfloat16 and float32. The maps equal PyTorch's up to the rounding of similarities; sums
+    have a fixed order, so two runs give the same bits.
+    Raises TypeError unless enabled is a bool.
     """
     global _enabled
     if not isinstance(enabled, bool):

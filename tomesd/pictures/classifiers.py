@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tomesd.shapes import names
 from tomesd.shapes import pipeline as shapes
 
 LIBRARIES = ("timm", "torchvision")
@@ -46,7 +47,7 @@ def check_model(model: str | None) -> None:
     without a configuration or a name that timm or torchvision do not know.
     """
     if model is None:
-        folder = shapes.ASSETS / "classifier"
+        folder = names.ASSETS / "classifier"
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is missing; `python scripts/train_shapes.py --output assets` makes it"

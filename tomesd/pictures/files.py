@@ -58,7 +58,7 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError(f"image must be a picture, got {str(path)!r}") from error
+        raise ValueError(f"image must be in an image format, got {str(path)!r}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"image must have fewer pixels, got {str(path)!r}: {error}") from error
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tomesd.pictures.names import SCHEDULERS
+from tomesd.shapes import names
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,18 @@ class Sampling:
     height: int | None = None
 
 
-# What the embedded pipelines look best with; other pipelines have defaults of their own.
-EMBEDDED = Sampling(steps=25, guidance=4.0)
-_FEW_STEPS = Sampling(steps=4, guidance=4.0)
-_EMBEDDED_MODELS = (None, "few-step", "transformer")
+# What the embedded pipeline looks best with.
+EMBEDDED = Sampling(names.PIPELINES[names.DEFAULT].steps, names.PIPELINES[names.DEFAULT].guidance)
 
 
 def embedded_folder(model: str | None) -> Path | None:
-    """The folder of an embedded pipeline, by name; None for any other model.
+    """The folder of an embedded pipeline, by name (None: the default one); None for other models.
 
     >>> embedded_folder("few-step").name
     'few-step'
     """
-    if model not in _EMBEDDED_MODELS:
-        return None
-    from tomesd.shapes import pipeline as shapes
-
-    return shapes.folder_of(model or "unet")
+    embedded = names.PIPELINES.get(model or names.DEFAULT)
+    return None if embedded is None else names.ASSETS / embedded.folder
 
 
 def check_model(model: str | None) -> None:
@@ -57,14 +53,15 @@ def check_model(model: str | None) -> None:
 
     >>> check_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
-    Raises ValueError for what is neither a folder with a pipeline nor a possible hub id, and
-    FileNotFoundError if the embedded pipeline is missing.
+    Raises ValueError for what is neither an embedded pipeline, nor a folder with a pipeline, nor a
+    possible hub id, and FileNotFoundError if the embedded pipeline is missing.
     """
     folder = embedded_folder(model)
     if folder is not None:
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder} is missing; `python scripts/train_shapes.py` makes it"
+                f"{folder} is missing, which `python scripts/train_shapes.py` makes; embedded are "
+                f"{', '.join(names.available()) or 'none'}"
             )
         return
     assert model is not None
@@ -80,7 +77,9 @@ def check_model(model: str | None) -> None:
     try:
         validate_repo_id(model)
     except HFValidationError as error:
-        raise ValueError(f"model must be a folder or a hub id, got {model!r}") from error
+        raise ValueError(
+            f"model must be {', '.join(names.available())}, a folder or a hub id, got {model!r}"
+        ) from error
 
 
 def load_pipeline(
@@ -94,8 +93,8 @@ def load_pipeline(
 
     >>> pipe = load_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", "cuda", torch.float16)
 
-    model: None for the embedded pipeline of the Shapes world; "few-step" or "transformer" for the
-        other embedded ones; a folder in diffusers' format; or an id on the Hugging Face hub.
+    model: the name of an embedded pipeline (`tomesd.shapes.names.available`; None: the default
+        one), a folder in diffusers' format, or an id on the Hugging Face hub.
     scheduler: one of SCHEDULERS, with the noise schedule that the model was trained on; None for
         the pipeline's own.
     from_image: the pipeline starts with an image (img2img).
@@ -116,7 +115,10 @@ def load_pipeline(
         try:
             pipe = diffusers.AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
         except OSError as error:
-            raise OSError(f"model {model!r} cannot be loaded: {error}") from error
+            embedded = ", ".join(names.available())
+            raise OSError(
+                f"model {model!r} cannot be loaded (embedded are {embedded}): {error}"
+            ) from error
     if from_image:
         pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe, dtype=dtype)
     if scheduler is not None:
@@ -140,8 +142,10 @@ def choose(
 
     model: as for `load_pipeline`. size: width and height.
     """
-    usual = _FEW_STEPS if model == "few-step" else EMBEDDED
-    if embedded_folder(model) is None:
+    embedded = names.PIPELINES.get(model or names.DEFAULT)
+    if embedded is not None:
+        usual = Sampling(embedded.steps, embedded.guidance)
+    else:
         call = inspect.signature(pipe.__call__).parameters
         usual = Sampling(call["num_inference_steps"].default, call["guidance_scale"].default)
     width, height = size or (None, None)
@@ -226,7 +230,7 @@ def _sample(
         ).images
         if not np.isfinite(pixels).all():
             raise FloatingPointError(
-                f"the picture is not finite in {pipe.dtype} with {type(pipe.scheduler).__name__}: "
-                "use a precision of more range (bf16, fp32) or another scheduler"
+                f"the image is not finite in {pipe.dtype} with {type(pipe.scheduler).__name__}: "
+                "use a precision with more range (bf16, fp32) or another scheduler"
             )
         yield from pipe.numpy_to_pil(pixels)

@@ -8,14 +8,8 @@ import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
 from transformers import ViTForImageClassification
 
+from tomesd.shapes.names import ASSETS, DEFAULT, PIPELINES
 from tomesd.shapes.world import COLORS, KINDS, SHAPES
-
-# In a wheel they are installed beside this file; in a clone they stay at its top level.
-_INSTALLED, _IN_CLONE = (Path(__file__).resolve().parents[up] / "assets" for up in (0, 2))
-ASSETS = _INSTALLED if _INSTALLED.exists() else _IN_CLONE
-
-# The embedded pipelines and their folders in ASSETS.
-PIPELINES = {"unet": "pipeline", "few-step": "few-step", "transformer": "transformer"}
 
 # The classifier has one group of logits for each thing that it reads off a picture.
 LABELS = {
@@ -29,28 +23,31 @@ LABELS = {
 class TransformerPipeline(PixArtAlphaPipeline):  # type: ignore[misc]
     """PixArt's pipeline, at 128 px and for short prompts unless it is told otherwise.
 
-    PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text.
+    PixArt's own defaults are to round to its sizes, 256 px and more, and 120 tokens of text. It
+    takes two steps or more, but with DDIM.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         usual = {
             "use_resolution_binning": False,
+            "clean_caption": False,  # Or it warns that Beautiful Soup is missing.
             "max_sequence_length": self.tokenizer.model_max_length,
         }
         return super().__call__(*args, **(usual | kwargs))
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder of an embedded pipeline, by its name in PIPELINES; another one is a folder itself.
+    """The folder of an embedded pipeline, by its name; any other model is a folder itself.
 
     >>> folder_of("few-step").name
     'few-step'
     """
-    return ASSETS / PIPELINES[str(model)] if str(model) in PIPELINES else Path(model)
+    embedded = PIPELINES.get(str(model))
+    return Path(model) if embedded is None else ASSETS / embedded.folder
 
 
 def load_pipeline(
-    model: str | Path = "unet", dtype: torch.dtype = torch.float32
+    model: str | Path = DEFAULT, dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:
     """An embedded text-to-image pipeline of the Shapes world, 128×128 px.
 

@@ -1,10 +1,13 @@
 """The token maps of one forward of a Vision Transformer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from tomesd.core.packing import packed, with_tail
 from tomesd.core.token_map import TokenMap
 from tomesd.vit import schedule
 from tomesd.vit.matcher import Matcher
@@ -18,7 +21,9 @@ class Forward:
     maps[i] maps the first block's tokens to those that block i gets, maps[-1] to those after the
     last block; steps[i] is what block i merges, None for nothing. Where blocks merge within
     themselves, maps[i] is what block i merges, and there is nothing else. They are kept by block,
-    so that gradient checkpointing, which runs blocks again in any order, finds them.
+    so that gradient checkpointing, which runs blocks again in any order, finds them. lengths[i]:
+    of the pictures whose tokens are packed into the one sequence that block i gets; None for
+    samples of a batch. Each picture merges for itself.
 
     prefix, suffix: how many leading and trailing tokens never merge. collected: whether another
     caller than the model's own forward runs the blocks, and may keep what each of them gives.
@@ -31,12 +36,14 @@ class Forward:
     schedule: list[int]
     maps: list[TokenMap] = field(init=False)
     steps: list[TokenMap | None] = field(init=False)
+    lengths: list[Sequence[int] | None] = field(init=False)
     masks_tokens: bool = False
     collected: bool = False
 
     def __post_init__(self) -> None:
         self.maps = [None] * (len(self.schedule) + 1)  # type: ignore[list-item]
         self.steps = [None] * len(self.schedule)
+        self.lengths = [None] * len(self.maps)
 
     def key_bias(self, layer: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """What to add to the attention logits of a block's keys: [B, N] in x's dtype, or None.
@@ -69,35 +76,69 @@ class Forward:
 
         keep: the number of tokens that are left must be a multiple of it.
         """
-        n = x.shape[1]
-        r = self._how_many(layer, n)
-        r -= (r - n) % keep
+        features = dict.fromkeys(self.matcher.needs, x.detach()[:, :, None])
+        # All of them get the same pictures.
+        step = self._step(layer, features, x.shape[1], self.lengths[0], keep)
         self.maps[layer] = None  # type: ignore[call-overload]
-        if r <= 0:
+        if step is None:
             return x
-        step = self._step(layer, dict.fromkeys(self.matcher.needs, x.detach()[:, :, None]), r)
         self.maps[layer] = self._weighed(step, x, mask)
         visible = torch.ones_like(x[..., :1], dtype=torch.float32)
         if mask is not None:
             visible = _visible(mask, x).to(torch.float32)[..., None]
         return self.matcher.merge(step, x, visible)
 
+    def left(self, layer: int, lengths: Sequence[int]) -> list[int]:
+        """The lengths of packed pictures after a block, from those before it."""
+        return [n - self._how_many(layer, n) for n in lengths]
+
     def _how_many(self, layer: int, n: int) -> int:
         return schedule.clipped(self.schedule[layer], n, self.prefix + self.suffix)
 
-    def _step(self, layer: int, features: dict[str, Tensor], r: int) -> TokenMap:
+    def _step(
+        self,
+        layer: int,
+        features: dict[str, Tensor],
+        n: int,
+        lengths: Sequence[int] | None,
+        keep: int = 1,
+    ) -> TokenMap | None:
+        """What a block of n tokens merges, None for nothing. keep: as in `merge_within`."""
+        if lengths is not None:
+            return self._packed_step(layer, features, lengths)
+        r = self._how_many(layer, n)
+        r -= (r - n) % keep
+        return self._map(layer, features, r) if r > 0 else None
+
+    def _packed_step(
+        self, layer: int, features: dict[str, Tensor], lengths: Sequence[int]
+    ) -> TokenMap | None:
+        """`_step` for features [1, N, H, D] of pictures that are packed into one sequence."""
+        if not any(self._how_many(layer, n) for n in lengths):
+            return None
+        maps, start = [], 0
+        for n, run in groupby(lengths):  # Pictures of one size that follow each other are a batch.
+            end = start + n * len(list(run))
+            parts = {name: x[0, start:end].unflatten(0, (-1, n)) for name, x in features.items()}
+            step = self._step(layer, parts, n, None)
+            maps.append(step or TokenMap.identity(next(iter(parts.values()))))
+            start = end
+        return packed(maps)
+
+    def _map(self, layer: int, features: dict[str, Tensor], r: int) -> TokenMap:
         layers, end = len(self.steps), self.suffix
         if not end:
             return self.matcher.token_map(features, self.prefix, r, layer, layers)
         leading = {name: feature[:, :-end] for name, feature in features.items()}
         step = self.matcher.token_map(leading, self.prefix, r, layer, layers)
-        target = step.head.gather(1, step.group.gather(1, step.moved))
-        return TokenMap.from_moves(step.n + end, step.moved, target)
+        return with_tail(step, end)
 
     def match(self, layer: int, features: dict[str, Tensor], n: int) -> None:
         """Decide what a block of n tokens merges."""
-        r = self._how_many(layer, n)
-        step = self._step(layer, features, r) if r > 0 else None
+        lengths = self.lengths[layer]
+        step = self._step(layer, features, n, lengths)
+        if lengths is not None:
+            self.lengths[layer + 1] = self.left(layer, lengths)
         before = self.maps[layer]
         self.steps[layer] = step
         self.maps[layer + 1] = before if step is None else before.then(step)

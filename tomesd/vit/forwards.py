@@ -20,8 +20,7 @@ class ThreadState:
     forward that its block is in, which in a backward pass may be another. features: of that block.
     called: whether the model has been called, and its blocks not yet. collected: whether the blocks
     run outside of the model's own forward, so that somebody may keep their outputs. block: the one
-    that it is in, −1 for none. inputs: all tokens of the blocks that merge within themselves;
-    pictures: how many of them are packed into one sequence.
+    that it is in, −1 for none. inputs: all tokens of the blocks that merge within themselves.
     """
 
     begun: Forward | None = None
@@ -31,7 +30,6 @@ class ThreadState:
     collected: bool = False
     block: int = -1
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    pictures: int = 1
 
 
 class Forwards:

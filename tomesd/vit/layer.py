@@ -1,5 +1,6 @@
 """The hooks on one block of a Vision Transformer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,7 +109,10 @@ class Layer:
     def merge_within(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         refuse_tracing(args[0])
         forward, x = self.forwards.within(self.index), self.tokens(args[0])
-        mask = self.hiding(by_name(self.block_names, args, kwargs).get(self.mask))
+        given = by_name(self.block_names, args, kwargs)
+        if forward.lengths[0] is None:
+            forward.lengths[0] = self.lengths(given)
+        mask = self.hiding(given.get(self.mask))
         merged = forward.merge_within(self.index, x, mask, self.keep(args[0]))
         if merged is x:
             return args, kwargs
@@ -128,6 +132,13 @@ class Layer:
             return output
         change = self.tokens(tokens) - self.tokens(args[0])
         return join(x + self.like(x, self.forward.maps[self.index].unmerge(change)), rest)
+
+    def lengths(self, given: Kwargs) -> Sequence[int] | None:
+        """How many tokens each picture has, if all of them are packed into one sequence.
+
+        given: what the block or its attention gets, by name.
+        """
+        return None
 
     def hiding(self, mask: Tensor | None) -> Tensor | None:
         """The block's mask, if it hides tokens."""

@@ -138,7 +138,7 @@ class ViTPatch(Patch):
         if "r" in model.__dict__:
             raise TypeError(
                 f"r must be set by apply_patch(model, r={model.r!r}), got model.r = {model.r!r}, "
-                "which changes nothing: delete it"
+                "which has no effect: delete it"
             )
         if self._modules() != self.seen:
             fresh = type(self)(self.spec, model, settings, matcher=self.matcher)
@@ -171,7 +171,9 @@ class ViTPatch(Patch):
         for index, r in enumerate(self.forward.schedule):
             merges = schedule.clipped(r, tokens, self.protected)
             note = f"r clipped from {r} to {merges}" if merges < r else ""
-            merged = self.forwards.latest.maps[index] if self.settings.within_blocks else None
+            # Each of several pictures in one sequence merges for itself.
+            after = index if self.settings.within_blocks else index + 1
+            merged = self.forwards.latest.maps[after]
             left = tokens - merges if merged is None else merged.m
             if self.spec.only and not r:
                 note = "the next block needs the token grid"

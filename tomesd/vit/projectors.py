@@ -11,43 +11,57 @@ from tomesd.vit.schedule import tokens_after as after_each
 
 # Modules between tower and language model that put the visual tokens into rows and columns, by what
 # they do. Checked against transformers 5.24.
+_JOINS, _AVERAGES = "joins the cells of the token grid", "averages the cells of the token grid"
+_TILES = "puts the tokens of an image's tiles together"
 _NEED_A_GRID = {
-    "Gemma3MultiModalProjector": "averages the cells of the token grid",
-    "Idefics2Model": "masks patches by their places",
-    "Idefics3Connector": "joins the cells of the token grid",
-    "SmolVLMConnector": "joins the cells of the token grid",
-    "InternVLModel": "joins the cells of the token grid",
-    "AyaVisionMultiModalProjector": "joins the cells of the token grid",
-    "LlavaNextModel": "puts the tokens of an image's tiles together",
-    "LlavaNextVideoModel": "puts the tokens of an image's tiles together",
-    "LlavaOnevisionModel": "puts the tokens of an image's tiles together",
+    "AriaProjector": "chooses its queries by the number of tokens",
+    "AyaVisionMultiModalProjector": _JOINS,
+    "Cohere2VisionMultiModalProjector": _JOINS,
+    "Gemma3MultiModalProjector": _AVERAGES,
+    "Idefics2Model": "masks patches by position",
+    "Idefics3Connector": _JOINS,
+    "InternVLModel": _JOINS,
+    "Lfm2VlMultiModalProjector": _JOINS,
+    "LightOnOcrMultiModalProjector": _JOINS,
+    "LlavaNextModel": _TILES,
+    "LlavaNextVideoModel": _TILES,
+    "LlavaOnevisionModel": _TILES,
+    "Mistral3MultiModalProjector": _JOINS,
+    "MistralLarge4MultiModalProjector": _JOINS,
+    "ModernVBertConnector": _JOINS,
+    "PerceptionLMAdaptiveAvgPooling": _AVERAGES,
+    "SmolVLMConnector": _JOINS,
+    "T5Gemma2MultiModalProjector": _AVERAGES,
     "VipLlavaModel": "joins the hidden states of several layers",
 }
+# The same beside a certain tower.
+_WITH_TOWER = {("LlavaModel", "PixtralVisionModel"): "splits tokens by the sizes of pictures"}
 
 
 def check_projectors(modules: Iterable[nn.Module]) -> None:
-    """Raise ValueError if a module that needs a place for every token is among these."""
-    for module in modules:
-        name = type(module).__name__
-        if name in _NEED_A_GRID:
-            raise ValueError(
-                f"unmerge must be True with {name}, which {_NEED_A_GRID[name]} and so needs a "
-                "place for every token, got False"
-            )
+    """Raise ValueError if one of these modules needs a value for every token."""
+    names = dict.fromkeys(type(module).__name__ for module in modules)
+    found = {name: _NEED_A_GRID[name] for name in names if name in _NEED_A_GRID}
+    found |= {pair[0]: does for pair, does in _WITH_TOWER.items() if names.keys() >= set(pair)}
+    for name, does in found.items():
+        raise ValueError(
+            f"unmerge must be True with {name}, which {does} and so needs a value for every token, "
+            "got False"
+        )
 
 
 def tokens_after(model: Any, hidden_state: int = -1, tokens: int | None = None) -> int:
-    """How many tokens a patched Vision Transformer gives with unmerge=False.
+    """How many tokens a patched Vision Transformer returns with unmerge=False.
 
     >>> tokens_after(vit)
     101
 
     model: a patched Vision Transformer, or a model that contains one, such as a vision-language
-        model, whose prompts need as many placeholders for an image.
-    hidden_state: of which of the model's hidden states: 0 is the input of its first layer, −1
-        the output of the last one (the default, the usual features), −2 what LLaVA reads.
-    tokens: how many go into the first layer; None: those of the model's own image size.
-    Returns their number with class, distillation and register tokens.
+        model, whose prompts need this many placeholders for an image.
+    hidden_state: which of the model's hidden states is read: 0 is the input of the first layer, −1
+        the output of the last one (the default, the usual features), −2 the one that LLaVA reads.
+    tokens: how many enter the first layer; None: as for the model's own image size.
+    Returns the number including class, distillation and register tokens.
     Raises ValueError unless exactly one Vision Transformer is patched, or for a hidden state that
         the model does not have.
     """

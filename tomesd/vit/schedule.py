@@ -25,9 +25,10 @@ def per_layer(r: Schedule, layers: int) -> list[int]:
     r = checked(r)
     if isinstance(r, tuple):
         mean, inflection = r
-        return [
-            int(mean * (1 + inflection * (2 * i / max(1, layers - 1) - 1))) for i in range(layers)
-        ]
+        # Its ends are whole numbers, as in the paper's code.
+        first = int(mean * (1 - inflection))
+        step = 2 * (mean - first) / max(1, layers - 1)
+        return [int(first + step * i) for i in range(layers)]
     if isinstance(r, list):
         if len(r) != layers:
             raise ValueError(f"r must have one number for each of {layers} layers, got {r!r}")
@@ -119,7 +120,7 @@ def for_speedup(
     prefix: int,
     within_blocks: bool = False,
 ) -> int:
-    """The smallest constant r with which the layers cost 1/speedup of their unmerged cost.
+    """The smallest constant r with which the layers cost at most 1/speedup as much as unmerged.
 
     >>> vit_b = Cost(attention=4 * 768**2, pairs=2 * 768, mlp=8 * 768**2)
     >>> for_speedup(2.0, vit_b, layers=12, tokens=197, prefix=1)

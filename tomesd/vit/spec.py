@@ -96,7 +96,7 @@ class ViT(Spec):
         if kind is None:
             raise TypeError(
                 f"model must have blocks of type {' or '.join(self.places)}, in which tokens can "
-                f"merge between attention and MLP, or of a class that keeps their forward, got "
+                f"merge between attention and MLP, or of a class that inherits their forward, got "
                 f"{type(block).__name__} as block {index}"
             )
         places = self.places[kind]

@@ -17,6 +17,7 @@ from benchmarks.common.timing import (
     seconds,
     share_of_ideal,
 )
+from tests.support.slow import slow
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,7 @@ def test_a_child_runs_in_another_process_and_returns_the_result():
     assert in_child(os.getppid) == os.getpid()
 
 
+@slow
 def test_a_childs_peak_does_not_count_what_its_parent_holds():
     held = torch.ones(800 * 2**20, dtype=torch.uint8)
     assert peak_resident() > held.numel()

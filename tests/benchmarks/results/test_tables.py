@@ -63,6 +63,18 @@ ROWS = {
         classified("algorithms", "greedy matching"),
         classified("algorithms", "PiToMe"),
     ],
+    "orders": [
+        classified("orders", "r = 8") | {"settings": '{"r": 8, "order": "positions"}'},
+        classified("orders", "r = 8") | {"settings": '{"r": 8, "order": "concatenated"}'},
+    ],
+    "first-token": [
+        {
+            "name": "unpatched",
+            "visual_tokens": 441,
+            "seconds": {"median": 2.0},
+            "times_as_fast": {"median": 1.0, "low": 1.0, "high": 1.0},
+        }
+    ],
     "vit-b16": [classified("sweep", "r = 16")],
     "pipelines": [
         {"name": "FluxPipeline", "denoiser": "Flux", "merged": ["transformer"], "fault": ""},

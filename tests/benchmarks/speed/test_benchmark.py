@@ -144,6 +144,7 @@ def test_the_cost_is_split_into_steps_at_every_level(benchmark, model_folder, ca
     assert "64 × 8" in capsys.readouterr().out
 
 
+@slow
 def test_the_peer_is_timed_in_its_own_process(benchmark, model_folder, peer_cache):
     common = ("--model", model_folder, "--size", 64, "--rounds", 2, "--no-memory")
     peer = ("--peer", "tomesd==9.9", "--peer-cache", peer_cache)

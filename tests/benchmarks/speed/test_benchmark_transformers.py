@@ -12,6 +12,7 @@ from benchmarks.speed.command import main
 from benchmarks.speed.ideal import install_ideal
 from benchmarks.speed.variants import Variant, forward, prepare
 from tests.benchmarks.support import refused, run_benchmark
+from tests.support.slow import slow
 from tests.support.tiny_transformers import TINY
 from tomesd.diffusion.settings import DiffusionSettings
 
@@ -217,6 +218,7 @@ def test_bad_input_is_named_before_any_work(capsys, args, message):
     assert message in refused(main, ["--model", "sd3", *args], capsys)
 
 
+@slow
 def test_the_ideal_compiles_as_one_graph(model, inputs, monkeypatch):
     # The eager backend: what is tested is that there is one graph, not how fast it is.
     compile_ = torch.compile

@@ -24,6 +24,7 @@ def inputs():
     return unets.unet_inputs(UNET, 2, 8, CPU, torch.float32)
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "parameters", "levels"),
     [

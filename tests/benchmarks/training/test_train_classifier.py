@@ -19,6 +19,7 @@ from benchmarks.training.losses import MaskedClassifier, classifier_loss
 from benchmarks.training.merged_classifier import UNTRAINED, TrainingSetup
 from tests.benchmarks.support import refused
 from tomesd.pictures.classifiers import load_classifier
+from tomesd.shapes import names
 from tomesd.shapes import pipeline as shapes
 from tomesd.shapes.world import scene
 
@@ -133,7 +134,7 @@ def test_a_resumed_run_measures_nothing_twice(tmp_path, monkeypatch):
 def test_results_of_other_weights_machines_or_versions_get_another_folder(tmp_path, monkeypatch):
     (tmp_path / "classifier").mkdir()
     weights = tmp_path / "classifier" / "model.safetensors"
-    monkeypatch.setattr(shapes, "ASSETS", tmp_path)
+    monkeypatch.setattr(names, "ASSETS", tmp_path)
 
     def folder(*options: str) -> Path:
         args = main.parser().parse_args(options)

@@ -11,7 +11,7 @@ from benchmarks.training import architectures
 from benchmarks.training.shapes_command import main
 from benchmarks.training.shapes_models import scaled_latents
 from tests.benchmarks.support import refused
-from tomesd.shapes import pipeline as shapes
+from tomesd.shapes import names
 
 FEW = ["--pictures", "4", "--steps-scale", "0.0005", "--precision", "fp32", "--no-compile"]
 FEW += ["--device", "cpu"]
@@ -79,7 +79,7 @@ def test_latents_of_another_autoencoder_are_not_reused(tmp_path):
 
 def test_the_default_output_does_not_replace_the_embedded_models():
     args = main.parser().parse_args([])
-    assert args.output.resolve() != shapes.ASSETS
+    assert args.output.resolve() != names.ASSETS
     assert args.output == Path("runs/shapes/models")
 
 

@@ -2,13 +2,14 @@
 
 from tomesd.diffusion.dit.grids import latent_grid
 from tomesd.diffusion.dit.patch import DiTPatch
-from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, Rotary, Text, UnmergeKeys
+from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, Override, Rotary, Text, UnmergeKeys
 
 __all__ = [
     "Bias",
     "Blocks",
     "DiT",
     "DiTPatch",
+    "Override",
     "Rotary",
     "Text",
     "UnmergeKeys",

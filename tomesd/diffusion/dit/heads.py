@@ -1,5 +1,7 @@
 """What has an entry for each token, position tables and masks: merged tokens take their head's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,22 @@ def head_entries(table: Tensor, token_map: TokenMap, dim: int, first: bool = Tru
     before = table.narrow(dim, 0, lead)
     after = table.narrow(dim, lead + token_map.n, others - lead)
     return torch.cat([before, table.gather(dim, rows), after], dim=dim)
+
+
+def tables_of_heads(tables: Any, token_map: TokenMap, dim: int, first: bool) -> Any:
+    """`head_entries` of a table, or of each in a dict or tuple; dim may be -1, as in `Rotary`."""
+    if isinstance(tables, dict):
+        return {key: tables_of_heads(each, token_map, dim, first) for key, each in tables.items()}
+    if not isinstance(tables, Tensor):
+        return tuple(tables_of_heads(each, token_map, dim, first) for each in tables)
+    dim = dim if dim >= 0 else 1 + (tables.shape[1] == 1)
+    return head_entries(tables, token_map, dim, first)
+
+
+def own_entries(value: Tensor, token_map: TokenMap, dim: int) -> Tensor:
+    """Those of the heads, if there is an entry for each token."""
+    own = value.dim() > dim and value.shape[dim] == token_map.n
+    return head_entries(value, token_map, dim) if own else value
 
 
 def mask_of_heads(mask: Tensor, token_map: TokenMap, beside: tuple[int, int]) -> Tensor:

@@ -1,6 +1,7 @@
-"""The hooks on a diffusion transformer and its blocks."""
+"""The hooks on the blocks of a diffusion transformer."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,17 @@ from tomesd.core.partition import make_key
 from tomesd.core.rows import fixed
 from tomesd.core.token_map import TokenMap
 from tomesd.diffusion.attention_bias import fit_bias
-from tomesd.diffusion.block import Place, ThreadState, add_residual, pop_place
+from tomesd.diffusion.block import Place, add_residual, pop_place
 from tomesd.diffusion.conflicts import check_cache, check_guidance, is_skipped
-from tomesd.diffusion.dit.heads import first_samples, head_entries, mask_of_heads
-from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
+from tomesd.diffusion.dit.heads import (
+    first_samples,
+    mask_of_heads,
+    own_entries,
+    tables_of_heads,
+)
+from tomesd.diffusion.dit.model_hooks import Args, Given, ModelHooks, as_called
+from tomesd.diffusion.dit.override import Weighing, overriding
+from tomesd.diffusion.dit.spec import Bias, Blocks, Override, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.processors import (
     KeyProjections,
@@ -24,59 +32,7 @@ from tomesd.diffusion.processors import (
     is_stock,
 )
 from tomesd.diffusion.ratio_plan import LevelRatio
-from tomesd.hooks import PerThread, by_name
-
-Args = tuple[Any, ...]
-Given = dict[str, Any]
-
-
-@dataclass(eq=False)
-class ModelHooks:
-    """The hooks on the model itself.
-
-    last: the place of the last forward pass of any thread, for reports, and for a block that
-        autograd calls again in a thread of its own.
-    """
-
-    spec: DiT
-    threads: PerThread[ThreadState]
-    names: tuple[str, ...]
-    last: Place | None = None
-
-    @property
-    def state(self) -> ThreadState:
-        return self.threads.state
-
-    @property
-    def place(self) -> Place | None:
-        """The forward pass that this thread is in, or was in when autograd calls a block again."""
-        # Another model may share blocks, and call them outside of this one's forward.
-        inside = self.state.inside or torch.compiler.is_compiling()
-        if not inside and torch._C._current_graph_task_id() < 0:
-            return None
-        return self.state.place or self.last
-
-    def leave(self, model: nn.Module, args: Args, output: Any) -> None:
-        self.state.inside = False
-
-    def record_place(self, model: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
-        recorded, self.state.grids = self.state.grids, None
-        check_cache(model)
-        given = by_name(self.names, args, kwargs)
-        timestep = given[self.spec.timestep]
-        grids = recorded or self.spec.grids(model, given)
-        grids = tuple((fixed(frames), fixed(h), fixed(w)) for frames, h, w in grids)
-        place = Place(grids, timestep, self.state.stage)
-        self.state.place = self.last = place
-        self.state.inside = True
-        if self.spec.kwargs:
-            given[self.spec.kwargs] = place.add_to(given.get(self.spec.kwargs))
-        return _as_called(self.names, args, given)
-
-    def append_place(self, rope: nn.Module, args: Args, output: Any) -> Any:
-        if self.place is None:
-            return output
-        return self.place.add_to(output) if isinstance(output, dict) else (*output, self.place)
+from tomesd.hooks import by_name
 
 
 @dataclass(eq=False)
@@ -86,6 +42,8 @@ class BlockHooks:
     counts: of image tokens and of query–key pairs, before and after merging, in the last forward.
     why_not: why nothing merged in it; empty if something did.
     text_first: whether text tokens came before those of the image in it.
+    unweighed: why its merged keys counted as one token each, where that shows in its forward only.
+    first_image: how many tokens the first grid had after merging.
     """
 
     index: int
@@ -98,6 +56,8 @@ class BlockHooks:
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     why_not: str = ""
     text_first: bool = True
+    unweighed: str = ""
+    first_image: int = 0
 
     @property
     def weighs_keys(self) -> bool:
@@ -117,7 +77,12 @@ class BlockHooks:
         place = pop_place(given, carrier) if carrier else self.model.place
         state.leave_block()  # An interrupted forward may have left a map.
         if place is None or is_skipped(block):
-            return _as_called(self.names, args, given)
+            return as_called(self.names, args, given)
+        why_not = kind.why_not(given, self.matcher.frame.settings)
+        if why_not:
+            self.why_not, n = why_not, sum(f * h * w for f, h, w in kind.own(place.grids))
+            self.counts = n, n, n**2, n**2
+            return as_called(self.names, args, given)
         first = self.text_first = self._text_first(given)
         token_map = self._match(x, place, first)
         together = kind.text is not None and not kind.text.argument
@@ -127,24 +92,28 @@ class BlockHooks:
         text = fixed(given[beside].shape[1]) if beside else 0
         self._count(place, token_map, text)
         if token_map.m == token_map.n:
-            return _as_called(self.names, args, given)
+            return as_called(self.names, args, given)
         for attention in kind.attentions(block):
             check_guidance(attention, merges_queries=True, merges_keys=True)
         if given.get(kind.adds_first) is not None:
             x = x + given[kind.adds_first]
             given[kind.adds_first] = None
         merged = state.merge_block(x, token_map)
+        if kind.adds_in_place:
+            merged = merged.clone()
         given[kind.tokens] = merged if kind.batch_first else merged.transpose(0, 1)
         if given.get(kind.adds_last) is not None:
             state.x = x + given[kind.adds_last]
             given[kind.adds_last] = None
         self._merge_beside(given, token_map, text, first)
-        if isinstance(kind.proportional, Bias) and self.weighs_keys:
+        if isinstance(kind.proportional, Bias | Override) and self.weighs_keys:
             log_size = nn.functional.pad(token_map.size[..., 0].log(), _beside(text, first))
             log_size = log_size.to(x.dtype)
-            ndim = kind.proportional.ndim
+            ndim = kind.proportional.ndim if isinstance(kind.proportional, Bias) else 4
             state.bias = log_size.view(log_size.shape[0], *(1,) * (ndim - 2), -1)
-        return _as_called(self.names, args, given)
+        if not kind.attention:
+            self._replace_attention(given)
+        return as_called(self.names, args, given)
 
     def _text_first(self, given: Given) -> bool:
         text = self.kind.text
@@ -191,6 +160,7 @@ class BlockHooks:
             else:
                 maps.append(self.matcher.token_map(part, (frames, h, w), ratio, key))
         self.why_not = "" if "" in reasons else reasons[0]
+        self.first_image = maps[bool(before)].m
         if after:
             maps.append(TokenMap.identity(x[:, start:]))
         joined = maps[0] if len(maps) == 1 else concatenate(maps)
@@ -203,16 +173,18 @@ class BlockHooks:
             name, dim, at = kind.rotary
             tables = given[name]
             if at is None:
-                given[name] = _entries(tables, token_map, dim, first)
+                given[name] = tables_of_heads(tables, token_map, dim, first)
             else:
-                own = _entries(tables[at], token_map, dim, first)
+                own = tables_of_heads(tables[at], token_map, dim, first)
                 given[name] = (*tables[:at], own, *tables[at + 1 :])
         for name, dim in kind.per_token:
             value = given.get(name)
             if isinstance(value, list):
-                given[name] = [_own_entries(each, token_map, dim) for each in value]
+                given[name] = [own_entries(each, token_map, dim) for each in value]
             elif value is not None:
-                given[name] = _own_entries(value, token_map, dim)
+                given[name] = own_entries(value, token_map, dim)
+        if given.get(kind.first_image) is not None:
+            given[kind.first_image] = self.first_image
         if given.get(kind.mask) is not None:
             given[kind.mask] = mask_of_heads(given[kind.mask], token_map, _beside(text, first))
 
@@ -235,7 +207,22 @@ class BlockHooks:
             bias = bias[: attending(attention, bias.shape[0])]
             mask = fit_bias(bias, attention, given[self.attention_names[0]].shape[1])
         given[how.argument] = mask
-        return _as_called(self.attention_names, args, given)
+        return as_called(self.attention_names, args, given)
+
+    def replace_attention(
+        self, attention: nn.Module, args: Args, kwargs: Given
+    ) -> tuple[Args, Given]:
+        given = by_name(self.attention_names, args, kwargs)
+        self._replace_attention(given)
+        return as_called(self.attention_names, args, given)
+
+    def _replace_attention(self, given: Given) -> None:
+        """Let attention that is given these arguments add log(size), if its host can."""
+        how, token_map, bias = self.kind.proportional, self.model.state.map, self.model.state.bias
+        if isinstance(how, Override) and token_map is not None and bias is not None:
+            own = slice(-token_map.m, None) if self.text_first else slice(token_map.m)
+            weighing = Weighing(bias, own, partial(setattr, self, "unweighed"))
+            given[how.argument] = overriding(given.get(how.argument), weighing)
 
     def note_keys(
         self, projections: KeyProjections, attention: nn.Module, args: Args, kwargs: Given
@@ -279,22 +266,3 @@ _MASKED = (
 def _beside(text: int, first: bool) -> tuple[int, int]:
     """How many text tokens come before and after the image tokens among the keys."""
     return (text, 0) if first else (0, text)
-
-
-def _as_called(names: tuple[str, ...], args: Args, given: Given) -> tuple[Args, Given]:
-    """Arguments by position and by name, as the host passed them."""
-    return tuple(given.pop(name) for name in names[: len(args)]), given
-
-
-def _own_entries(value: Tensor, token_map: TokenMap, dim: int) -> Tensor:
-    """Those of the heads, if there is an entry for each token."""
-    own = value.dim() > dim and value.shape[dim] == token_map.n
-    return head_entries(value, token_map, dim) if own else value
-
-
-def _entries(tables: Any, token_map: TokenMap, dim: int, first: bool) -> Any:
-    if isinstance(tables, Tensor):
-        return head_entries(tables, token_map, dim, first)
-    if isinstance(tables, dict):
-        return {key: head_entries(table, token_map, dim, first) for key, table in tables.items()}
-    return tuple(head_entries(table, token_map, dim, first) for table in tables)

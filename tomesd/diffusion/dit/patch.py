@@ -21,16 +21,23 @@ from torch import nn
 from tomesd.diffusion.attention_bias import check_takes_bias
 from tomesd.diffusion.block import Grid, ThreadState
 from tomesd.diffusion.conflicts import check_cache, check_guidance, fused_projections_error
-from tomesd.diffusion.dit.hooks import BlockHooks, ModelHooks
-from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, UnmergeKeys
+from tomesd.diffusion.dit.hooks import BlockHooks
+from tomesd.diffusion.dit.model_hooks import ModelHooks
+from tomesd.diffusion.dit.spec import Bias, Blocks, DiT, Override, UnmergeKeys
 from tomesd.diffusion.dit.video import VideoMatcher
 from tomesd.diffusion.processors import KeyProjections, is_stock
 from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.diffusion.settings import DiffusionSettings
-from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, argument_names
+from tomesd.hooks import (
+    BlockTrace,
+    DenoiserPatch,
+    PerThread,
+    argument_names,
+    unless_removed,
+)
 from tomesd.reports import ReportRow
 
-_NO_BIAS = "without proportional attention: its processors take no bias"
+_UNWEIGHED = "without proportional attention"
 
 
 class DiTPatch(DenoiserPatch):
@@ -71,6 +78,7 @@ class DiTPatch(DenoiserPatch):
             self._check_caches()
         if self.matcher.frame.weighs_keys:
             self._check_attention()
+        self._find_blocks()
 
     @property
     def spec(self) -> DiT:
@@ -99,9 +107,29 @@ class DiTPatch(DenoiserPatch):
                     if is_stock(attention) or not kind.can_unmerge_keys:
                         check_takes_bias(attention)
 
+    def _find_blocks(self) -> None:
+        """Make the hooks of the blocks that the model has now; those of the same blocks stay."""
+        before, self.blocks = self.blocks, {}
+        for kind in self.spec.lists if self.plan.merges else ():
+            for block in kind.split(self.model)[0]:
+                self.blocks[block] = before.get(block) or self._hooks_of(block, kind)
+
+    def _hooks_of(self, block: Any, kind: Blocks) -> BlockHooks:
+        attentions = kind.attentions(block)
+        return BlockHooks(
+            len(self.blocks),
+            kind,
+            self.matcher,
+            self.plan.of_level(1),
+            self.hooks,
+            kind.names or argument_names(block),
+            argument_names(attentions[0]) if attentions else (),
+        )
+
     def install(self) -> None:
         if not self.plan.merges:
             return
+        self._find_blocks()
         hooks, spec = self.hooks, self.spec
         if self.plan.changes:
             from tomesd.diffusion.stage_hook import StageHook
@@ -117,12 +145,12 @@ class DiTPatch(DenoiserPatch):
         self.after(self.model, hooks.leave, always=True)
         if spec.rope:
             self.after(self.model.get_submodule(spec.rope), hooks.append_place)
-        for kind in spec.lists:
-            for block in kind.split(self.model)[0]:
-                self._install_block(block, kind)
+        for block, found in self.blocks.items():
+            self._install_block(block, found)
         if self.settings.min_tokens or self.settings.only_where_it_pays:
             self.after(self.model, self.warn_if_idle)
 
+    @unless_removed
     def _check_blocks(self, model: Any, args: Any, kwargs: Any) -> None:
         """Raise ValueError if blocks were replaced: new ones could not read what hooks pass on."""
         if torch.compiler.is_compiling():
@@ -132,24 +160,13 @@ class DiTPatch(DenoiserPatch):
             if block not in self.blocks and self.blocks.keys().isdisjoint(block.children()):
                 raise ValueError(
                     f"the blocks of {type(model).__name__} must be those that were patched, got a "
-                    f"{type(block).__name__} that came later: call apply_patch again"
+                    f"{type(block).__name__} that was added later: call apply_patch again"
                 )
 
-    def _install_block(self, block: Any, kind: Blocks) -> None:
-        attentions = kind.attentions(block)
-        hooks = BlockHooks(
-            len(self.blocks),
-            kind,
-            self.matcher,
-            self.plan.of_level(1),
-            self.hooks,
-            argument_names(block),
-            argument_names(attentions[0]),
-        )
-        self.blocks[block] = hooks
+    def _install_block(self, block: Any, hooks: BlockHooks) -> None:
         self.before(block, hooks.merge)
-        for attention in attentions:
-            can_unmerge = hooks.weighs_keys and kind.can_unmerge_keys
+        for attention in hooks.kind.attentions(block):
+            can_unmerge = hooks.weighs_keys and hooks.kind.can_unmerge_keys
             self._install_attention(attention, hooks, can_unmerge)
         self.after(block, hooks.finish, always=True)
 
@@ -163,12 +180,10 @@ class DiTPatch(DenoiserPatch):
                 projections.follow(attention, (), {})
         if isinstance(how, Bias):
             self.before(attention, partial(hooks.weigh_keys, projections))
+        elif isinstance(how, Override):
+            self.before(attention, hooks.replace_attention)
         elif always and projections is not None:
             self.before(attention, partial(hooks.note_keys, projections))
-
-    def remove(self) -> None:
-        super().remove()
-        self.blocks.clear()
 
     def why_idle(self) -> set[str]:
         return {hooks.why_not for hooks in self.blocks.values()}
@@ -215,11 +230,13 @@ class DiTPatch(DenoiserPatch):
         estimate = n, m, n**2, m * (n if hooks.unmerges_keys else m)
         n, m, before, after = hooks.counts if any(hooks.counts) else estimate
         weighed = kind.proportional is not None or not hooks.weighs_keys
-        notes = [hooks.why_not or ("" if weighed else _NO_BIAS)]
+        notes = [hooks.why_not or ("" if weighed else f"{_UNWEIGHED}: its processors take no bias")]
+        if hooks.unweighed and not hooks.why_not:
+            notes.append(f"{_UNWEIGHED}: {hooks.unweighed}")
         if self.plan.changes:
             notes.append(str(hooks.ratio))
         note = "; ".join(filter(None, notes))
-        return ReportRow(kind.name, len(blocks), n, m, after / max(before, 1), note)
+        return ReportRow(kind.name, len(blocks), n, m, after / before if before else 1.0, note)
 
     def _grids(self) -> tuple[Grid, ...]:
         """Those of the last image, or else of the model's own size, if it has one."""

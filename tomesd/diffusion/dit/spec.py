@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from tomesd.diffusion.block import Grid
+from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.registry import Spec
 
 # The model and the arguments of its forward by name → the grids of its image tokens.
@@ -29,7 +30,8 @@ class Rotary(NamedTuple):
     """Rotary position tables of the tokens; a merged token takes the angles of its destination.
 
     argument: the block's argument that holds the table, or a tuple or dict of tables.
-    dim: the dimension of tokens. 0 means one table for all samples, hence one token map for all.
+    dim: the dimension of tokens. 0 means one table for all samples, hence one token map for all;
+        -1 whichever of 1 and 2 has several entries, where releases of the host differ.
     table: which table or tuple of them, if only one of those in the argument is of image tokens.
     """
 
@@ -57,6 +59,21 @@ class UnmergeKeys(NamedTuple):
     projections: tuple[str, ...] = ("to_k", "to_v")
 
 
+def _always_merges(given: dict[str, Any], settings: DiffusionSettings) -> str:
+    """Patched models are pickled with their blocks' records, which lambdas cannot be."""
+    return ""
+
+
+class Override(NamedTuple):
+    """Proportional attention where attention functions let themselves be replaced, as ComfyUI's do.
+
+    argument: of the attention, or of the block if it names none: the options that are asked for a
+        replacement.
+    """
+
+    argument: str = "transformer_options"
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How the blocks in one list of a model take their tokens. Each is a residual of its input.
@@ -71,7 +88,7 @@ class Blocks:
     text: the text tokens that they attend to together with their own, if any.
     output: the index of the image tokens in the block's output; None if they are all of it.
     attention: the block's children that do self-attention, with dots if they are deeper; some
-        blocks may have None there.
+        blocks may have None there. Empty if the block does it itself.
     proportional: how attention can weigh keys by size; None: merge without proportional attention.
     rotary: the rotary tables of the tokens, if any.
     per_token: arguments, tensors or lists of them, that may have an entry for each image token, and
@@ -81,6 +98,12 @@ class Blocks:
         tokens before and after everything else: to all of them, merged or not.
     mask: the argument that may hold a mask of all keys, in its last dimension, or of all pairs.
     padded: whether padding may follow the image tokens, which never merges.
+    first_image: the argument that may hold the number of tokens of the first grid, where the block
+        does something else from there on.
+    adds_in_place: whether the block may change the tokens that it is given.
+    names: of the block's arguments in order, if its forward does not name them.
+    why_not: from the block's arguments and the settings, why it does not merge this time; "" if it
+        does.
     only: the class of the blocks that merge, if the list has others that should not.
     unless: a child module; blocks that have it do not merge, since they are no residual.
     carrier: the dict or tuple among the block's arguments in which the token grid travels; ""
@@ -94,13 +117,17 @@ class Blocks:
     text: Text | None = None
     output: int | None = None
     attention: tuple[str, ...] = ("attn",)
-    proportional: Bias | UnmergeKeys | None = None
+    proportional: Bias | UnmergeKeys | Override | None = None
     rotary: Rotary | None = None
     per_token: tuple[tuple[str, int], ...] = ()
     adds_first: str = ""
     adds_last: str = ""
     mask: str = ""
     padded: bool = False
+    first_image: str = ""
+    adds_in_place: bool = False
+    names: tuple[str, ...] = ()
+    why_not: Callable[[dict[str, Any], DiffusionSettings], str] = _always_merges
     only: str = ""
     unless: str = ""
     carrier: str = ""

@@ -130,8 +130,8 @@ class BlockHooks:
         if given_keys and self.state.merged is not None and self.matcher.weighs_keys:
             raise ValueError(
                 "encoder_hidden_states of self-attention must be None while whole blocks merge, "
-                f"got {list(kwargs['encoder_hidden_states'].shape)}: how many tokens each of them "
-                "is cannot be known; apply_patch(..., merge_attn=True) leaves such keys as they are"
+                f"got {list(kwargs['encoder_hidden_states'].shape)}: their group sizes are "
+                "unknown; apply_patch(..., merge_attn=True) leaves such keys as they are"
             )
         if self.state.merged is None:
             x, *rest = args

@@ -25,7 +25,7 @@ from tomesd.diffusion.settings import DiffusionSettings
 from tomesd.diffusion.unet.hooks import BlockHooks, check_caches
 from tomesd.diffusion.unet.levels import Transformer, find_transformers
 from tomesd.diffusion.unet.spec import UNet
-from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, by_name
+from tomesd.hooks import BlockTrace, DenoiserPatch, PerThread, by_name, unless_removed
 from tomesd.reports import ReportRow
 
 
@@ -102,6 +102,7 @@ class UNetPatch(DenoiserPatch):
                 self.install_block(block, self.hooks_of(block, found))
         self.after(self.model, self.warn_if_idle)
 
+    @unless_removed
     def _record_timestep(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:

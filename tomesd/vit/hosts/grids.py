@@ -1,20 +1,26 @@
-"""Blocks of tokens on a grid: SAM, SAM-HQ and ViTDet.
+"""Blocks of tokens on a grid: SAM, SAM-HQ, ViTDet and Hiera.
 
 Blocks of global attention merge within themselves, since the next block needs the grid; blocks
 whose attention is in windows do not merge. Attention adds products of its queries with tables of
 relative rows and columns; a merged token has the place of its head.
+
+Hiera has no such tables. Its blocks merge in the first stage of global attention, which has most of
+them; the last stage has a quarter of its tokens.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomesd.registry import register
-from tomesd.vit.carriers import Carrier
+from tomesd.vit.carriers import Carrier, plain_output
+from tomesd.vit.hosts.biased_keys import BiasedKeys
 from tomesd.vit.hosts.placed import Placed, PlacedInput
+from tomesd.vit.layer import Args, HookPoints
 from tomesd.vit.settings import ViTSettings
 from tomesd.vit.spec import Places, ViT
 
@@ -145,3 +151,74 @@ register(
     replace(_SAM, places={"Block": Places("norm1", "attn", "norm2", "mlp")}),
     "timm.VisionTransformerSAM",
 )
+
+
+class _Hiera(BiasedKeys):
+    def install_attention(self, patch: Any, points: HookPoints) -> None:
+        super().install_attention(patch, points)
+        patch.after(points.attention, plain_output)
+
+    @staticmethod
+    def width(points: HookPoints) -> int:
+        attention: Any = points.attention
+        return int(attention.proj.in_features)
+
+
+class _HieraOfWindows(_Hiera):
+    """Its attention has a dimension for windows, of which there is one where it is global."""
+
+    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | Carrier:
+        carrier = super().carry_bias(key, args, output)
+        if isinstance(carrier, Carrier) and carrier.bias is not None:
+            carrier.bias = carrier.bias[:, None]
+        return carrier
+
+
+def _all_blocks(model: Any) -> list[Any]:
+    """Of Hiera, in timm or transformers."""
+    if hasattr(model, "blocks"):
+        return list(model.blocks)
+    return [block for stage in model.encoder.stages for block in stage.layers]
+
+
+def _stride(block: Any) -> int:
+    """How many tokens become one in a block."""
+    return int(getattr(block.attn, "q_stride", 1) * getattr(block.attn, "query_stride", 1))
+
+
+def _first_global(model: Any) -> nn.ModuleList:
+    """The blocks of the first stage of global attention, but for one that pools tokens."""
+    blocks = [
+        block
+        for block in _all_blocks(model)
+        if not block.attn.use_mask_unit_attn and _stride(block) == 1
+    ]
+    width = blocks[0].attn.qkv.in_features
+    return nn.ModuleList(block for block in blocks if block.attn.qkv.in_features == width)
+
+
+def _tokens(model: Any) -> int:
+    """What these blocks get."""
+    if hasattr(model, "blocks"):
+        tokens = math.prod(model.tokens_spatial_shape)
+    else:
+        tokens = math.prod(model.encoder.schedule[0][1])
+    blocks = _all_blocks(model)
+    before = blocks[: blocks.index(_first_global(model)[0])]
+    return int(tokens // math.prod(map(_stride, before)))
+
+
+_QKV = 3 * ("attn.qkv",)
+_HIERA = ViT(
+    {
+        "HieraBlock": Places("norm1", "attn", "norm2", "mlp", *_QKV),
+        "HieraLayer": Places("layernorm_before", "attn", "layernorm_after", "mlp", *_QKV),
+    },
+    prefix=lambda model: 0,
+    tokens=_tokens,
+    blocks=_first_global,
+    layer=_Hiera,
+    check=_check,
+)
+register(_HIERA, "timm.Hiera")
+register(replace(_HIERA, layer=_HieraOfWindows), "transformers.HieraModel")

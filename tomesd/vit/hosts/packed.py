@@ -1,21 +1,39 @@
-"""Vision towers that pack pictures into one sequence without a batch dimension: Qwen2-VL, Qwen3-VL.
+"""Vision towers that pack the pictures of a call into one sequence: Pixtral, and those of Qwen-VL.
 
-They merge within their blocks, since their patch merger needs every cell of the token grid. The
-pictures of a call must have equally many tokens. Queries and keys are rotated by positions.
+Each picture merges for itself, whatever its size. Queries and keys are rotated by positions.
+
+The towers of Qwen-VL merge within their blocks, since their patch merger needs every cell of the
+token grid. In Qwen2.5-VL, most blocks attend within windows of that grid: those do not merge.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tomesd.hooks import by_name
-from tomesd.registry import refuse, register
+from tomesd.registry import register
 from tomesd.vit.carriers import Carrier, plain_output
+from tomesd.vit.hosts.placed import at_heads
+from tomesd.vit.hosts.rotary import patches
+from tomesd.vit.hosts.transformers import TAKE_A_BIAS, TRANSFORMERS, places
 from tomesd.vit.layer import Args, HookPoints, Kwargs, Layer
 from tomesd.vit.rotary import Rotary
 from tomesd.vit.settings import ViTSettings
 from tomesd.vit.spec import Places, ViT
+
+
+def _check_attention(model: Any, settings: ViTSettings) -> None:
+    attention = model.config._attn_implementation
+    if attention not in TAKE_A_BIAS:
+        raise ValueError(
+            f"attn_implementation must be {' or '.join(TAKE_A_BIAS)} with {type(model).__name__}, "
+            "where pictures that are packed into one sequence merge each for itself, got "
+            f"{attention!r}: call set_attn_implementation first"
+        )
 
 
 class _PackedKeys(Carrier):
@@ -27,37 +45,42 @@ class _PackedKeys(Carrier):
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
         if func is torch.split and result[0].bias is not None:
-            for part, bias in zip(result, result[0].bias.split(1), strict=True):
+            lengths = [part.shape[2] for part in result]
+            for part, bias in zip(result, result[0].bias.split(lengths, -1), strict=True):
                 part.bias = bias
         return result
 
 
 class _Packed(Layer):
+    """Blocks of [N, C], which are told where each picture ends."""
+
     def install_attention(self, patch: Any, points: HookPoints) -> None:
         patch.after(points.features["k"], self.carry_bias)
         patch.after(points.attention, plain_output)
 
+    def lengths(self, given: Kwargs) -> Sequence[int]:
+        each: Tensor = given["cu_seqlens"].diff()
+        if torch.compiler.is_compiling():  # No graph has the sizes of pictures in it: all equal.
+            tokens = next(iter(given.values())).shape[0]
+            return [tokens // len(each)] * len(each)
+        # The host reads them too, in every block.
+        lengths: list[int] = each.tolist()
+        return lengths
+
     def merge_within(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         given = by_name(self.block_names, args, kwargs)
-        ends = given["cu_seqlens"]
-        lengths = ends.diff()
-        # The host reads their lengths too, in every block.
-        read = self.index == 0 and not torch.compiler.is_compiling()
-        if read and (lengths != lengths[0]).any():
-            raise ValueError(
-                "grid_thw must have equally many tokens for each picture where tokens merge, got "
-                f"{lengths.tolist()}; remove_patch first, or pass them one at a time"
-            )
-        self.forwards.thread.pictures = len(lengths)
-        args, kwargs = super().merge_within(block, args[:1], given_without_first(given))
+        first, *others = given
+        rest = {name: given[name] for name in others}
+        args, kwargs = super().merge_within(block, (given[first],), rest)
         so_far = self.forward.maps[self.index]
         if so_far is None:
             return args, kwargs
-        tables = (self.tokens(table)[:, None] for table in given["position_embeddings"])
-        angles = (Rotary("").merged(table, so_far) for table in tables)
+        ends, forward = given["cu_seqlens"], self.forward
+        left = forward.left(self.index, forward.lengths[0] or ())
+        angles = (Rotary("", dims=2).merged(x, so_far) for x in given["position_embeddings"])
         return args, kwargs | {
-            "cu_seqlens": torch.arange(len(ends), device=ends.device, dtype=ends.dtype) * so_far.m,
-            "position_embeddings": tuple(table.flatten(0, 2) for table in angles),
+            "cu_seqlens": ends.new_tensor([0, *accumulate(left)]),
+            "position_embeddings": tuple(angles),
         }
 
     def carry_bias(self, qkv: nn.Module, args: Args, output: Tensor) -> Tensor | Carrier:
@@ -67,11 +90,10 @@ class _Packed(Layer):
         return output if bias is None else _PackedKeys(output, bias[:, None, None])
 
     def tokens(self, x: Tensor) -> Tensor:
-        tokens: Tensor = x.unflatten(0, (self.forwards.thread.pictures, -1))
-        return tokens
+        return x[None]
 
     def like(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return tokens.flatten(0, 1)
+        return tokens[0]
 
     @staticmethod
     def width(points: HookPoints) -> int:
@@ -79,10 +101,67 @@ class _Packed(Layer):
         return int(attention.num_heads * attention.head_dim)
 
 
-def given_without_first(given: dict[str, Any]) -> Kwargs:
-    """The arguments of a block by name, without its tokens, which are passed by position."""
-    _, *others = given
-    return {name: given[name] for name in others}
+class _Masked(Layer):
+    """Blocks of [1, N, C], in which a mask hides pictures from each other."""
+
+    def install(self, patch: Any, points: HookPoints) -> None:
+        super().install(patch, points)
+        if self.index == 0:
+            patch.before(patch.model, self.refuse_several_in_a_graph)
+
+    def refuse_several_in_a_graph(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        pictures = by_name(("pixel_values",), args[:1], kwargs)["pixel_values"]
+        if torch.compiler.is_compiling() and len(pictures) > 1:
+            raise ValueError(
+                "pixel_values must be of one picture in a compiled graph, which cannot depend on "
+                f"where each of them ends, got {len(pictures)}"
+            )
+
+    def lengths(self, given: Kwargs) -> Sequence[int]:
+        mask: Tensor = given[self.mask][0, 0]
+        if torch.compiler.is_compiling():
+            return [len(mask)]
+        # A picture ends where a token does not see the next one.
+        ends = (mask.diagonal(-1) < 0).nonzero().flatten().tolist()
+        ends = [0, *(end + 1 for end in ends), len(mask)]
+        return [end - start for start, end in pairwise(ends)]
+
+    def hiding(self, mask: Tensor | None) -> Tensor | None:
+        return None
+
+    def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.idle:
+            return args, kwargs
+        given = by_name(self.names, args, kwargs)
+        mask, forward = given[self.mask], self.forward
+        lengths = forward.lengths[0]
+        if lengths is None:
+            lengths = forward.lengths[0] = self.lengths(given)
+        args, given = super().weigh_keys(attention, (), given | {self.mask: None})
+        if len(lengths) > 1:
+            bias = given[self.mask]
+            mask = at_heads(mask, forward.maps[self.index])
+            given[self.mask] = mask if bias is None else mask + bias
+        return args, given
+
+
+register(
+    replace(
+        TRANSFORMERS,
+        places={
+            "PixtralAttentionLayer": places(
+                "attention_norm", "attention", "ffn_norm", "feed_forward"
+            )
+        },
+        prefix=lambda model: 0,
+        tokens=patches,
+        blocks=("transformer.layers",),
+        rotary=Rotary("position_embeddings", dims=3),
+        layer=_Masked,
+        check=_check_attention,
+    ),
+    "transformers.PixtralVisionModel",
+)
 
 
 def _check(model: Any, settings: ViTSettings) -> None:
@@ -91,27 +170,34 @@ def _check(model: Any, settings: ViTSettings) -> None:
             f"within_blocks must be True with {type(model).__name__}, whose patch merger needs "
             "every cell of the token grid, got False"
         )
+    _check_attention(model, settings)
 
 
-_NAMES = ("Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
+_NAMES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 _QKV = "attn.qkv"
 # They have no size of their own: that of a picture of 448×448 px.
-register(
-    ViT(
-        {
-            f"{name}VisionBlock": Places("norm1", "attn", "norm2", "mlp", _QKV, _QKV, _QKV)
-            for name in _NAMES
-        },
-        prefix=lambda model: 0,
-        tokens=lambda model: (448 // model.config.patch_size) ** 2,
-        blocks=("blocks",),
-        layer=_Packed,
-        check=_check,
-    ),
-    "transformers.Qwen2VisionTransformerPretrainedModel",
-    *(f"transformers.{name}VisionModel" for name in _NAMES[1:]),
+_QWEN = ViT(
+    {
+        f"{name}VisionBlock": Places("norm1", "attn", "norm2", "mlp", _QKV, _QKV, _QKV)
+        for name in _NAMES
+    },
+    prefix=lambda model: 0,
+    tokens=lambda model: (448 // model.config.patch_size) ** 2,
+    blocks=("blocks",),
+    layer=_Packed,
+    check=_check,
 )
-refuse(
-    "its attention is in windows of the token grid, in most layers",
-    "transformers.Qwen2_5_VisionTransformerPretrainedModel",
+register(
+    _QWEN,
+    "transformers.Qwen2VisionTransformerPretrainedModel",
+    *(f"transformers.{name}VisionModel" for name in _NAMES[2:]),
+)
+
+
+def _global_blocks(model: Any) -> nn.ModuleList:
+    return nn.ModuleList(model.blocks[index] for index in sorted(model.fullatt_block_indexes))
+
+
+register(
+    replace(_QWEN, blocks=_global_blocks), "transformers.Qwen2_5_VisionTransformerPretrainedModel"
 )

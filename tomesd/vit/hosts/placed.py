@@ -1,4 +1,4 @@
-"""Attention that adds a bias by the places of its tokens: BEiT and its kin, and timm's relpos.
+"""Attention with a relative position bias: BEiT and its variants, and timm's relpos models.
 
 A merged token has the place of its head.
 """
@@ -37,7 +37,7 @@ class _Argument(Layer):
             return super().weigh_keys(attention, args, kwargs)
         if self.index == 0 and not torch.compiler.is_compiling() and (bias < -1e4).any():
             raise ValueError(
-                "attention_mask must not hide tokens where the attention adds a bias by places "
+                "attention_mask must not hide tokens where attention has a relative position bias "
                 "and tokens merge; remove_patch first"
             )
         x = given.pop(self.names[0])

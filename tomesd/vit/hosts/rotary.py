@@ -27,7 +27,7 @@ from tomesd.vit.spec import Places
 _BLOCK = places("norm1", "attention", "norm2", "layer_scale2")
 
 
-def _patches(model: Any) -> int:
+def patches(model: Any) -> int:
     """Of the model's own size."""
     sizes = (model.config.image_size, model.config.patch_size)
     image, patch = (x if isinstance(x, tuple | list) else (x, x) for x in sizes)
@@ -37,7 +37,7 @@ def _patches(model: Any) -> int:
 _DINOV3 = replace(
     TRANSFORMERS,
     places={"DINOv3ViTLayer": _BLOCK, "Sapiens2Layer": _BLOCK},
-    tokens=lambda model: _patches(model) + prefix(model),
+    tokens=lambda model: patches(model) + prefix(model),
     blocks=("model.layer",),
     rotary=Rotary("position_embeddings"),
     recorder=lambda model: model.model,
@@ -85,22 +85,6 @@ register(
         rotary=_MLCD("position_embeddings", dims=3),
     ),
     "transformers.MLCDVisionModel",
-)
-# All of its pictures are one sequence; where there are several, they mask each other.
-register(
-    replace(
-        TRANSFORMERS,
-        places={
-            "PixtralAttentionLayer": places(
-                "attention_norm", "attention", "ffn_norm", "feed_forward"
-            )
-        },
-        prefix=lambda model: 0,
-        tokens=_patches,
-        blocks=("transformer.layers",),
-        rotary=Rotary("position_embeddings", dims=3),
-    ),
-    "transformers.PixtralVisionModel",
 )
 
 

@@ -1,4 +1,4 @@
-"""Encoders of sound of transformers: Whisper, wav2vec 2.0 and its kin. AST is an image encoder."""
+"""Audio encoders of transformers: Whisper, wav2vec 2.0 and its variants. AST is an image model."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ def _check_wav2vec2(model: Any, settings: ViTSettings) -> None:
 def _refuse_skipping(option: str, value: float) -> None:
     if value:
         raise ValueError(
-            f"{option} must be 0, since a skipped layer merges nothing for the next, got {value}"
+            f"{option} must be 0: a skipped layer would not merge its tokens, got {value}"
         )
 
 

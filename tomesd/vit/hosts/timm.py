@@ -42,7 +42,7 @@ def _check_attention(model: Any, settings: Any) -> None:
         if known_class(attention, _ATTENTION) is None:
             raise TypeError(
                 f"model must have blocks with {' or '.join(_ATTENTION)}, whose keys can be "
-                "weighed, or with a class that keeps their forward, got "
+                "weighted, or with a class that inherits their forward, got "
                 f"{type(block).__name__} with {type(attention).__name__} as block {index}"
             )
 

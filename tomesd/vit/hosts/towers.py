@@ -1,4 +1,4 @@
-"""Vision towers of transformers: the image encoders of vision-language models and of CLIP's kin.
+"""Vision towers of transformers: image encoders of vision-language models, CLIP and its variants.
 
 Their projectors and language models get all tokens, unless unmerge=False.
 """

@@ -15,7 +15,7 @@ from tomesd.vit.settings import ViTSettings
 from tomesd.vit.spec import Places, ViT
 
 # Flash attention takes no bias on its keys.
-_TAKE_A_BIAS = ("eager", "sdpa")
+TAKE_A_BIAS = ("eager", "sdpa")
 
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -37,10 +37,10 @@ def _tokens(model: Any) -> int:
 def check_attention(model: Any, settings: ViTSettings) -> None:
     """Raise ValueError for an attention implementation that takes no bias on its keys."""
     attention = model.config._attn_implementation
-    if settings.prop_attn and attention not in _TAKE_A_BIAS:
+    if settings.prop_attn and attention not in TAKE_A_BIAS:
         raise ValueError(
             f"prop_attn must be False with attn_implementation={attention!r}, which takes no bias "
-            f"on its keys; or set_attn_implementation to {' or '.join(_TAKE_A_BIAS)}"
+            f"on its keys; or set_attn_implementation to {' or '.join(TAKE_A_BIAS)}"
         )
 
 
@@ -48,7 +48,7 @@ def check_backbone(model: Any, settings: ViTSettings) -> None:
     """Raise ValueError for settings that leave feature maps without a shape."""
     if not settings.unmerge:
         raise ValueError(
-            f"unmerge must be True with {type(model).__name__}, whose feature maps have a place "
+            f"unmerge must be True with {type(model).__name__}, whose feature maps need a value "
             "for every token, got False"
         )
     check_attention(model, settings)

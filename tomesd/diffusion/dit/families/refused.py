@@ -52,11 +52,3 @@ refuse(
     "it is told no token grid, only positions, and its keys are kept from chunk to chunk",
     "diffusers.SanaWMLTX2RefinerTransformer3DModel",
 )
-refuse(
-    "the transformers of ComfyUI and Forge are not supported yet, only their UNets",
-    "comfy.Flux",
-    "comfy.MMDiT",
-    "comfy.QwenImageTransformer2DModel",
-    "comfy.WanModel",
-    "backend.IntegratedFluxTransformer2DModel",
-)

@@ -81,7 +81,7 @@ def _grids_without_cache(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
     if given.get("kv_cache_mode") is not None:
         raise ValueError(
             f"kv_cache_mode must be None while tokens merge, got {given['kv_cache_mode']!r}: keys "
-            "that are kept from step to step would be of other tokens"
+            "cached in another step belong to other tokens"
         )
     return _grids_of_ids(model, given)
 

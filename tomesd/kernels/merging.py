@@ -144,8 +144,9 @@ def merge_backward_kernel(
         # clamped and has no gradient.
         stop = channels
         head_squares, squares, product = _lengths(
-            x, grad, head, group, there, begin, count, most, moved_rows, channels, True, HEADS, BLOCK
-        )
+            x, grad, head, group, there, begin, count, most, moved_rows, channels,
+            True, HEADS, BLOCK,
+        )  # fmt: skip
         length, norm = tl.sqrt(head_squares), tl.sqrt(squares)
         clamped, clamped_norm = tl.maximum(length, 1e-6), tl.maximum(norm, 1e-6)
         divisor = clamped_norm / clamped

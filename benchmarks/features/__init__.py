@@ -1,0 +1,1 @@
+"""Features of a Vision Transformer with real weights: nearest neighbours and dense features."""

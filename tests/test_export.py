@@ -190,10 +190,11 @@ def test_exporting_leaves_the_model_as_it_was():
     assert torch.equal(model(*inputs), before)
 
 
-SAMPLES = ("timm", "ViT", "torchvision", "VideoMAE", "PixArtTransformer2DModel")
+SAMPLES = ("timm", "VideoMAE", "PixArtTransformer2DModel", "UNet2DConditionModel")
+MORE = ("ViT", "torchvision", "UNetSpatioTemporalConditionModel", "UNet3DConditionModel")
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", slow_but(SAMPLES, SAMPLES + MORE))
 @torch.no_grad()
 def test_vmap_gives_what_single_samples_give(name):
     model, inputs = model_of(name)
@@ -202,7 +203,7 @@ def test_vmap_gives_what_single_samples_give(name):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", slow_but(SAMPLES, SAMPLES + MORE))
 def test_gradients_of_each_sample_are_those_of_single_samples(name):
     model, inputs = model_of(name)
     parameters = {key: value.detach() for key, value in model.named_parameters()}

@@ -136,5 +136,5 @@ def _why_unsupported(model: Any) -> str:
     similar = f" The closest supported ones are {', '.join(close)}." if close else ""
     return (
         f"model must be or contain a class of tomesd.supported(), got {name}.{similar} "
-        "docs/adding-a-model.md shows how to register another"
+        "docs/adding-a-model.md shows how to register another one"
     )

@@ -55,13 +55,14 @@ def variants(dtype: str, channels: int) -> Iterator[Variant]:
             ("join", {"BLOCK": launches.BLOCK}, 4),
         ):
             yield Variant(getattr(matching, f"{name}_kernel"), constants, warps, 3, name)
-    (high, wide), _ = launches.tiles(1, channels)
     for how, code in launches.HOWS.items():
         if how == "sum":  # The mean without the division.
             continue
+        (high, wide), _ = launches.tiles(1, channels, how == "direction")
         tile = {"HOW": code, "HEADS": high, "BLOCK": wide}
         yield Variant(merging.merge_kernel, tile, 4, 3, f"merge, {how}")
         yield Variant(merging.merge_backward_kernel, tile, 4, 3, f"merge backward, {how}")
+    (high, wide), _ = launches.tiles(1, channels)
     for name, residual in (("unmerge", False), ("unmerge with the residual", True)):
         tile = {"RESIDUAL": residual, "ROWS": high, "BLOCK": wide}
         yield Variant(merging.unmerge_kernel, tile, 4, 3, name)

@@ -199,7 +199,7 @@ def test_comparing_the_papers_preset_stops_at_its_largest_ratio(generate):
             r".*'--size': must be one side or WxH .*got '64x64x64'",
         ),
         (("--output", "a.jpg"), r"output must be a .png file or a folder, got 'a.jpg'"),
-        (("--model", "./not/there"), r"a folder or a hub id, got './not/there'"),
+        (("--model", "./not/there"), r"model must be .*, a folder or a hub id, got './not/there'"),
         (("--prompts", "prompts.txt"), r"PROMPT or --prompts FILE must be given, got both"),
         (
             ("--since", "1"),

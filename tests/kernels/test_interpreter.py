@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slow import slow
+from tests.support.slow import slow, slow_but
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).with_name("interpreted")
@@ -32,7 +32,7 @@ def run(name: str, marked: str) -> None:
     assert done.returncode in (0, none_chosen), done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but({"test_merging.py"}, NAMES))
 def test_in_the_interpreter(name):
     run(name, "not slow")
 

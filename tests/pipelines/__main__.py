@@ -11,10 +11,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from benchmarks.common.device import cpu_name
 
 from benchmarks.common.files import read_json, write_json
 from tests.support.pipelines import FAMILIES, NOT_TRIED, verdict
+from tomesd.pictures.device import cpu_name
 
 
 def main(output: Path, names: Sequence[str]) -> None:

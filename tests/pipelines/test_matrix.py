@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.results.files import load
 from tests.support.pipelines import FAMILIES, NOT_TRIED, verdict
-from tests.support.slow import slow
+from tests.support.slow import slow_but
 
 # One of each kind of denoiser, and of what pipelines do around it.
 SAMPLE = {
@@ -23,18 +23,9 @@ SAMPLE = {
     *("LTXConditionPipeline", "CogVideoXImageToVideoPipeline", "HunyuanVideoPipeline"),
     *("SanaPipeline", "HunyuanVideoFramepackPipeline"),
 }
-FAULTS = {"ZImageOmniPipeline": "refused in its first step, not by apply_patch"}
 
 
-def _cases():
-    for name in FAMILIES:
-        marks = [] if name in SAMPLE else [slow]
-        if name in FAULTS:
-            marks.append(pytest.mark.xfail(reason=FAULTS[name], strict=True))
-        yield pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", slow_but(SAMPLE, FAMILIES))
 def test_merging_keeps_its_promises_in_the_pipeline_or_is_refused_with_the_reason(name):
     if not hasattr(diffusers, name):
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")

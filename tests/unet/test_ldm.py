@@ -273,7 +273,7 @@ def test_one_without_spatial_transformers_is_refused():
 
 def test_a_class_of_the_same_name_with_other_parts_is_a_clear_error():
     model = type("UNetModel", (nn.Module,), {})()
-    with pytest.raises(TypeError, match="model must be a UNetModel with the parts"):
+    with pytest.raises(TypeError, match="model must be a UNetModel with the same parts"):
         tomesd.apply_patch(model)
 
 

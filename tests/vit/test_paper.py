@@ -52,7 +52,8 @@ def logits(model: timm.models.VisionTransformer, images: Tensor, schedule: list[
 
 
 def decreasing(r: int, layers: int) -> list[int]:
-    return [int(2 * r * (1 - i / (layers - 1))) for i in range(layers)]
+    # Steps are added to the first, as the paper's code does: the last digit of a float decides.
+    return [int(2 * r - 2 * r / (layers - 1) * i) for i in range(layers)]
 
 
 TINY, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"

@@ -182,5 +182,6 @@ def tiles(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The rows and channels of one tile, and the grid of all."""
     wide = max(16, min(256, triton.next_power_of_2(channels)))
-    high = min(_TILE // wide, 32)
+    # What reads whole rows keeps their norms beside the tile, and half of one leaves room for them.
+    high = max(1, min(_TILE // (2 * wide if whole_rows else wide), 32))
     return (high, wide), (triton.cdiv(rows, high), 1 if whole_rows else triton.cdiv(channels, wide))

@@ -16,30 +16,61 @@ def _members(first, group, groups, moved):
     """Where the tokens that merged into these heads begin in moved_rows, and how many they are."""
     begin = tl.load(first + group, mask=group < groups, other=0)
     end = tl.load(first + group + 1, mask=group + 1 < groups, other=moved)
-    return begin, tl.where(group < groups, end - begin, 0)
+    return begin, tl.where(group < groups, end - begin, 0).to(tl.int32)
 
 
 @triton.jit
-def _total(x, head, begin, count, most, moved_rows, weight, channel, channels, HOW: tl.constexpr):
-    """The sums of groups, float32 [HEADS, BLOCK]."""
-    inside = (channel < channels)[None, :]
-    total = tl.load(
-        x + head[:, None] * channels + channel[None, :],
-        mask=(head >= 0)[:, None] & inside,
-        other=0.0,
-    ).to(tl.float32)
+def _rows(x, row, there, channel, channels):
+    """These rows of x, float32 [HEADS, BLOCK]; zeros where there are none."""
+    at = row[:, None] * channels + channel[None, :]
+    mask = there[:, None] & (channel < channels)[None, :]
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weights(weight, row, there):
+    return tl.load(weight + row, mask=there, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _total(
+    own, x, head, begin, count, most, moved_rows, weight, channel, channels, HOW: tl.constexpr
+):
+    """The sums of groups, float32 [HEADS, BLOCK]. own: the rows of their heads."""
+    total = own
     if HOW == WEIGHTED:
-        total *= tl.load(weight + head, mask=head >= 0, other=0.0).to(tl.float32)[:, None]
+        total *= _weights(weight, head, head >= 0)
     for index in range(most):
         there = index < count
         row = tl.load(moved_rows + begin + index, mask=there, other=0)
-        value = tl.load(
-            x + row[:, None] * channels + channel[None, :], mask=there[:, None] & inside, other=0.0
-        ).to(tl.float32)
+        value = _rows(x, row, there, channel, channels)
         if HOW == WEIGHTED:
-            value *= tl.load(weight + row, mask=there, other=0.0).to(tl.float32)[:, None]
+            value *= _weights(weight, row, there)
         total += value
     return total
+
+
+@triton.jit
+def _lengths(
+    x, grad, head, group, there, begin, count, most, moved_rows, channels,
+    GRAD: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The squared lengths of heads and of sums, and with GRAD the products of sums and gradients.
+
+    Float32 [HEADS] each. All channels are read once for it.
+    """
+    head_squares = tl.zeros([HEADS], tl.float32)
+    squares = tl.zeros([HEADS], tl.float32)
+    product = tl.zeros([HEADS], tl.float32)
+    for at in range(0, channels, BLOCK):
+        channel = at + tl.arange(0, BLOCK)
+        own = _rows(x, head, there, channel, channels)
+        head_squares += tl.sum(own * own, 1)
+        total = _total(own, x, head, begin, count, most, moved_rows, x, channel, channels, SUM)
+        squares += tl.sum(total * total, 1)
+        if GRAD:
+            product += tl.sum(total * _rows(grad, group, there, channel, channels), 1)
+    return head_squares, squares, product
 
 
 @triton.jit
@@ -68,30 +99,24 @@ def merge_kernel(
     x [B·N, C] → y [B·M, C].
     """
     group = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
-    head = tl.load(head_rows + group, mask=group < groups, other=-1)
+    there = group < groups
+    head = tl.load(head_rows + group, mask=there, other=-1)
     begin, count = _members(first, group, groups, moved)
     most = tl.max(count)
     start, stop = tl.program_id(1) * BLOCK, tl.minimum((tl.program_id(1) + 1) * BLOCK, channels)
     divisor = _divisor(size, head, group, groups, begin, count, most, moved_rows, weight, HOW)
     if HOW == DIRECTION:  # Rescaled to the norm of the head: the channels are read twice.
         stop = channels
-        length = tl.zeros([HEADS], tl.float32)
-        squares = tl.zeros([HEADS], tl.float32)
-        for at in range(0, channels, BLOCK):
-            channel = at + tl.arange(0, BLOCK)
-            inside = (head >= 0)[:, None] & (channel < channels)[None, :]
-            own = tl.load(x + head[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-            own = own.to(tl.float32)
-            length += tl.sum(own * own, 1)
-            total = _total(x, head, begin, count, most, moved_rows, weight, channel, channels, HOW)
-            squares += tl.sum(total * total, 1)
-        length = tl.maximum(tl.sqrt(length), 1e-6)
-        divisor = tl.maximum(tl.sqrt(squares), 1e-6) / length
+        head_squares, squares, _ = _lengths(
+            x, x, head, group, there, begin, count, most, moved_rows, channels, False, HEADS, BLOCK
+        )
+        divisor = tl.maximum(tl.sqrt(squares), 1e-6) / tl.maximum(tl.sqrt(head_squares), 1e-6)
     for at in range(start, stop, BLOCK):
         channel = at + tl.arange(0, BLOCK)
-        total = _total(x, head, begin, count, most, moved_rows, weight, channel, channels, HOW)
+        own = _rows(x, head, there, channel, channels)
+        total = _total(own, x, head, begin, count, most, moved_rows, weight, channel, channels, HOW)
         out = y + group[:, None] * channels + channel[None, :]
-        mask = (group < groups)[:, None] & (channel < channels)[None, :]
+        mask = there[:, None] & (channel < channels)[None, :]
         tl.store(out, (total / divisor[:, None]).to(y.dtype.element_ty), mask=mask)
 
 
@@ -105,7 +130,8 @@ def merge_backward_kernel(
     grad [B·M, C], x [B·N, C] (read for "direction" only) → grad_x [B·N, C].
     """
     group = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
-    head = tl.load(head_rows + group, mask=group < groups, other=-1)
+    there = group < groups
+    head = tl.load(head_rows + group, mask=there, other=-1)
     begin, count = _members(first, group, groups, moved)
     most = tl.max(count)
     start, stop = tl.program_id(1) * BLOCK, tl.minimum((tl.program_id(1) + 1) * BLOCK, channels)
@@ -117,21 +143,11 @@ def merge_backward_kernel(
         # with u = t/n, and the head has that of l besides: u·g times x/l. A norm below 1e-6 is
         # clamped and has no gradient.
         stop = channels
-        length = tl.zeros([HEADS], tl.float32)
-        squares = tl.zeros([HEADS], tl.float32)
-        product = tl.zeros([HEADS], tl.float32)
-        for at in range(0, channels, BLOCK):
-            channel = at + tl.arange(0, BLOCK)
-            inside = (head >= 0)[:, None] & (channel < channels)[None, :]
-            own = tl.load(x + head[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-            own = own.to(tl.float32)
-            length += tl.sum(own * own, 1)
-            total = _total(x, head, begin, count, most, moved_rows, weight, channel, channels, HOW)
-            squares += tl.sum(total * total, 1)
-            out = grad + group[:, None] * channels + channel[None, :]
-            mask = (group < groups)[:, None] & (channel < channels)[None, :]
-            product += tl.sum(total * tl.load(out, mask=mask, other=0.0).to(tl.float32), 1)
-        length, norm = tl.sqrt(length), tl.sqrt(squares)
+        head_squares, squares, product = _lengths(
+            x, grad, head, group, there, begin, count, most, moved_rows, channels,
+            True, HEADS, BLOCK,
+        )  # fmt: skip
+        length, norm = tl.sqrt(head_squares), tl.sqrt(squares)
         clamped, clamped_norm = tl.maximum(length, 1e-6), tl.maximum(norm, 1e-6)
         divisor = clamped_norm / clamped
         along = tl.where(norm > 1e-6, product / (clamped_norm * clamped_norm), 0.0) / divisor
@@ -139,27 +155,27 @@ def merge_backward_kernel(
     for at in range(start, stop, BLOCK):
         channel = at + tl.arange(0, BLOCK)
         inside = (channel < channels)[None, :]
-        mask = (group < groups)[:, None] & inside
-        g = tl.load(grad + group[:, None] * channels + channel[None, :], mask=mask, other=0.0)
-        g = g.to(tl.float32) / divisor[:, None]
+        g = _rows(grad, group, there, channel, channels) / divisor[:, None]
         of_head = g
         if HOW == DIRECTION:
-            total = _total(x, head, begin, count, most, moved_rows, weight, channel, channels, HOW)
-            own = tl.load(x + head[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+            own = _rows(x, head, head >= 0, channel, channels)
+            total = _total(own, x, head, begin, count, most, moved_rows, x, channel, channels, SUM)
             g -= total * along[:, None]
-            of_head = g + own.to(tl.float32) * of_length[:, None]
+            # By another mask, so that it is read again and not kept in registers meanwhile.
+            own = _rows(x, head, there, channel, channels)
+            of_head = g + own * of_length[:, None]
         if HOW == WEIGHTED:
-            of_head = g * tl.load(weight + head, mask=head >= 0, other=0.0).to(tl.float32)[:, None]
+            of_head = g * _weights(weight, head, there)
         out = grad_x + head[:, None] * channels + channel[None, :]
-        tl.store(out, of_head.to(grad_x.dtype.element_ty), mask=mask)
+        tl.store(out, of_head.to(grad_x.dtype.element_ty), mask=there[:, None] & inside)
         for index in range(most):
-            there = index < count
-            row = tl.load(moved_rows + begin + index, mask=there, other=0)
+            joins = index < count
+            row = tl.load(moved_rows + begin + index, mask=joins, other=0)
             own_g = g
             if HOW == WEIGHTED:
-                own_g = g * tl.load(weight + row, mask=there, other=0.0).to(tl.float32)[:, None]
+                own_g = g * _weights(weight, row, joins)
             out = grad_x + row[:, None] * channels + channel[None, :]
-            tl.store(out, own_g.to(grad_x.dtype.element_ty), mask=there[:, None] & inside)
+            tl.store(out, own_g.to(grad_x.dtype.element_ty), mask=joins[:, None] & inside)
 
 
 @triton.jit

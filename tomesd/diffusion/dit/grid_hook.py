@@ -24,7 +24,15 @@ def record_grids(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         )
     hooks = getattr(model, PATCH).hooks
     given = by_name(hooks.names, args, kwargs)
-    hooks.state.grids = hooks.spec.grids(model, given)
+    try:
+        hooks.state.grids = hooks.spec.grids(model, given)
+    except RuntimeError as error:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            raise
+        raise TypeError(
+            f"torch.func.vmap cannot map over the positions of a patched {type(model).__name__}, "
+            "whose token grid is read from them: pass them with in_dims=None"
+        ) from error
 
 
 @torch.compiler.substitute_in_graph(record_grids, skip_signature_check=True)

@@ -101,21 +101,22 @@ class _Packed(Layer):
         return int(attention.num_heads * attention.head_dim)
 
 
+def _refuse_several_in_a_graph(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    pictures = by_name(("pixel_values",), args[:1], kwargs)["pixel_values"]
+    if torch.compiler.is_compiling() and len(pictures) > 1:
+        raise ValueError(
+            "pixel_values must be of one picture in a compiled graph, which cannot depend on "
+            f"where each of them ends, got {len(pictures)}"
+        )
+
+
 class _Masked(Layer):
     """Blocks of [1, N, C], in which a mask hides pictures from each other."""
 
     def install(self, patch: Any, points: HookPoints) -> None:
         super().install(patch, points)
         if self.index == 0:
-            patch.before(patch.model, self.refuse_several_in_a_graph)
-
-    def refuse_several_in_a_graph(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        pictures = by_name(("pixel_values",), args[:1], kwargs)["pixel_values"]
-        if torch.compiler.is_compiling() and len(pictures) > 1:
-            raise ValueError(
-                "pixel_values must be of one picture in a compiled graph, which cannot depend on "
-                f"where each of them ends, got {len(pictures)}"
-            )
+            patch.before(patch.model, _refuse_several_in_a_graph)
 
     def lengths(self, given: Kwargs) -> Sequence[int]:
         mask: Tensor = given[self.mask][0, 0]

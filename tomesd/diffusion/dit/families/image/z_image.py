@@ -9,15 +9,15 @@ from typing import Any
 
 from tomesd.diffusion.block import Grid
 from tomesd.diffusion.dit import Bias, Blocks, DiT, Rotary, Text, latent_grid
-from tomesd.registry import register
+from tomesd.registry import refuse, register
 
 
 def _listed_latents(model: Any, given: dict[str, Any]) -> tuple[Grid, ...]:
     """The model is given a list of latents [C, F, H, W]."""
     if isinstance(given["x"][0], list):
         raise ValueError(
-            "x must be a list of latents while tokens merge, got lists of latents, whose tokens do "
-            "not form one grid"
+            "x must be a list of latents while tokens merge, got lists of latents, as "
+            "ZImageOmniPipeline gives them: their tokens do not form one grid"
         )
     sizes = {tuple(x.shape[-3:]) for x in given["x"]}
     if len(sizes) != 1:
@@ -42,6 +42,11 @@ def _blocks(name: str) -> Blocks:
 register(
     DiT((_blocks("noise_refiner"), _blocks("layers")), _listed_latents, timestep="t"),
     "diffusers.ZImageTransformer2DModel",
+)
+refuse(
+    "it puts texts, images and their features into one sequence, each with a timestep of its own; "
+    "ZImagePipeline, ZImageImg2ImgPipeline and ZImageInpaintPipeline merge",
+    "diffusers.ZImageOmniPipeline",
 )
 
 

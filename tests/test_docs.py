@@ -10,6 +10,7 @@ import torch
 
 import tomesd
 from tests.support.tiny_pipelines import sd_pipeline
+from tomesd import calibration
 from tomesd.cli.main import COMMANDS, group
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/choosing.md"])
-def test_the_python_of_a_page_runs_from_top_to_bottom(page):
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, monkeypatch):
+    monkeypatch.setattr(calibration, "_RATIOS", (0.25, 0.75))  # A third of the forwards.
     names = {"tomesd": tomesd, "torch": torch, "pipe": sd_pipeline()}
     for code in blocks(page, "python"):
         exec(code, names)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tomesd.hooks import by_name
+from tomesd.hooks import by_name, unless_removed
 from tomesd.registry import register
 from tomesd.vit.carriers import Carrier, plain_output
 from tomesd.vit.hosts.placed import at_heads
@@ -101,22 +101,22 @@ class _Packed(Layer):
         return int(attention.num_heads * attention.head_dim)
 
 
-def _refuse_several_in_a_graph(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    pictures = by_name(("pixel_values",), args[:1], kwargs)["pixel_values"]
-    if torch.compiler.is_compiling() and len(pictures) > 1:
-        raise ValueError(
-            "pixel_values must be of one picture in a compiled graph, which cannot depend on "
-            f"where each of them ends, got {len(pictures)}"
-        )
-
-
 class _Masked(Layer):
     """Blocks of [1, N, C], in which a mask hides pictures from each other."""
 
     def install(self, patch: Any, points: HookPoints) -> None:
         super().install(patch, points)
         if self.index == 0:
-            patch.before(patch.model, _refuse_several_in_a_graph)
+            patch.before(patch.model, self.refuse_several_in_a_graph)
+
+    @unless_removed
+    def refuse_several_in_a_graph(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        pictures = by_name(("pixel_values",), args[:1], kwargs)["pixel_values"]
+        if torch.compiler.is_compiling() and len(pictures) > 1:
+            raise ValueError(
+                "pixel_values must be of one picture in a compiled graph, which cannot depend on "
+                f"where each of them ends, got {len(pictures)}"
+            )
 
     def lengths(self, given: Kwargs) -> Sequence[int]:
         mask: Tensor = given[self.mask][0, 0]

@@ -63,9 +63,13 @@ class BlockHooks:
     def weighs_keys(self) -> bool:
         return self.matcher.frame.weighs_keys
 
-    @property
-    def unmerges_keys(self) -> bool:
-        return isinstance(self.kind.proportional, UnmergeKeys) and self.weighs_keys
+    def unmerges_keys(self, block: nn.Module) -> bool:
+        """Whether keys are unmerged: always, or for a processor that is not the host's own."""
+        kind = self.kind
+        return self.weighs_keys and (
+            isinstance(kind.proportional, UnmergeKeys)
+            or (kind.can_unmerge_keys and not all(map(is_stock, kind.attentions(block))))
+        )
 
     def merge(self, block: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         kind, state = self.kind, self.model.state
@@ -90,7 +94,7 @@ class BlockHooks:
             raise ValueError(_MASKED)
         beside = kind.text and kind.text.argument
         text = fixed(given[beside].shape[1]) if beside else 0
-        self._count(place, token_map, text)
+        self._count(block, place, token_map, text)
         if token_map.m == token_map.n:
             return as_called(self.names, args, given)
         for attention in kind.attentions(block):
@@ -119,10 +123,10 @@ class BlockHooks:
         text = self.kind.text
         return text is None or (text.first and given.get(text.last_with) is None)
 
-    def _count(self, place: Place, token_map: TokenMap, text: int) -> None:
+    def _count(self, block: nn.Module, place: Place, token_map: TokenMap, text: int) -> None:
         n = sum(f * h * w for f, h, w in self.kind.own(place.grids))
         before, after = text + token_map.n, text + token_map.m
-        pairs = after * (before if self.unmerges_keys else after)
+        pairs = after * (before if self.unmerges_keys(block) else after)
         self.counts = n, n - before + after, before**2, pairs
 
     def _match(self, x: Tensor, place: Place, first: bool) -> TokenMap:

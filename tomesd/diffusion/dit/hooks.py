@@ -110,7 +110,7 @@ class BlockHooks:
             state.x = x + given[kind.adds_last]
             given[kind.adds_last] = None
         self._merge_beside(given, token_map, text, first)
-        if isinstance(kind.proportional, Bias | Override) and self.weighs_keys:
+        if isinstance(kind.proportional, (Bias, Override)) and self.weighs_keys:
             log_size = nn.functional.pad(token_map.size[..., 0].log(), _beside(text, first))
             log_size = log_size.to(x.dtype)
             ndim = kind.proportional.ndim if isinstance(kind.proportional, Bias) else 4
@@ -164,7 +164,7 @@ class BlockHooks:
             else:
                 maps.append(self.matcher.token_map(part, (frames, h, w), ratio, key))
         self.why_not = "" if "" in reasons else reasons[0]
-        self.first_image = maps[bool(before)].m
+        self.first_image = maps[1 if before else 0].m
         if after:
             maps.append(TokenMap.identity(x[:, start:]))
         joined = maps[0] if len(maps) == 1 else concatenate(maps)

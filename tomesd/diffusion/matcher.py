@@ -90,7 +90,8 @@ class Matcher:
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
-        pays = self.balance(
+        # Not `.pays`: torch 2.9 cannot compile the property of a named tuple.
+        saved, spent = self.balance(
             ratio,
             kernels.device_kind(device),
             batch,
@@ -102,8 +103,8 @@ class Matcher:
             # In a graph nothing waits for Python.
             eager=not torch.compiler.is_compiling(),
             estimate=estimate,
-        ).pays
-        return "" if pays else "would cost more time than it saves"
+        )
+        return "" if saved > spent else "would cost more time than it saves"
 
     def balance(
         self,

@@ -17,7 +17,7 @@ from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.registry import register, supported
 from tomesd.reports import Report, ReportRow
-from tomesd.targets import by_name, choose, modules_of
+from tomesd.targets import choose, modules_of, settings_by_name
 from tomesd.vit import ViT, ViTPatch
 
 __all__ = ["apply_patch", "patched", "register", "remove_patch", "report", "supported"]
@@ -82,7 +82,7 @@ def apply_patch(
     model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
-    settings = by_name(positional, settings)
+    settings = settings_by_name(positional, settings)
     targets, chosen = choose(model, ratio, preset, settings)
     clone = clones.clone_of(model)
     follower = None if clone is None else clones.Follower()

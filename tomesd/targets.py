@@ -41,7 +41,7 @@ def modules_of(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
+def settings_by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, with those that are given by position as tomesd 0.1.3 takes them."""
     if len(positional) > len(_OLD_ORDER):
         raise TypeError(

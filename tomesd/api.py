@@ -64,8 +64,11 @@ def apply_patch(
         one with attention. Other levels do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
         whole blocks at every level where it pays, "late" the same in a pipeline, but not in the
-        first fifth of the steps, which is closer to the unpatched image for the work that it saves
-        (docs/results.md), "paper" is exactly ToMe's Appendix F. Options that are given override it.
+        first fifth of the steps, "steady" whole blocks at the finest level in every step, "paper"
+        is exactly ToMe's Appendix F. Options that are given override it. Without a preset, options
+        or a ratio that changes, a pipeline with one scheduler gets "late", which is closest to the
+        unpatched image for the time that it saves (docs/results.md); compiled, it is two graphs.
+        Everything else begins with "steady".
     positional: what tomesd 0.1.3 took by position after the ratio, so that its calls still run:
         max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see

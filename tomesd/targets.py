@@ -1,6 +1,7 @@
 """What apply_patch patches in what it is given, and with which settings."""
 
 import warnings
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -67,6 +68,8 @@ def choose(
     if not denoisers and (not vits or (_denoiser_part(model) is not None and not by_r)):
         raise TypeError(_why_unsupported(model))
     if not by_r and denoisers:
+        if preset is None and not settings and isinstance(ratio, Real | None):
+            preset = default_preset(model)
         return denoisers, diffusion_settings(0.5 if ratio is None else ratio, preset, settings)
     found = type((vits or denoisers)[0]).__name__
     if not vits:
@@ -87,6 +90,16 @@ def choose(
         left = f"{type(denoiser).__name__}, its denoiser, is left as it is"
         warnings.warn(f"r merges tokens in {found} of the pipeline alone: {left}", stacklevel=3)
     return vits, chosen
+
+
+def default_preset(model: Any) -> str:
+    """What merges where neither a preset nor options say so.
+
+    "late" for a pipeline whose one scheduler counts the steps of all its parts, else "steady".
+    """
+    parts = getattr(model, "components", {})
+    counting = [name for name, part in parts.items() if hasattr(part, "timesteps")]
+    return "late" if counting == ["scheduler"] else "steady"
 
 
 def _denoiser_part(model: Any) -> nn.Module | None:

@@ -5,6 +5,8 @@ import gc
 import pickle
 import weakref
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import (
@@ -276,6 +278,34 @@ def test_late_merges_at_every_level_where_it_pays_and_needs_a_pipeline():
     assert (ratio[1], ratio[2].pieces) == (FIRST, ((0.2, 0.0), (1.0, 0.25)))
     with pytest.raises(TypeError, match=r"a schedule needs apply_patch\(pipe, \.\.\.\)"):
         tomesd.apply_patch(sd_unet(), preset="late")
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_a_pipeline_merges_late_by_default_and_as_it_is_told_otherwise(scheduler, ratio):
+    pipe = tomesd.apply_patch(_pipe(scheduler), ratio)
+    settings = _settings(pipe)
+    assert settings == _settings(tomesd.apply_patch(pipe, ratio, preset="late"))
+    assert settings.ratio.pieces == ((0.2, 0.0), (1.0, 0.5))
+    assert (settings.max_downsample, settings.only_where_it_pays) == (8, True)
+    steady = DiffusionSettings(ratio=0.5)
+    assert _settings(tomesd.apply_patch(pipe, ratio, preset="steady")) == steady
+    assert _settings(tomesd.apply_patch(pipe, ratio, seed=0)) == steady
+    tomesd.remove_patch(pipe)
+    tomesd.apply_patch(pipe.unet, ratio)
+    assert _settings(pipe) == steady
+    schedule = RatioSchedule.last(0.5, since=0.4)
+    assert _settings(tomesd.apply_patch(pipe, schedule)) == DiffusionSettings(ratio=schedule)
+
+
+def test_a_pipeline_whose_parts_have_schedulers_of_their_own_merges_steadily():
+    parts = {"unet": sd_unet(), "scheduler": DDIMScheduler(), "prior_scheduler": DDIMScheduler()}
+    combined = SimpleNamespace(components=parts, **parts)
+    assert _settings(tomesd.apply_patch(combined, 0.5)) == DiffusionSettings(ratio=0.5)
+
+
+def _settings(pipe) -> DiffusionSettings:
+    return getattr(pipe.unet, PATCH).settings
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])

@@ -134,8 +134,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # On the frontier of quality over speed, on either side of the defaults.
     "quality": {"merge_block": False, "merge_queries": False},
     "fast": {"max_downsample": 8, "only_where_it_pays": True},
-    # With a `LateSchedule` of the ratio: on the frontier at 4 and at 25 steps.
+    # The default of pipelines: on the frontier at 4 and at 25 steps. A ratio becomes a
+    # `LateSchedule`.
     "late": {"max_downsample": 8, "only_where_it_pays": True},
+    # The default of single models.
+    "steady": {},
     # ToMe, Appendix F: every branch of every block, one matching for all three, plain means, no
     # proportional attention.
     "paper": {

@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import weakref
-
 from types import SimpleNamespace
 
 import pytest

@@ -67,8 +67,11 @@ def apply_patch(
         with attention. Other levels do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
         whole blocks at every level where it pays, "late" the same but not in the first fifth of a
-        pipeline's steps, which keeps the image closer for the work saved (docs/results.md), and
-        "paper" is exactly ToMe's Appendix F. Options given with a preset override it.
+        pipeline's steps, and always at the finest level, "steady" whole blocks at the finest level
+        in every step, and "paper" is exactly ToMe's Appendix F. Options given with a preset
+        override it. Without a preset, options or a ratio that changes, a pipeline whose one
+        scheduler counts its steps gets "late", which is closest to the unpatched image for the time
+        saved (docs/results.md); compiled, it is two graphs. Everything else gets "steady".
     positional: the positional arguments of tomesd 0.1.3 after the ratio, so that its calls still
         run: max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see

@@ -18,6 +18,7 @@ from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
 from tomesd.pictures import sampling, token_pages
 from tomesd.pictures.files import destination, open_image, save_image
 from tomesd.pictures.prompts import read_prompts
+from tomesd.targets import default_preset
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def prepare(given: dict[str, Any]) -> Images:
     Raises ValueError, TypeError or OSError for options that are wrong.
     """
     prompts = _prompts(given)
-    merging = _merging(given)
+    _merging(given, "steady")  # Raises for options that are wrong.
     if given["strength"] and not given["img2img"]:
         raise ValueError(f"strength is allowed with --img2img only, got {given['strength']}")
     if given["save_map"] and (given["ratio"] == 0 or given["compiles"]):
@@ -99,6 +100,7 @@ def prepare(given: dict[str, Any]) -> Images:
         side = sampling.native_side(made.pipe) if given["size"] is None else 0
         image = ImageOps.fit(start, given["size"] or (side, side))
         more = {"image": image, "strength": given["strength"] or 0.8}
+    merging = _merging(given, default_preset(made.pipe))
     options = {field.name: getattr(merging, field.name) for field in fields(merging)}
     tomesd.apply_patch(made.pipe, **options)
     if given["compiles"]:
@@ -116,9 +118,12 @@ def _prompts(given: dict[str, Any]) -> list[str]:
     return [given["prompt"]] if file is None else read_prompts(file)
 
 
-def _merging(given: dict[str, Any]) -> DiffusionSettings:
+def _merging(given: dict[str, Any], preset: str) -> DiffusionSettings:
+    """The chosen settings; the preset is for who chooses neither one, nor when or where."""
     ratio = given["ratio"]
     if given["since"]:
         ratio = RatioSchedule.last(ratio, since=given["since"])
     more = {"max_downsample": int(given["levels"])} if given["levels"] else {}
-    return diffusion_settings(ratio, given["preset"], {"method": given["method"], **more})
+    if given["preset"] or given["since"] or given["levels"]:
+        preset = given["preset"]
+    return diffusion_settings(ratio, preset, {"method": given["method"], **more})

@@ -73,17 +73,20 @@ class Matcher:
         channels: int,
         *,
         joint: bool = False,
+        finest: bool = True,
     ) -> str:
         """Why blocks with h·w tokens do not merge; empty if they do. From shapes alone.
 
-        joint: whether they attend to text and image together, as those of SD3 and Flux do.
+        joint: whether they attend to text and image together, as those of SD3 and Flux do. finest:
+        whether no other blocks with attention have more tokens.
         """
         settings = self.settings
         if ratio == 0:
             return "ratio is 0"
         if h * w < settings.min_tokens:
             return f"fewer than min_tokens={settings.min_tokens}"
-        if not settings.only_where_it_pays:
+        where = settings.only_where_it_pays
+        if not where or (where == "coarser" and finest):
             return ""
         if is_exporting():  # Batches may be of any size; the smallest one gains least.
             batch = 1

@@ -23,6 +23,7 @@ class Transformer:
 
     model_threads: the state of threads in the whole model. width: the channels of its tokens; 0
     where nothing merges. carrier: the argument in which the place travels to the blocks, or "".
+    finest: whether it is at the finest level that can merge.
     skipped: why nothing merges here, or "". last: batch, height and width of its tokens and the
     device in the last forward pass of any thread; zeros before the first. last_place: the same for
     a block that autograd calls again in a thread of its own. beside: patches of other
@@ -38,6 +39,7 @@ class Transformer:
     carrier: str
     matcher: Matcher
     ratio: LevelRatio
+    finest: bool
     skipped: str = ""
     last: tuple[int, int, int, torch.device] = (0, 0, 0, torch.device("cpu"))
     last_place: Place | None = None
@@ -58,7 +60,8 @@ class Transformer:
         batch, h, w, device = self.last
         if self.skipped or not h:
             return self.skipped or self.why_whole()
-        why_not = self.matcher.why_not(self.ratio.largest, device, batch, h, w, self.width)
+        shape = batch, h, w, self.width
+        why_not = self.matcher.why_not(self.ratio.largest, device, *shape, finest=self.finest)
         return why_not or self.why_whole()
 
     def why_whole(self) -> str:
@@ -152,7 +155,10 @@ def find_transformers(
         carrier = spec.transformers.get(type(module).__name__, "")
         width = 0 if why_not else spec.width(module)
         found.append(
-            Transformer(threads, where, factor, module, width, carrier, matcher, ratio, why_not)
+            Transformer(
+                *(threads, where, factor, module, width),
+                *(carrier, matcher, ratio, level == 1, why_not),
+            )
         )
     return found
 

@@ -69,7 +69,7 @@ class Images:
             "prompt": prompt,
             "seed": seed,
             "size": job.size(image),
-            "preset": given["preset"] or "none",
+            "preset": given["preset"] or "steady",
             "ratio": given["ratio"],
             "since": given["since"] or 0,
             "method": self.merging.method,
@@ -85,7 +85,7 @@ def prepare(given: dict[str, Any]) -> Images:
     Raises ValueError, TypeError or OSError for options that are wrong.
     """
     prompts = _prompts(given)
-    _merging(given, "steady")  # Raises for options that are wrong.
+    _merging(given)  # Raises for options that are wrong.
     if given["strength"] and not given["img2img"]:
         raise ValueError(f"strength is allowed with --img2img only, got {given['strength']}")
     if given["save_map"] and (given["ratio"] == 0 or given["compiles"]):
@@ -100,7 +100,9 @@ def prepare(given: dict[str, Any]) -> Images:
         side = sampling.native_side(made.pipe) if given["size"] is None else 0
         image = ImageOps.fit(start, given["size"] or (side, side))
         more = {"image": image, "strength": given["strength"] or 0.8}
-    merging = _merging(given, default_preset(made.pipe))
+    if not (given["preset"] or given["since"] or given["levels"]):
+        given = given | {"preset": default_preset(made.pipe)}
+    merging = _merging(given)
     options = {field.name: getattr(merging, field.name) for field in fields(merging)}
     tomesd.apply_patch(made.pipe, **options)
     if given["compiles"]:
@@ -118,12 +120,9 @@ def _prompts(given: dict[str, Any]) -> list[str]:
     return [given["prompt"]] if file is None else read_prompts(file)
 
 
-def _merging(given: dict[str, Any], preset: str) -> DiffusionSettings:
-    """The chosen settings; the preset is for who chooses neither one, nor when or where."""
+def _merging(given: dict[str, Any]) -> DiffusionSettings:
     ratio = given["ratio"]
     if given["since"]:
         ratio = RatioSchedule.last(ratio, since=given["since"])
     more = {"max_downsample": int(given["levels"])} if given["levels"] else {}
-    if given["preset"] or given["since"] or given["levels"]:
-        preset = given["preset"]
-    return diffusion_settings(ratio, preset, {"method": given["method"], **more})
+    return diffusion_settings(ratio, given["preset"], {"method": given["method"], **more})

@@ -52,6 +52,6 @@ class StageHook:
         if self.unstepped < _MOST_UNSTEPPED:
             return ""
         return (
-            f"its pipeline's scheduler took no step in {self.unstepped} calls, so that all have the "
-            'ratio of the first step; preset="steady" merges in every call'
+            f"its pipeline's scheduler took no step in {self.unstepped} calls, so that all have "
+            'the ratio of the first step; preset="steady" merges in every call'
         )

@@ -163,7 +163,8 @@ class BlockHooks:
                 maps.append(TokenMap.identity(part))
             else:
                 maps.append(self.matcher.token_map(part, (frames, h, w), ratio, key))
-        self.why_not = "" if "" in reasons else reasons[0]
+        # A step with ratio 0 is as planned, and says nothing about the image.
+        self.why_not = "" if "" in reasons or not ratio else reasons[0]
         self.first_image = maps[1 if before else 0].m
         if after:
             maps.append(TokenMap.identity(x[:, start:]))

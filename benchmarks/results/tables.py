@@ -39,7 +39,7 @@ from benchmarks.results.files import RESULTS, ROOT, Record, load
 from benchmarks.steps.table_and_plot import LINES, mean
 
 _FRONTIER = {
-    "blocks 0.5, all levels, late": "**default**: whole blocks at all levels, but not in the first fifth",
+    "blocks 0.5, all levels, late": "**default**: all levels, not in the first fifth of the steps",
     "blocks 0.5": '`preset="steady"`: the finest level, in all steps',
     "keys 0.5": '`preset="quality"`: keys and values only',
     "blocks 0.5, all levels": '`preset="fast"`: whole blocks at every level where it pays',

@@ -36,7 +36,7 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def page(browser, address):
-    """The page with 3 steps, of which the first does not merge; `hosts` are all that it has asked for anything."""
+    """The page with 3 steps, the first unmerged; `hosts` are all that it has asked for anything."""
     page = browser.new_page(viewport={"width": 1100, "height": 1000})
     page.set_default_timeout(60 * SECONDS)
     page.hosts = set()

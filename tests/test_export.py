@@ -216,3 +216,21 @@ def test_gradients_of_each_sample_are_those_of_single_samples(name):
         alone = grad(loss)(parameters, *(x[i] for x in inputs))
         for key, value in alone.items():
             torch.testing.assert_close(each[key][i], value, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_positions_that_a_grid_is_read_from_cannot_be_mapped_over():
+    model, inputs = denoiser("Flux2Transformer2DModel")
+    with pytest.raises(TypeError, match=r"positions of a patched Flux2Transf.*in_dims=None"):
+        vmap(lambda *sample: model(*(x[None] for x in sample))[0])(*inputs)
+    ids = model.names.index("img_ids")
+    dims = tuple(None if i == ids else 0 for i in range(len(inputs)))
+
+    def call(*sample: Tensor) -> Tensor:
+        return model(*(x if i == ids else x[None] for i, x in enumerate(sample)))[0]
+
+    one = [x[:1] if i == ids else x for i, x in enumerate(inputs)]
+    expected = torch.stack(
+        [call(*(x if i == ids else x[b] for i, x in enumerate(one))) for b in (0, 1)]
+    )
+    torch.testing.assert_close(vmap(call, dims)(*one), expected, atol=1e-5, rtol=1e-5)

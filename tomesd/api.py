@@ -17,7 +17,7 @@ from tomesd.diffusion.unet import LDMPatch, LDMUNet, UNet, UNetPatch
 from tomesd.hooks import PATCH, Patch
 from tomesd.registry import register, supported
 from tomesd.reports import Report, ReportRow
-from tomesd.targets import by_name, choose, modules_of
+from tomesd.targets import choose, modules_of, settings_by_name
 from tomesd.vit import ViT, ViTPatch
 
 __all__ = ["apply_patch", "patched", "register", "remove_patch", "report", "supported"]
@@ -68,8 +68,11 @@ def apply_patch(
         `tomesd.calibrate` finds it. Other levels or blocks do not merge.
     preset: for denoisers, a named set of options: "quality" merges keys and values only, "fast"
         whole blocks at every level where it pays, "late" the same but not in the first fifth of a
-        pipeline's steps, which keeps the image closer for the work saved (docs/results.md), and
-        "paper" is exactly ToMe's Appendix F. Options given with a preset override it.
+        pipeline's steps, and always at the finest level, "steady" whole blocks at the finest level
+        in every step, and "paper" is exactly ToMe's Appendix F. Options given with a preset
+        override it. Without a preset, options or a ratio that changes, a pipeline whose one
+        scheduler counts its steps gets "late", which is closest to the unpatched image for the time
+        saved (docs/results.md); compiled, it is two graphs. Everything else gets "steady".
     positional: the positional arguments of tomesd 0.1.3 after the ratio, so that its calls still
         run: max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn and merge_mlp.
     settings: for denoisers, see `tomesd.DiffusionSettings`. For Vision Transformers, see
@@ -83,7 +86,7 @@ def apply_patch(
     model is then unchanged.
     Source: ToMe; its Appendix F; Token Merging for Fast Stable Diffusion.
     """
-    settings = by_name(positional, settings)
+    settings = settings_by_name(positional, settings)
     targets, chosen = choose(model, ratio, preset, settings)
     clone = clones.clone_of(model)
     follower = None if clone is None else clones.Follower()

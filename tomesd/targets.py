@@ -41,7 +41,7 @@ def modules_of(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
+def settings_by_name(positional: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, with those that are given by position as tomesd 0.1.3 takes them."""
     if len(positional) > len(_OLD_ORDER):
         raise TypeError(
@@ -71,6 +71,8 @@ def choose(
         ratio = 0.5 if ratio is None else ratio
         if preset is None and settings.keys() <= set(_OLD_ORDER):
             ratio = _capped(ratio, settings)
+        if preset is None and not settings and isinstance(ratio, Real):
+            preset = default_preset(model)
         return denoisers, diffusion_settings(ratio, preset, settings)
     found = type((vits or denoisers)[0]).__name__
     if not vits:
@@ -102,6 +104,16 @@ def _capped(ratio: Ratio, settings: dict[str, Any]) -> Ratio:
     why = f"ratio must be at most {most:.4g} with these sx and sy, got {ratio}"
     warnings.warn(f"{why}: {most:.4g} is used, as in tomesd 0.1.3", stacklevel=4)
     return most
+
+
+def default_preset(model: Any) -> str:
+    """What merges where neither a preset nor options say so.
+
+    "late" for a pipeline whose one scheduler counts the steps of all its parts, else "steady".
+    """
+    parts = getattr(model, "components", {})
+    counting = [name for name, part in parts.items() if hasattr(part, "timesteps")]
+    return "late" if counting == ["scheduler"] else "steady"
 
 
 def _denoiser_part(model: Any) -> nn.Module | None:

@@ -90,12 +90,12 @@ class Candidate(Method):
 
     @property
     def shipped_as(self) -> str:
-        """The name of these settings for `apply_patch` where all levels pay: "default", a preset,
-        or "" for others."""
-        for preset in (None, *PRESETS) if not (self.is_peer or self.matcher or self.cache) else ():
+        """The name of these settings for `apply_patch` where all levels pay: "default", of
+        pipelines, a preset, or "" for others."""
+        for preset in PRESETS if not (self.is_peer or self.matcher or self.cache) else ():
             chosen = diffusion_settings(0.5, preset, {})
             if self.settings == replace(chosen, only_where_it_pays=False):
-                return f"preset {preset}" if preset else "default"
+                return "default" if preset == "late" else f"preset {preset}"
         return ""
 
     @property

@@ -23,12 +23,12 @@ from tomesd.shapes.world import Scene
 # schedules merge in some of the steps only, or at a ratio that changes from step to step.
 CASES: dict[str, Callable[[float], dict[str, Any]]] = {
     "whole blocks": lambda ratio: {"ratio": ratio, "prop_attn": False},
-    "whole blocks + log size": lambda ratio: {"ratio": ratio},
+    "whole blocks + log size": lambda ratio: {"ratio": ratio, "preset": "steady"},
     "self-attention": lambda ratio: {"ratio": ratio, "merge_attn": True, "prop_attn": False},
     "self-attention + log size": lambda ratio: {"ratio": ratio, "merge_attn": True},
     "keys and values": lambda ratio: {"ratio": ratio, "merge_queries": False, "prop_attn": False},
     "keys and values + log size": lambda ratio: {"ratio": ratio, "merge_queries": False},
-    "half the ratio in all steps": lambda ratio: {"ratio": ratio / 2},
+    "half the ratio in all steps": lambda ratio: {"ratio": ratio / 2, "preset": "steady"},
     "in the first half of the steps": lambda ratio: {"ratio": RatioSchedule.first(ratio, 0.5)},
     "in the second half": lambda ratio: {"ratio": RatioSchedule.last(ratio, 0.5)},
     "in all but the first fifth": lambda ratio: {"ratio": RatioSchedule.last(ratio, 0.2)},
@@ -65,7 +65,8 @@ class Case(Method):
     @property
     def merging(self) -> dict[str, Any]:
         options = self.arguments
-        return as_record(diffusion_settings(options.pop("ratio"), None, options))
+        ratio, preset = options.pop("ratio"), options.pop("preset", None)
+        return as_record(diffusion_settings(ratio, preset, options))
 
     def patched(self, pipe: Any) -> AbstractContextManager[Any]:
         return tomesd.patched(pipe, **self.arguments)

@@ -40,14 +40,14 @@ from benchmarks.results.files import RESULTS, ROOT, Record, load
 from benchmarks.steps.table_and_plot import LINES, by_block, mean
 
 _FRONTIER = {
-    "blocks 0.5": "**default**: whole blocks, ratio 0.5, finest level",
+    "blocks 0.5, all levels, late": "**default**: all levels, not in the first fifth of the steps",
+    "blocks 0.5": '`preset="steady"`: the finest level, in all steps',
     "keys 0.5": '`preset="quality"`: keys and values only',
     "blocks 0.5, all levels": '`preset="fast"`: whole blocks at every level where it pays',
-    "blocks 0.5, late": "default, but not in the first fifth of the steps",
-    "blocks 0.5, all levels, late": '`preset="late"`: all levels, but not in the first fifth',
+    "blocks 0.5, late": "the finest level, but not in the first fifth of the steps",
     "blocks 0.5, two levels": "two levels",
     "blocks 0.5, two levels, late": "two levels, but not in the first fifth of the steps",
-    "blocks 0.75": "default, ratio 0.75",
+    "blocks 0.75": '`preset="steady"`, ratio 0.75',
     "tomesd==0.1.3 0.5": "`tomesd==0.1.3`, ratio 0.5",
     "grid 2x2": "every other row and column of keys and values (ToDo)",
 }

@@ -1,5 +1,6 @@
 """The command of scripts/steps.py: options, checks, and the order of the work."""
 
+import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ from tomesd.shapes.world import Scene
 STEPS = (25, 4, 8, 15, 2, 50, 1)
 # A solver that is good at few steps as well; a distilled model needs its own.
 _SCHEDULERS = {"unet": "dpm++", "few-step": None, "transformer": "dpm++"}
+# A distilled model is made for few steps. PixArt's pipeline takes another way for a single step,
+# which this scheduler cannot go.
+_FEWEST_AND_MOST = {"unet": (1, math.inf), "few-step": (1, 8), "transformer": (2, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,7 @@ def run(job: Job) -> None:
         for seed in args.seeds
         for steps in args.steps
         for model in args.models
-        # PixArt's pipeline takes another way for a single step, which this scheduler cannot go.
-        if (model, steps) != ("transformer", 1)
+        if _FEWEST_AND_MOST[model][0] <= steps <= _FEWEST_AND_MOST[model][1]
     ]
     loaded: dict[str, Any] = {}
     for seed, steps, model in tqdm(todo, desc="steps"):

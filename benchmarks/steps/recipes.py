@@ -52,7 +52,7 @@ def recipes(
     and fixed settings.
 
     >>> [recipe.name for recipe in recipes(1, ratio_for)][:3]
-    ['default', 'merge 0.4', 'merge 0.6']
+    ['default', 'steady', 'merge 0.4']
 
     caches: others that are measured as they are, and DeepCache with merging late on top.
 
@@ -61,9 +61,10 @@ def recipes(
     that a cache computes.
     """
     first = whole_steps(steps)
-    found = [Recipe("default", {"ratio": 0.5})]
-    if first < steps:
-        found.append(Recipe("default late", {"ratio": _late(0.5, steps)}))
+    found = [
+        Recipe("default", {"ratio": 0.5}),
+        Recipe("steady", {"ratio": 0.5, "preset": "steady"}),
+    ]
     for work in WORK:
         found.append(_merging(f"merge {work:g}", ratio_for(work)))
         left = (work * steps - first) / (steps - first) if steps > first else 0

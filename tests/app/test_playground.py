@@ -36,14 +36,14 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def page(browser, address):
-    """The page with 2 steps; `hosts` are all that it has asked for anything."""
+    """The page with 3 steps, the first unmerged; `hosts` are all that it has asked for anything."""
     page = browser.new_page(viewport={"width": 1100, "height": 1000})
     page.set_default_timeout(60 * SECONDS)
     page.hosts = set()
     page.on("request", lambda request: page.hosts.add(request.url.split("/")[2].split(":")[0]))
     page.goto(address)
     page.get_by_text("Model, method, seed and steps").click()
-    page.fill("#steps input", "2")
+    page.fill("#steps input", "3")
     return page
 
 
@@ -76,13 +76,13 @@ def test_two_images_appear_and_differ_with_their_figures(page):
 
 
 def test_the_map_follows_its_sliders(page):
-    wait(page, "#caption", "Step 2, down_blocks.0")
+    wait(page, "#caption", "Step 3, down_blocks.0")
     page.fill("#map-block input[type=number]", "3")
     page.keyboard.press("Tab")
-    wait(page, "#caption", "Step 2, up_blocks.2")
-    page.fill("#map-step input[type=number]", "1")
+    wait(page, "#caption", "Step 3, up_blocks.2")
+    page.fill("#map-step input[type=number]", "2")
     page.keyboard.press("Tab")
-    wait(page, "#caption", "Step 1, up_blocks.2")
+    wait(page, "#caption", "Step 2, up_blocks.2")
 
 
 def test_wrong_input_is_a_sentence(page):

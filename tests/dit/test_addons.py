@@ -77,6 +77,29 @@ def test_a_users_own_attention_processor_sees_merged_tokens(tiny, when):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        (PIXART, "keys unmerged for RecordingProcessor"),
+        (FLUX, "RecordingProcessor must add the mask it is given to its logits"),
+    ],
+)
+def test_the_report_says_what_a_users_own_processor_means_for_keys(name, note):
+    tiny = TINY[name]
+    model = tomesd.apply_patch(tiny.build())
+    tiny.predict(model)
+    ((stock, *_),) = tomesd.report(model).rows.values()
+    for module in model.modules():
+        if hasattr(module, "processor"):
+            module.processor = RecordingProcessor(module.processor)
+    tiny.predict(model)
+    ((row, *_),) = tomesd.report(model).rows.values()
+    assert (stock.note, row.note) == ("", note)
+    assert row.work == pytest.approx(stock.work ** (0.5 if name == PIXART else 1))
+    tomesd.apply_patch(model, prop_attn=False)
+    assert "RecordingProcessor" not in str(tomesd.report(model))
+
+
 @ORDERS
 @pytest.mark.parametrize("name", [FLUX, PIXART, WAN])
 def test_fused_projections_give_the_same_output(name, when):

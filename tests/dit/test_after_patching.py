@@ -120,6 +120,12 @@ def test_klein_with_a_cache_of_keys_is_refused_at_once_and_the_pipeline_that_wor
     assert set(own[0]) <= set(own[1])
 
 
+def test_z_image_omni_is_refused_at_once_and_pipelines_that_work_are_named():
+    pipe = diffusers.ZImageOmniPipeline.__new__(diffusers.ZImageOmniPipeline)
+    with pytest.raises(TypeError, match=r"not be a ZImageOmniPipeline: .* ZImagePipeline, .*merge"):
+        tomesd.apply_patch(pipe)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [

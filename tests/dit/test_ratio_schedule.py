@@ -1,5 +1,7 @@
 """A ratio that changes over the steps of a pipeline, in diffusion transformers."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -39,7 +41,7 @@ class _Pipeline:
 def test_each_step_is_that_of_its_ratio(name):
     pipe = _Pipeline(TINY[name])
     unpatched = pipe.draw()
-    tomesd.apply_patch(pipe, ratio=0.5)
+    tomesd.apply_patch(pipe, ratio=0.5, preset="steady")
     merged = pipe.draw()
     tomesd.apply_patch(pipe, ratio=RatioSchedule.first(0.5, until=0.5))
     for _ in range(2):
@@ -47,6 +49,16 @@ def test_each_step_is_that_of_its_ratio(name):
         assert all(map(torch.equal, made, merged[:2] + unpatched[2:]))
     note = next(iter(tomesd.report(pipe).rows.values()))[0].note
     assert "ratio 0.5, 0" in note
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_first_step_that_does_not_merge_is_no_cause_for_a_warning(name):
+    pipe = _Pipeline(TINY[name])
+    tomesd.apply_patch(pipe, ratio=0.5, preset="late")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe.draw()
 
 
 @slow

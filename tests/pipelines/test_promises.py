@@ -131,7 +131,7 @@ def test_blocks_that_a_controlnet_shares_merge_in_their_transformer_alone():
     block.attention.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     call(pipe, name, family, (6, 6))
     whole = set(tokens)
-    tomesd.apply_patch(pipe)
+    tomesd.apply_patch(pipe, preset="steady")
     first = call(pipe, name, family, (6, 6))
     # Nothing of a pass before counts: at another size, and in the first step.
     call(pipe, name, family, (5, 7))

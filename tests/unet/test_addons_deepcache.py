@@ -48,7 +48,7 @@ def test_deepcache_works_with_merging_and_either_may_be_removed(settings, when):
 
 
 def test_the_steps_that_it_computes_merge_and_the_others_are_skipped():
-    pipe = tomesd.apply_patch(sd_pipeline())
+    pipe = tomesd.apply_patch(sd_pipeline(), preset="steady")
     _enable(pipe)
     lengths: list[int] = []
     first = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1

@@ -51,7 +51,8 @@ BAD = [
     ({"method": "kmeans"}, ValueError, ["method", "'kmeans'", "tome, prune"]),
     ({"method": 3}, TypeError, ["method", "3", "str"]),
     ({"partition": "random"}, ValueError, ["partition", "'random'", "strided, alternating"]),
-    ({"preset": "turbo"}, ValueError, ["preset", "'turbo'", "quality, fast, late, paper"]),
+    ({"only_where_it_pays": "often"}, ValueError, ["only_where_it_pays", "'often'", "coarser"]),
+    ({"preset": "turbo"}, ValueError, ["preset", "'turbo'", "quality, fast, late, steady, paper"]),
     ({"merge_cross_attn": True}, TypeError, ["merge_cross_attn", "merge_crossattn"]),
     ({"r": 8}, TypeError, ["UNet2DConditionModel", "ratio", "r "]),
 ]

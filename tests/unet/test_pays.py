@@ -70,6 +70,20 @@ def test_what_would_not_pay_is_left_alone_and_the_report_says_why():
             assert rows(unet)["1/1 down_blocks.0"][2] == note
 
 
+def test_the_finest_level_can_be_kept_where_only_coarser_ones_must_pay():
+    unet = tomesd.apply_patch(sd_unet(), only_where_it_pays="coarser", max_downsample=8)
+    predict(unet, batch=1, h=8, w=8)
+    dear = "would cost more time than it saves"
+    found = {where: note for where, (_, _, note) in rows(unet).items()}
+    assert found == {
+        "1/1 down_blocks.0": "",
+        "1/2 down_blocks.1": dear,
+        "1/4 mid_block": dear,
+        "1/2 up_blocks.1": dear,
+        "1/1 up_blocks.2": "",
+    }
+
+
 def test_the_fast_preset_merges_whole_blocks_at_every_level_where_that_pays():
     unet = tomesd.apply_patch(sd_unet(), preset="fast")
     predict(unet, batch=1, h=64, w=64)

@@ -3,7 +3,9 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tomesd
 from tests.support.slow import slow
 from tests.support.tiny_pipelines import build_pipeline, sd_components
-from tests.support.tiny_unets import predict, sd_unet
+from tests.support.tiny_unets import predict, sd_unet, unet_inputs
 from tomesd import DiffusionSettings, RatioSchedule
 from tomesd.hooks import PATCH
 
@@ -96,7 +98,7 @@ def test_image_to_image_that_begins_after_all_that_merges_warns():
 
 
 def test_a_constant_schedule_is_a_ratio():
-    pipe = tomesd.apply_patch(_pipe(), ratio=0.5)
+    pipe = tomesd.apply_patch(_pipe(), ratio=0.5, preset="steady")
     expected = _draw(pipe)
     tomesd.apply_patch(pipe, ratio=RatioSchedule(((0.5, 0.5), (1, 0.5))))
     assert (_draw(pipe) == expected).all()
@@ -264,8 +266,8 @@ def test_an_invalid_ratio_is_refused_and_nothing_is_patched(target, ratio, error
         tomesd.report(pipe)
 
 
-def test_late_merges_at_every_level_where_it_pays_and_needs_a_pipeline():
-    late = {"max_downsample": 8, "only_where_it_pays": True}
+def test_late_merges_at_the_finest_level_and_where_it_pays_and_needs_a_pipeline():
+    late = {"max_downsample": 8, "only_where_it_pays": "coarser"}
     pipe = tomesd.apply_patch(_pipe(), preset="late")
     settings = getattr(pipe.unet, PATCH).settings
     assert settings == DiffusionSettings(settings.ratio, **late)
@@ -276,6 +278,45 @@ def test_late_merges_at_every_level_where_it_pays_and_needs_a_pipeline():
     assert (ratio[1], ratio[2].pieces) == (FIRST, ((0.2, 0.0), (1.0, 0.25)))
     with pytest.raises(TypeError, match=r"a schedule needs apply_patch\(pipe, \.\.\.\)"):
         tomesd.apply_patch(sd_unet(), preset="late")
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_a_pipeline_merges_late_by_default_and_as_it_is_told_otherwise(scheduler, ratio):
+    pipe = tomesd.apply_patch(_pipe(scheduler), ratio)
+    settings = _settings(pipe)
+    assert settings == _settings(tomesd.apply_patch(pipe, ratio, preset="late"))
+    assert settings.ratio.pieces == ((0.2, 0.0), (1.0, 0.5))
+    assert (settings.max_downsample, settings.only_where_it_pays) == (8, "coarser")
+    steady = DiffusionSettings(ratio=0.5)
+    assert _settings(tomesd.apply_patch(pipe, ratio, preset="steady")) == steady
+    assert _settings(tomesd.apply_patch(pipe, ratio, seed=0)) == steady
+    tomesd.remove_patch(pipe)
+    tomesd.apply_patch(pipe.unet, ratio)
+    assert _settings(pipe) == steady
+    schedule = RatioSchedule.last(0.5, since=0.4)
+    assert _settings(tomesd.apply_patch(pipe, schedule)) == DiffusionSettings(ratio=schedule)
+
+
+def test_a_pipeline_whose_parts_have_schedulers_of_their_own_merges_steadily():
+    parts = {"unet": sd_unet(), "scheduler": DDIMScheduler(), "prior_scheduler": DDIMScheduler()}
+    combined = SimpleNamespace(components=parts, **parts)
+    assert _settings(tomesd.apply_patch(combined, 0.5)) == DiffusionSettings(ratio=0.5)
+
+
+def test_steps_that_the_scheduler_does_not_take_are_told_once():
+    pipe = tomesd.apply_patch(_pipe(), ratio=0.5)
+    inputs = unet_inputs(pipe.unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(7):
+            pipe.unet(**inputs)
+    with pytest.warns(UserWarning, match="scheduler took no step in 8 calls.*steady"):
+        pipe.unet(**inputs)
+
+
+def _settings(pipe) -> DiffusionSettings:
+    return getattr(pipe.unet, PATCH).settings
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])

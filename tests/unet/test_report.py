@@ -91,11 +91,13 @@ def test_sizes_that_nothing_divides_are_those_that_really_run(sample_size):
 
 
 def test_it_prints_as_a_table():
-    lines = str(tomesd.report(tomesd.apply_patch(sd_pipeline()))).splitlines()
+    lines = str(tomesd.report(tomesd.apply_patch(sd_pipeline(), preset="steady"))).splitlines()
     assert lines[0].split() == ["unet", "blocks", "tokens", "merged", "to", "attention", "saved"]
     assert lines[1].split() == ["1/1", "down_blocks.0", "1", "256", "128", "75.0%"]
     assert lines[2].endswith("0.0%  coarser than max_downsample=1")
     assert len({len(line) for line in (lines[0], lines[1], lines[-1])}) == 1
+    late = str(tomesd.report(tomesd.apply_patch(sd_pipeline()))).splitlines()
+    assert late[1].endswith("75.0%  ratio 0, 0.5")
 
 
 def test_it_covers_every_model_of_a_pipeline():

@@ -132,15 +132,9 @@ def assert_has_its_own_patch(twin: Vit, expected: Tensor, plain: Tensor) -> None
     assert torch.equal(twin.output(), plain)
 
 
-# Its hook that refuses several pictures in a graph is lost halfway in copies.
-COPIES_NOT = {"Pixtral"}
-
-
 @families
 @torch.no_grad()
 def test_deep_copies_have_patches_of_their_own(name):
-    if name in COPIES_NOT:
-        pytest.xfail("a copy has to be patched anew")
     vit = build(name)
     plain = vit.output()
     tomesd.apply_patch(vit.model, r=3)
@@ -156,8 +150,6 @@ def test_deep_copies_have_patches_of_their_own(name):
 )
 @torch.no_grad()
 def test_pickles_have_patches_of_their_own(name):
-    if name in COPIES_NOT:
-        pytest.xfail("a copy has to be patched anew")
     vit = build(name)
     plain = vit.output()
     tomesd.apply_patch(vit.model, r=3)

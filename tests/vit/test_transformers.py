@@ -84,6 +84,14 @@ def test_an_attention_mask_that_differs_between_queries_is_refused():
         vit.model(**vit.inputs, attention_mask=mask)
 
 
+@torch.no_grad()
+def test_an_attention_mask_beside_a_relative_position_bias_is_refused():
+    vit = build("BEiT")
+    tomesd.apply_patch(vit.model, r=3)
+    with pytest.raises(ValueError, match="attention_mask must be None where attention has a rel"):
+        vit.model(**vit.inputs, attention_mask=torch.ones(2, 37))
+
+
 @families
 @torch.no_grad()
 def test_saved_models_load_without_the_patch(name, tmp_path):

@@ -20,7 +20,7 @@ SETTINGS = {
     ("default", 0.75): Merging(0.75),
     ("quality", 0.5): Merging(0.5, preset="quality"),
     ("quality", 0.75): Merging(0.75, preset="quality"),
-    ("all levels, from a fifth of the steps on", 0.5): Merging(0.5, levels=8, since=0.2),
+    ("steady", 0.5): Merging(0.5, preset="steady"),
     ("random pruning", 0.25): Merging(0.25, method="prune"),
 }
 

@@ -21,6 +21,7 @@ from tomesd.pictures.differences import difference, psnr
 from tomesd.pictures.memory import with_peak
 from tomesd.pictures.token_pages import enlarged
 from tomesd.shapes.names import DEFAULT
+from tomesd.targets import default_preset
 from tomesd.visualize import draw_groups
 
 LONGEST_PROMPT = 1000
@@ -165,6 +166,8 @@ class Studio:
         options = merging.options()
         with self._lock:
             pipe = self._load(scene.model, tick)
+            if not (merging.preset or merging.levels or merging.since):
+                options["preset"] = default_preset(pipe)
             unpatched = self._draw_unpatched(pipe, scene, tick, stop)
             tracing = with_maps and merging.ratio > 0
             with tomesd.patched(pipe, **options):

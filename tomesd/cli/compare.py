@@ -30,8 +30,10 @@ def command(**given: Any) -> None:
         merging = diffusion_settings(0.5, given["preset"], {})
         made = job.load(given)
         import tomesd
+        from tomesd.targets import default_preset
 
-        tomesd.apply_patch(made.pipe, preset=given["preset"])  # Raises if the model has no patch.
+        preset = given["preset"] or default_preset(made.pipe)
+        tomesd.apply_patch(made.pipe, preset=preset)  # Raises if the model has no patch.
     from tomesd.pictures import comparison
     from tomesd.pictures.files import destination, save_image
 
@@ -39,14 +41,14 @@ def command(**given: Any) -> None:
     ratios = [ratio for ratio in comparison.RATIOS if ratio <= merging.largest_ratio]
     made.pipe.set_progress_bar_config(leave=False)
     cells = comparison.compare(
-        made.pipe, given["prompt"], given["seed"], made.sampling, ratios, given["preset"]
+        made.pipe, given["prompt"], given["seed"], made.sampling, ratios, preset
     )
     seconds = {f"seconds_{m}": [round(cell.seconds, 3) for cell in row] for m, row in cells.items()}
     written = {
         **made.metadata,
         "prompt": given["prompt"],
         "seed": given["seed"],
-        "preset": given["preset"] or "none",
+        "preset": preset,
         "size": job.size(cells["tome"][0].image),
         "ratios": ratios,
         **seconds,

@@ -18,6 +18,7 @@ from tomesd.diffusion.settings import DiffusionSettings, diffusion_settings
 from tomesd.pictures import sampling, token_pages
 from tomesd.pictures.files import destination, open_image, save_image
 from tomesd.pictures.prompts import read_prompts
+from tomesd.targets import default_preset
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Images:
             "prompt": prompt,
             "seed": seed,
             "size": job.size(image),
-            "preset": given["preset"] or "none",
+            "preset": given["preset"] or "steady",
             "ratio": given["ratio"],
             "since": given["since"] or 0,
             "method": self.merging.method,
@@ -84,7 +85,7 @@ def prepare(given: dict[str, Any]) -> Images:
     Raises ValueError, TypeError or OSError for options that are wrong.
     """
     prompts = _prompts(given)
-    merging = _merging(given)
+    _merging(given)  # Raises for options that are wrong.
     if given["strength"] and not given["img2img"]:
         raise ValueError(f"strength is allowed with --img2img only, got {given['strength']}")
     if given["save_map"] and (given["ratio"] == 0 or given["compiles"]):
@@ -99,6 +100,9 @@ def prepare(given: dict[str, Any]) -> Images:
         side = sampling.native_side(made.pipe) if given["size"] is None else 0
         image = ImageOps.fit(start, given["size"] or (side, side))
         more = {"image": image, "strength": given["strength"] or 0.8}
+    if not (given["preset"] or given["since"] or given["levels"]):
+        given = given | {"preset": default_preset(made.pipe)}
+    merging = _merging(given)
     options = {field.name: getattr(merging, field.name) for field in fields(merging)}
     tomesd.apply_patch(made.pipe, **options)
     if given["compiles"]:

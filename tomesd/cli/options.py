@@ -86,8 +86,10 @@ ratio = click.option(
 preset = click.option(
     "--preset",
     type=click.Choice(sorted(PRESETS)),
-    help="quality: keys and values only; fast: every level where it pays; late: the same, but not "
-    "in the first fifth of the steps; paper: all branches and levels, as in ToMe's Appendix F.",
+    help="late: every level where it pays, but not in the first fifth of the steps; steady: the "
+    "finest level in every step; fast: every level where it pays, in every step; quality: keys and "
+    "values only; paper: all branches and levels, as in ToMe's Appendix F.  [default: late, or "
+    "steady with --levels or --since]",
 )
 
 method = click.option(

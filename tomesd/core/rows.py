@@ -10,6 +10,8 @@ sample instead: row i is token i. Nothing but the functions here may depend on w
 import torch
 from torch import Tensor
 
+from tomesd.kernels import device
+
 # Below any norm that matters: a zero token gets a direction of zeros instead of NaN.
 _SMALLEST_NORM = 1e-6
 
@@ -113,7 +115,7 @@ def fixed(size: int) -> int:
 
 def is_exporting() -> bool:
     """Whether torch.export or torch.jit.trace records this, for batches of any size."""
-    return torch.compiler.is_exporting() or is_tracing()
+    return device.is_exporting() or is_tracing()
 
 
 def is_tracing() -> bool:

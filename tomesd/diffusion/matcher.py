@@ -73,24 +73,28 @@ class Matcher:
         channels: int,
         *,
         joint: bool = False,
+        finest: bool = True,
     ) -> str:
         """Why blocks with h·w tokens do not merge; empty if they do. From shapes alone.
 
-        joint: whether they attend to text and image together, as those of SD3 and Flux do.
+        joint: whether they attend to text and image together, as those of SD3 and Flux do. finest:
+        whether no other blocks with attention have more tokens.
         """
         settings = self.settings
         if ratio == 0:
             return "ratio is 0"
         if h * w < settings.min_tokens:
             return f"fewer than min_tokens={settings.min_tokens}"
-        if not settings.only_where_it_pays:
+        where = settings.only_where_it_pays
+        if not where or (where == "coarser" and finest):
             return ""
         if is_exporting():  # Batches may be of any size; the smallest one gains least.
             batch = 1
         # Cached: computing it takes as long as several kernels. A graph needs no cache, and dynamo
         # cannot trace one.
         estimate = balance if torch.compiler.is_compiling() else _cached_balance
-        pays = self.balance(
+        # Not `.pays`: torch 2.9 cannot compile the property of a named tuple.
+        saved, spent = self.balance(
             ratio,
             kernels.device_kind(device),
             batch,
@@ -102,8 +106,8 @@ class Matcher:
             # In a graph nothing waits for Python.
             eager=not torch.compiler.is_compiling(),
             estimate=estimate,
-        ).pays
-        return "" if pays else "would cost more time than it saves"
+        )
+        return "" if saved > spent else "would cost more time than it saves"
 
     def balance(
         self,

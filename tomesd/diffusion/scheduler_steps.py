@@ -53,6 +53,11 @@ class SchedulerSteps:
         begin = getattr(self.scheduler, "_begin_index", None) or 0
         return begin / self.count, (self.count - 1) / self.count
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the current image is past its first step, for schedulers that count steps."""
+        return getattr(self.scheduler, "_step_index", 0) is not None
+
     def progress(self, timestep: Any) -> float:
         """The share of the steps that are done when the model is called with this timestep."""
         scheduler = self.scheduler

@@ -27,7 +27,8 @@ class DiffusionSettings:
         max_downsample=8 it alone selects the levels: 4,096 is the finest level of Stable Diffusion
         1.5 at 512 px and the two finest at 1024 px.
     only_where_it_pays: skip levels where merging would cost more time than it saves, estimated by
-        `tomesd.core.cost` from shapes and the kind of device.
+        `tomesd.core.cost` from shapes and the kind of device. "coarser": but never the finest level
+        with attention, where most of the work is.
     sx, sy: one token in each cell of sy×sx is a destination and never merges away, so at most
         1 − 1/(sx·sy) of the tokens can merge.
     window: a token merges into a destination in its own window, this many tokens on a side, so that
@@ -65,7 +66,7 @@ class DiffusionSettings:
     ratio: Ratio = 0.5
     max_downsample: int = 1
     min_tokens: int = 0
-    only_where_it_pays: bool = False
+    only_where_it_pays: bool | str = False
     sx: int = 2
     sy: int = 2
     window: int = 32
@@ -86,7 +87,11 @@ class DiffusionSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", normal_ratio(self.ratio))
         for field in fields(self)[1:]:
-            value = require_type(field.name, getattr(self, field.name), type(field.default))
+            value = getattr(self, field.name)
+            if field.name == "only_where_it_pays" and isinstance(value, str):
+                require_one_of(field.name, value, (True, False, "coarser"))
+                continue
+            value = require_type(field.name, value, type(field.default))
             object.__setattr__(self, field.name, value)
         for name, allowed in (("method", METHODS), ("partition", PARTITIONS)):
             require_one_of(name, getattr(self, name), allowed)
@@ -132,8 +137,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # On the frontier of quality over speed, on either side of the defaults.
     "quality": {"merge_block": False, "merge_queries": False},
     "fast": {"max_downsample": 8, "only_where_it_pays": True},
-    # With a `LateSchedule` of the ratio: on the frontier at 4 and at 25 steps.
-    "late": {"max_downsample": 8, "only_where_it_pays": True},
+    # The default of pipelines: on the frontier at 4 and at 25 steps. A ratio becomes a
+    # `LateSchedule`. Whoever asks for merging gets it, at any size.
+    "late": {"max_downsample": 8, "only_where_it_pays": "coarser"},
+    # The default of single models.
+    "steady": {},
     # ToMe, Appendix F: every branch of every block, one matching for all three, plain means, no
     # proportional attention.
     "paper": {

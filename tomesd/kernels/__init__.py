@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tomesd.kernels.device import gpu_name, runs_kernels
+from tomesd.kernels.device import gpu_name, is_exporting, runs_kernels
 
 
 class Groups(Protocol):
@@ -81,7 +81,7 @@ def available(device: torch.device) -> bool:
         _enabled
         and _HAS_TRITON
         and device.type == "cuda"
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and runs_kernels(device.index or 0)
     )

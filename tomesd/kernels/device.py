@@ -1,4 +1,4 @@
-"""What is known of a GPU without asking it again."""
+"""What is known of a GPU without asking it again, and whether a graph is made for elsewhere."""
 
 from functools import cache
 
@@ -13,6 +13,15 @@ def runs_kernels(index: int) -> bool:
 def gpu_name(index: int) -> str:
     """The name of the GPU with this index."""
     return _described(index)[0]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export makes the graph, and not torch.compile.
+
+    This is the flag of torch.compiler.is_exporting, which itself is True in all that torch.compile
+    compiles in releases before the fix of https://github.com/pytorch/pytorch/issues/176347.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 @cache

@@ -20,7 +20,7 @@ def _carrying(method: str) -> Callable[..., Any]:
 
 def _plain(args: Any) -> Any:
     """The arguments of a call, with tensors in place of what carries a bias."""
-    if isinstance(args, tuple | list):
+    if isinstance(args, (tuple, list)):
         return tuple(map(_plain, args))
     return args.tensor if isinstance(args, Carrier) else args
 
@@ -68,7 +68,7 @@ class Carrier:
 
     def carry(self, result: Any) -> Any:
         """What was computed from this, with the bias."""
-        if isinstance(result, tuple | list):
+        if isinstance(result, (tuple, list)):
             return tuple(map(self.carry, result))
         carrier = copy.copy(self)
         carrier.tensor = result
@@ -83,7 +83,7 @@ class Carrier:
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        parts = args[0] if isinstance(args[0], tuple | list) else args
+        parts = args[0] if isinstance(args[0], (tuple, list)) else args
         carrier = next(part for part in parts if isinstance(part, cls))
         args = _plain(args)
         if func is F.scaled_dot_product_attention:

@@ -1,6 +1,6 @@
 """Which forward of a Vision Transformer a block is in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class ThreadState:
     called: whether the model has been called, and its blocks not yet. collected: whether the blocks
     run outside of the model's own forward, so that somebody may keep their outputs. block: the one
     that it is in, −1 for none. inputs: all tokens of the blocks that merge within themselves.
+    lengths: of the pictures that the call packs into one sequence, until its blocks take them.
     """
 
     begun: Forward | None = None
@@ -30,6 +31,7 @@ class ThreadState:
     collected: bool = False
     block: int = -1
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    lengths: Sequence[int] | None = None
 
 
 class Forwards:

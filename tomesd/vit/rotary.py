@@ -30,7 +30,7 @@ class Rotary:
         """The angles of the merged tokens. so_far: from the tokens that the angles are of."""
         if angles is None or so_far.m == so_far.n:
             return angles
-        if isinstance(angles, tuple | list):
+        if isinstance(angles, (tuple, list)):
             return tuple(self.merged(table, so_far) for table in angles)
         table = angles.view((1,) * (4 - angles.dim()) + angles.shape)
         leading = so_far.n - fixed(table.shape[2])

@@ -28,7 +28,7 @@ def test_work_that_no_ratio_reaches_has_no_recipe():
     assert RATIO_FOR(0.2) is None
     assert RATIO_FOR(1.0) is None
     assert {each.name for each in recipes(1, RATIO_FOR)} == {
-        *("default", "merge 0.4", "merge 0.6", "merge 0.8")
+        *("default", "steady", "merge 0.4", "merge 0.6", "merge 0.8")
     }
 
 

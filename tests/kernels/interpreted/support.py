@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import (
     GridExecutor,
     InterpreterBuilder,
@@ -26,8 +27,18 @@ def with_kernels() -> Iterator[None]:
     with (
         patch.object(kernels, "available", lambda device: True),
         patch.object(InterpreterBuilder, "create_dot", _dot),
+        patch.object(interpreter, "_patch_lang_tensor", _patch_numbers),
     ):
         yield
+
+
+_patch_tensors = interpreter._patch_lang_tensor
+
+
+def _patch_numbers(tensor, *scope):
+    """In Triton 3.5, a loop's bounds are arrays of one number, of which NumPy 2.4 makes no int."""
+    _patch_tensors(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
 _interpreted_dot = InterpreterBuilder.create_dot

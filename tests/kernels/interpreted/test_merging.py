@@ -13,6 +13,7 @@ from tomesd import TokenMap
 from tomesd.core import partition
 from tomesd.core.frames import concatenate, in_frames
 from tomesd.core.matching import bipartite_soft_matching, random_pruning
+from tomesd.core.order import renumbered
 from tomesd.diffusion.block import add_residual
 from tomesd.diffusion.dit.heads import first_samples
 
@@ -39,6 +40,13 @@ def composed() -> TokenMap:
     """A map that kernels did not make."""
     first = TokenMap.from_groups(torch.arange(40).repeat(BATCH, 2)[:, :N])
     return first.then(TokenMap.from_groups((torch.arange(40) * 3 // 4).expand(BATCH, -1)))
+
+
+@cache
+def reordered() -> TokenMap:
+    """A map that kernels made, with other numbers for its groups: as `destinations_last` has it."""
+    number = [noise(20 + each, M).argsort() for each in range(BATCH)]
+    return renumbered(made(), torch.stack(number))
 
 
 def merge(token_map: TokenMap, x: Tensor, how: str) -> Tensor:
@@ -95,7 +103,7 @@ def test_the_residual_has_the_bits_that_pytorch_gives_in_float32(maps):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("maps", [made, composed])
+@pytest.mark.parametrize("maps", [made, composed, reordered])
 def test_gradients_of_merging_are_those_of_pytorch(maps, how):
     direction = noise(12, BATCH, M, 20)
 
@@ -127,7 +135,7 @@ def test_gradients_of_merging_in_one_direction_stay_finite_for_zero_tokens():
         assert gradient().isfinite().all()
 
 
-@pytest.mark.parametrize("maps", [made, composed])
+@pytest.mark.parametrize("maps", [made, composed, reordered])
 def test_gradients_of_unmerging_and_of_the_residual_are_those_of_pytorch(maps):
     direction = noise(14, BATCH, N, 20)
 
@@ -170,6 +178,7 @@ def test_maps_of_parts_of_a_batch_and_of_videos_merge_alike():
     for token_map, tokens in (
         (first_samples(made(), 1), x[:1]),
         (made().repeat(2), x.repeat(2, 1, 1)),
+        (reordered(), x),
         (in_frames(made(), BATCH), x.flatten(0, 1)[None]),
         (concatenate([made(), composed()]), x.repeat(1, 2, 1)),
     ):

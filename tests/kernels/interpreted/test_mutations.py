@@ -107,6 +107,13 @@ def test_a_deliberate_error_is_noticed(kernel, right, wrong, notices, tmp_path, 
     assert fails(notices)
 
 
+def test_every_kernel_has_a_deliberate_error():
+    kernels = {
+        name for each in (matching, merging) for name in dir(each) if name.endswith("_kernel")
+    }
+    assert kernels <= {kernel for kernel, *_ in ERRORS}
+
+
 def fails(notices: Callable[[], None]) -> bool:
     """In a process of its own: a kernel with an error may write where it must not."""
     child = os.fork()

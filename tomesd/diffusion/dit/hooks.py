@@ -63,9 +63,13 @@ class BlockHooks:
     def weighs_keys(self) -> bool:
         return self.matcher.frame.weighs_keys
 
-    @property
-    def unmerges_keys(self) -> bool:
-        return isinstance(self.kind.proportional, UnmergeKeys) and self.weighs_keys
+    def unmerges_keys(self, block: nn.Module) -> bool:
+        """Whether keys are unmerged: always, or for a processor that is not the host's own."""
+        kind = self.kind
+        return self.weighs_keys and (
+            isinstance(kind.proportional, UnmergeKeys)
+            or (kind.can_unmerge_keys and not all(map(is_stock, kind.attentions(block))))
+        )
 
     def merge(self, block: nn.Module, args: Args, kwargs: Given) -> tuple[Args, Given]:
         kind, state = self.kind, self.model.state
@@ -90,7 +94,7 @@ class BlockHooks:
             raise ValueError(_MASKED)
         beside = kind.text and kind.text.argument
         text = fixed(given[beside].shape[1]) if beside else 0
-        self._count(place, token_map, text)
+        self._count(block, place, token_map, text)
         if token_map.m == token_map.n:
             return as_called(self.names, args, given)
         for attention in kind.attentions(block):
@@ -106,7 +110,7 @@ class BlockHooks:
             state.x = x + given[kind.adds_last]
             given[kind.adds_last] = None
         self._merge_beside(given, token_map, text, first)
-        if isinstance(kind.proportional, Bias | Override) and self.weighs_keys:
+        if isinstance(kind.proportional, (Bias, Override)) and self.weighs_keys:
             log_size = nn.functional.pad(token_map.size[..., 0].log(), _beside(text, first))
             log_size = log_size.to(x.dtype)
             ndim = kind.proportional.ndim if isinstance(kind.proportional, Bias) else 4
@@ -119,10 +123,10 @@ class BlockHooks:
         text = self.kind.text
         return text is None or (text.first and given.get(text.last_with) is None)
 
-    def _count(self, place: Place, token_map: TokenMap, text: int) -> None:
+    def _count(self, block: nn.Module, place: Place, token_map: TokenMap, text: int) -> None:
         n = sum(f * h * w for f, h, w in self.kind.own(place.grids))
         before, after = text + token_map.n, text + token_map.m
-        pairs = after * (before if self.unmerges_keys else after)
+        pairs = after * (before if self.unmerges_keys(block) else after)
         self.counts = n, n - before + after, before**2, pairs
 
     def _match(self, x: Tensor, place: Place, first: bool) -> TokenMap:
@@ -159,8 +163,9 @@ class BlockHooks:
                 maps.append(TokenMap.identity(part))
             else:
                 maps.append(self.matcher.token_map(part, (frames, h, w), ratio, key))
-        self.why_not = "" if "" in reasons else reasons[0]
-        self.first_image = maps[bool(before)].m
+        # A step with ratio 0 is as planned, and says nothing about the image.
+        self.why_not = "" if "" in reasons or not ratio else reasons[0]
+        self.first_image = maps[1 if before else 0].m
         if after:
             maps.append(TokenMap.identity(x[:, start:]))
         joined = maps[0] if len(maps) == 1 else concatenate(maps)

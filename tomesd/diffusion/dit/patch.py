@@ -244,12 +244,14 @@ class DiTPatch(DenoiserPatch):
             return ReportRow(kind.name, len(blocks), n, n, 1.0, "ratio is 0")
         m = n - sum(self.matcher.merged(hooks.ratio.largest, grid) for grid in grids)
         # Before the first image the number of text tokens is unknown.
-        estimate = n, m, n**2, m * (n if hooks.unmerges_keys else m)
+        estimate = n, m, n**2, m * (n if hooks.unmerges_keys(blocks[0]) else m)
         n, m, before, after = hooks.counts if any(hooks.counts) else estimate
         weighed = kind.proportional is not None or not hooks.weighs_keys
         notes = [hooks.why_not or ("" if weighed else f"{_UNWEIGHED}: its processors take no bias")]
         if hooks.unweighed and not hooks.why_not:
             notes.append(f"{_UNWEIGHED}: {hooks.unweighed}")
+        if isinstance(kind.proportional, Bias) and hooks.weighs_keys:
+            notes += _notes_of_others(kind, blocks)
         if self.plan.changes:
             notes.append(str(hooks.ratio))
         note = "; ".join(filter(None, notes))
@@ -264,3 +266,12 @@ class DiTPatch(DenoiserPatch):
         if isinstance(size, int) and isinstance(patch, int):
             return ((1, size // patch, size // patch),)
         return ()
+
+
+def _notes_of_others(kind: Blocks, blocks: list[Any]) -> list[str]:
+    """What becomes of keys beside processors that are not the host's own."""
+    attentions = [each for block in blocks for each in kind.attentions(block)]
+    names = sorted({type(each.processor).__name__ for each in attentions if not is_stock(each)})
+    if kind.can_unmerge_keys:
+        return [f"keys unmerged for {name}" for name in names]
+    return [f"{name} must add the mask it is given to its logits" for name in names]

@@ -80,7 +80,8 @@ class BlockHooks:
         check_caches(block, self.settings)
         self.state.leave_block()  # An interrupted forward may have left a map.
         (_, h, w), ratio = place.grids[0], self.transformer.ratio.at(place.stage)
-        if self.matcher.why_not(ratio, x.device, x.shape[0], h, w, x.shape[2]):
+        finest = self.transformer.finest
+        if self.matcher.why_not(ratio, x.device, x.shape[0], h, w, x.shape[2], finest=finest):
             return (x,), given
         if why_block_whole(block, self.settings):
             return (x,), given

@@ -24,6 +24,7 @@ class Transformer:
     name: of this module in the model.
     model_threads: the state of threads in the whole model. width: the channels of its tokens; 0
     where nothing merges. carrier: the argument in which the place travels to the blocks, or "".
+    finest: whether it is at the finest level that can merge.
     skipped: why nothing merges here, or "". last: batch, height and width of its tokens and the
     device in the last forward pass of any thread; zeros before the first. last_place: the same for
     a block that autograd calls again in a thread of its own. beside: patches of other
@@ -40,6 +41,7 @@ class Transformer:
     carrier: str
     matcher: Matcher
     ratio: LevelRatio
+    finest: bool
     skipped: str = ""
     last: tuple[int, int, int, torch.device] = (0, 0, 0, torch.device("cpu"))
     last_place: Place | None = None
@@ -60,7 +62,8 @@ class Transformer:
         batch, h, w, device = self.last
         if self.skipped or not h:
             return self.skipped or self.why_whole()
-        why_not = self.matcher.why_not(self.ratio.largest, device, batch, h, w, self.width)
+        shape = batch, h, w, self.width
+        why_not = self.matcher.why_not(self.ratio.largest, device, *shape, finest=self.finest)
         return why_not or self.why_whole()
 
     def why_whole(self) -> str:
@@ -157,8 +160,17 @@ def find_transformers(
         width = 0 if why_not else spec.width(module)
         found.append(
             Transformer(
-                *(threads, where, names[module], factor, module),
-                *(width, carrier, matcher, ratio, why_not),
+                model_threads=threads,
+                where=where,
+                name=names[module],
+                downsample=factor,
+                module=module,
+                width=width,
+                carrier=carrier,
+                matcher=matcher,
+                ratio=ratio,
+                finest=level == 1,
+                skipped=why_not,
             )
         )
     return found

@@ -61,13 +61,15 @@ class _Flava(_VideoMAE):
         patch.before(points.attention, self.weigh_keys)
 
 
-class _Blip(BiasedKeys):
-    """One module projects queries, keys and values together."""
+class OneProjection(BiasedKeys):
+    """One module projects queries, keys and values together, so values are carriers as well."""
 
     def install_attention(self, patch: Any, points: HookPoints) -> None:
         super().install_attention(patch, points)
         patch.after(points.attention, plain_output)
 
+
+class _Blip(OneProjection):
     @staticmethod
     def width(points: HookPoints) -> int:
         attention: Any = points.attention

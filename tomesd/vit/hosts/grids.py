@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomesd.registry import register
-from tomesd.vit.carriers import Carrier, plain_output
-from tomesd.vit.hosts.biased_keys import BiasedKeys
+from tomesd.vit.carriers import Carrier
+from tomesd.vit.hosts.biased_keys import OneProjection
 from tomesd.vit.hosts.placed import Placed, PlacedInput
 from tomesd.vit.layer import Args, HookPoints
 from tomesd.vit.settings import ViTSettings
@@ -153,11 +153,7 @@ register(
 )
 
 
-class _Hiera(BiasedKeys):
-    def install_attention(self, patch: Any, points: HookPoints) -> None:
-        super().install_attention(patch, points)
-        patch.after(points.attention, plain_output)
-
+class _Hiera(OneProjection):
     @staticmethod
     def width(points: HookPoints) -> int:
         attention: Any = points.attention

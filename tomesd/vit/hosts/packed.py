@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tomesd.hooks import by_name
+from tomesd.hooks import by_name, unless_removed
 from tomesd.registry import register
 from tomesd.vit.carriers import Carrier, plain_output
+from tomesd.vit.forward import Forward
 from tomesd.vit.hosts.placed import at_heads
 from tomesd.vit.hosts.rotary import patches
 from tomesd.vit.hosts.transformers import TAKE_A_BIAS, TRANSFORMERS, places
@@ -101,13 +102,12 @@ class _Packed(Layer):
         return int(attention.num_heads * attention.head_dim)
 
 
-def _refuse_several_in_a_graph(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    pictures = by_name(("pixel_values",), args[:1], kwargs)["pixel_values"]
-    if torch.compiler.is_compiling() and len(pictures) > 1:
-        raise ValueError(
-            "pixel_values must be of one picture in a compiled graph, which cannot depend on "
-            f"where each of them ends, got {len(pictures)}"
-        )
+def _counted(mask: Tensor) -> Sequence[int]:
+    """The lengths of pictures that a mask [N, N] hides from each other, read from its values."""
+    # A picture ends where a token does not see the next one.
+    ends = (mask.diagonal(-1) < 0).nonzero().flatten().tolist()
+    ends = [0, *(end + 1 for end in ends), len(mask)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class _Masked(Layer):
@@ -116,16 +116,38 @@ class _Masked(Layer):
     def install(self, patch: Any, points: HookPoints) -> None:
         super().install(patch, points)
         if self.index == 0:
-            patch.before(patch.model, _refuse_several_in_a_graph)
+            patch.before(patch.model, self.count)
+
+    @unless_removed
+    def count(self, model: Any, args: Args, kwargs: Kwargs) -> None:
+        """Count each picture's tokens as the host does, without a look at the mask's values."""
+        given = by_name(("pixel_values", "image_sizes"), args[:2], kwargs)
+        pictures, sizes = given["pixel_values"], given.get("image_sizes")
+        if torch.compiler.is_compiling():
+            if len(pictures) > 1:
+                raise ValueError(
+                    "pixel_values must be of one picture in a compiled graph, which cannot depend "
+                    f"on where each of them ends, got {len(pictures)}"
+                )
+            return
+        if sizes is None:
+            sizes = [pictures.shape[-2:]] * len(pictures)
+        elif isinstance(sizes, Tensor):
+            sizes = sizes.tolist()
+        patch = model.patch_size
+        self.forwards.thread.lengths = [(h // patch) * (w // patch) for h, w in sizes]
 
     def lengths(self, given: Kwargs) -> Sequence[int]:
-        mask: Tensor = given[self.mask][0, 0]
+        mask: Tensor = given[self.mask]
         if torch.compiler.is_compiling():
-            return [len(mask)]
-        # A picture ends where a token does not see the next one.
-        ends = (mask.diagonal(-1) < 0).nonzero().flatten().tolist()
-        ends = [0, *(end + 1 for end in ends), len(mask)]
-        return [end - start for start, end in pairwise(ends)]
+            return [mask.shape[-1]]
+        # Checkpointing passes the same mask again.
+        known: Forward | None = self.forwards.of_inputs.get(mask)
+        if known is not None and known.lengths[0] is not None:
+            return known.lengths[0]
+        self.forwards.of_inputs[mask] = self.forward
+        counted, self.forwards.thread.lengths = self.forwards.thread.lengths, None
+        return _counted(mask[0, 0]) if counted is None else counted
 
     def hiding(self, mask: Tensor | None) -> Tensor | None:
         return None

@@ -6,11 +6,10 @@ A merged token has the place of its head.
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tomesd.core.token_map import TokenMap
-from tomesd.hooks import by_name
+from tomesd.hooks import argument_names, by_name, unless_removed
 from tomesd.registry import register
 from tomesd.vit.carriers import Carrier, plain_output
 from tomesd.vit.hosts.timm import TIMM
@@ -30,16 +29,29 @@ def at_heads(bias: Tensor, so_far: TokenMap) -> Tensor:
 class _Argument(Layer):
     """The bias of all places is an argument of the attention, in the place of a mask."""
 
+    def install(self, patch: Any, points: HookPoints) -> None:
+        super().install(patch, points)
+        config = patch.model.config
+        if self.index == 0 and (
+            config.use_relative_position_bias or config.use_shared_relative_position_bias
+        ):
+            self.model_names = argument_names(patch.model)
+            patch.before(patch.model, self.refuse_mask)
+
+    @unless_removed
+    def refuse_mask(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        mask = by_name(self.model_names, args, kwargs).get("attention_mask")
+        if mask is not None:  # The host adds it to the bias, and only its values tell them apart.
+            raise ValueError(
+                "attention_mask must be None where attention has a relative position bias and "
+                f"tokens merge, got one of shape {tuple(mask.shape)}; remove_patch first"
+            )
+
     def weigh_keys(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         given = by_name(self.names, args, kwargs)
         bias = given.get(self.mask)
         if self.idle or bias is None or self.hiding(bias) is not None:
             return super().weigh_keys(attention, args, kwargs)
-        if self.index == 0 and not torch.compiler.is_compiling() and (bias < -1e4).any():
-            raise ValueError(
-                "attention_mask must not hide tokens where attention has a relative position bias "
-                "and tokens merge; remove_patch first"
-            )
         x = given.pop(self.names[0])
         size = self.forward.key_bias(self.index, x, None)
         bias = at_heads(bias, self.forward.maps[self.index])

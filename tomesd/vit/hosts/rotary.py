@@ -30,7 +30,7 @@ _BLOCK = places("norm1", "attention", "norm2", "layer_scale2")
 def patches(model: Any) -> int:
     """Of the model's own size."""
     sizes = (model.config.image_size, model.config.patch_size)
-    image, patch = (x if isinstance(x, tuple | list) else (x, x) for x in sizes)
+    image, patch = (x if isinstance(x, (tuple, list)) else (x, x) for x in sizes)
     return int(image[0] // patch[0] * (image[1] // patch[1]))
 
 

@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import markdown
@@ -37,7 +38,7 @@ from benchmarks.fid.tables_and_sheets import table as fid_table
 from benchmarks.first_token.command import table as first_token_table
 from benchmarks.results import gpu, paper
 from benchmarks.results.files import RESULTS, ROOT, Record, load
-from benchmarks.steps.table_and_plot import LINES, by_block, mean
+from benchmarks.steps.table_and_plot import LINES, by_block, each_seed, mean
 
 _FRONTIER = {
     "blocks 0.5, all levels, late": "**default**: all levels, not in the first fifth of the steps",
@@ -92,6 +93,7 @@ _KNOWN_CACHES = ("DeepCache 2", "pyramid attention broadcast 2", "TaylorSeer 2")
 
 
 def steps(result: Record, shares: Sequence[float], counts: Sequence[int] = ()) -> str:
+    """counts: the numbers of steps to show, without the spread over seeds; all with it."""
     rows = result["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     found = sorted({(models.index(row["model"]), row["steps"]) for row in rows})
@@ -99,15 +101,23 @@ def steps(result: Record, shares: Sequence[float], counts: Sequence[int] = ()) -
     for index, count in found:
         for share in shares:
             key = {"model": models[index], "steps": count}
-            psnr = [mean(rows, **key, recipe=f"{name} {share:g}") for name in LINES]
+            psnr = [each_seed(rows, **key, recipe=f"{name} {share:g}") for name in LINES]
             if count in (counts or (count,)) and any(psnr):
-                lines.append([models[index], str(count), f"{share:.0%}", *_best(psnr)])
+                cells = _best(psnr, with_spread=not counts)
+                lines.append([models[index], str(count), f"{share:.0%}", *cells])
     return markdown.table(["model", "steps", "block work", *LINES], lines)
 
 
-def _best(values: Sequence[float | None]) -> list[str]:
-    best = max(value for value in values if value is not None)
-    return [f"**{value:.1f}**" if value == best else figure(value, 1) for value in values]
+def _best(values: Sequence[Sequence[float]], with_spread: bool) -> list[str]:
+    """The mean of each, the largest in bold, and from the least to the most."""
+    means = [fmean(each) if each else None for each in values]
+    best = max(value for value in means if value is not None)
+    cells = []
+    for each, value in zip(values, means, strict=True):
+        text = f"**{value:.1f}**" if value == best else figure(value, 1)
+        spread = f" ({min(each):.1f}–{max(each):.1f})" if with_spread and len(each) > 1 else ""
+        cells.append(text + spread)
+    return cells
 
 
 def known_caches(result: Record) -> str:

@@ -25,9 +25,18 @@ def mean(rows: Rows, value: str = "psnr", **key: Any) -> float | None:
     >>> mean(rows, model="unet", steps=25, recipe="cache 0.6")
     45.1
     """
-    found = [row[value] for row in rows if all(row[name] == key[name] for name in key)]
-    found = [each for each in found if each is not None]
+    found = each_seed(rows, value, **key)
     return fmean(found) if found else None
+
+
+def each_seed(rows: Rows, value: str = "psnr", **key: Any) -> list[float]:
+    """What was measured, for each seed.
+
+    >>> each_seed(rows, model="unet", steps=25, recipe="cache 0.6")
+    [45.1, 44.8]
+    """
+    found = [row[value] for row in rows if all(row[name] == key[name] for name in key)]
+    return [each for each in found if each is not None]
 
 
 def by_block(rows: Rows) -> str:

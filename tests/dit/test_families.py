@@ -13,6 +13,7 @@ import torch
 
 import tomesd
 from tests.support.recorders import count_hooks
+from tests.support.slow import TRANSFORMER_KINDS
 from tests.support.threads import side_by_side
 from tests.support.tiny_transformers import DIT, TINY
 
@@ -21,6 +22,11 @@ GRIDS = [(6, 6), (4, 9), (5, 7)]
 
 @pytest.fixture(params=TINY)
 def tiny(request):
+    return TINY[request.param]
+
+
+@pytest.fixture(params=sorted(TRANSFORMER_KINDS & set(TINY)))
+def kind(request):
     return TINY[request.param]
 
 
@@ -75,25 +81,25 @@ def test_a_ratio_of_zero_changes_nothing(tiny):
     assert torch.equal(tiny.predict(tomesd.apply_patch(model, ratio=0)), expected)
 
 
-def test_every_random_way_of_merging_is_a_function_of_the_seed(tiny):
+def test_every_random_way_of_merging_is_a_function_of_the_seed(kind):
     for way in ({"use_rand": True}, {"method": "prune"}):
-        model = tomesd.apply_patch(tiny.build(), **way)
-        output = tiny.predict(model)
+        model = tomesd.apply_patch(kind.build(), **way)
+        output = kind.predict(model)
         assert output.isfinite().all()
         torch.manual_seed(1)
-        assert torch.equal(tiny.predict(model), output)
-        other = tiny.predict(tomesd.apply_patch(model, seed=1, **way))
+        assert torch.equal(kind.predict(model), output)
+        other = kind.predict(tomesd.apply_patch(model, seed=1, **way))
         assert not torch.equal(other, output)
 
 
-def test_copies_and_pickles_of_a_patched_model_have_patches_of_their_own(tiny):
-    model = tomesd.apply_patch(tiny.build())
-    expected = tiny.predict(model)
+def test_copies_and_pickles_of_a_patched_model_have_patches_of_their_own(kind):
+    model = tomesd.apply_patch(kind.build())
+    expected = kind.predict(model)
     for other in (copy.deepcopy(model), _pickled(model)):
-        assert torch.equal(tiny.predict(other), expected)
+        assert torch.equal(kind.predict(other), expected)
         tomesd.remove_patch(other)
-        assert not torch.equal(tiny.predict(other), expected)
-    assert torch.equal(tiny.predict(model), expected)
+        assert not torch.equal(kind.predict(other), expected)
+    assert torch.equal(kind.predict(model), expected)
 
 
 def _pickled(model):
@@ -103,11 +109,11 @@ def _pickled(model):
     return pickle.load(file)
 
 
-def test_threads_that_share_a_model_do_not_mix_their_sizes(tiny):
-    model = tomesd.apply_patch(tiny.build())
+def test_threads_that_share_a_model_do_not_mix_their_sizes(kind):
+    model = tomesd.apply_patch(kind.build())
     sizes = [{"h": 4, "w": 9}, {"h": 9, "w": 4}, {"h": 5, "w": 7}]
-    expected = [tiny.predict(model, **size) for size in sizes]
-    outputs = side_by_side([partial(tiny.predict, model, **size) for size in sizes], times=4)
+    expected = [kind.predict(model, **size) for size in sizes]
+    outputs = side_by_side([partial(kind.predict, model, **size) for size in sizes], times=4)
     for output, want in zip(outputs, expected, strict=True):
         assert all(torch.equal(each, want) for each in output)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tomesd
+from tests.support.slow import TRANSFORMER_KINDS
 from tests.support.tiny_transformers import TINY
 
 # These have no gradient checkpointing, or their blocks are handed nothing in which a grid could
@@ -55,7 +56,7 @@ def _gradients(tiny, model, *sizes: tuple[int, int]) -> list[torch.Tensor]:
     ("name", "reentrant"),
     [
         (name, reentrant)
-        for name in sorted(set(TINY) - WITHOUT_CHECKPOINTS)
+        for name in sorted(TRANSFORMER_KINDS & set(TINY) - WITHOUT_CHECKPOINTS)
         for reentrant in ((False,) if name in NOT_REENTRANT else (False, True))
     ],
 )

@@ -21,8 +21,9 @@ def slow_but(sample: Collection[Any], values: Iterable[Any]) -> list[Any]:
     return [value if value in sample else pytest.param(value, marks=slow) for value in values]
 
 
-# One of each kind of hooks; the other families are hooked like one of these.
-_TRANSFORMERS = {
+# One of each kind of hooks; the other families are hooked like one of these. What is a promise of
+# the hooks alone is tested with these only.
+TRANSFORMER_KINDS = {
     *("SD3Transformer2DModel", "SD3ControlNetModel", "AuraFlowTransformer2DModel"),
     *("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"),
     *("QwenImageTransformer2DModel", "CogView4Transformer2DModel", "PixArtTransformer2DModel"),
@@ -35,7 +36,7 @@ _TRANSFORMERS = {
     ),
     *("HiDreamImageTransformer2DModel", "Kandinsky5Transformer3DModel"),
 }
-_VITS = {
+VIT_KINDS = {
     *("timm", "timm with registers", "timm with norms after", "torchvision"),
     *("timm EVA-02", "timm BEiT", "DINOv3", "BEiT", "YOLOS", "HuBERT"),
     *("ViT", "ViTMAE", "DINOv2 backbone", "CLIP", "SigLIP 2", "VideoMAE", "BLIP", "AST", "Whisper"),
@@ -46,8 +47,8 @@ def is_variant(value: Any) -> bool:
     """Whether a parameter names a family, or is one, that is not in the sample."""
     name = value if isinstance(value, str) else getattr(value, "name", "")
     transformers, vits = _families()
-    return (name in transformers and name not in _TRANSFORMERS) or (
-        name in vits and name not in _VITS
+    return (name in transformers and name not in TRANSFORMER_KINDS) or (
+        name in vits and name not in VIT_KINDS
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tomesd
-from tests.support.slow import slow
+from tests.support.slow import VIT_KINDS, slow
 from tests.support.tiny_vits import FAMILIES, TIMM, Vit, build
 from tests.support.tiny_vits_base import tokens_of
 from tests.support.vit_reference import encode, unmerge
@@ -18,6 +18,7 @@ from tests.support.vit_reference import encode, unmerge
 R = [0, 5, 9]
 
 families = pytest.mark.parametrize("name", FAMILIES)
+kinds = pytest.mark.parametrize("name", sorted(VIT_KINDS))
 of_timm = pytest.mark.parametrize("name", TIMM)
 
 
@@ -70,7 +71,7 @@ def test_hooks_on_the_blocks_see_all_tokens_and_change_nothing(name):
         close(got, want)
 
 
-@families
+@kinds
 @torch.no_grad()
 def test_a_hook_that_changes_each_token_changes_what_merged_from_it(name):
     vit = build(name)
@@ -183,7 +184,7 @@ def test_a_model_s_own_forward_may_collect_intermediates():
     assert [x.shape for x in model(torch.randn(1, 3, 24, 24))] == [(1, 24, 6, 6)] * 3
 
 
-@families
+@kinds
 @torch.no_grad()
 def test_a_loop_over_the_blocks_gets_all_tokens_even_after_a_call_that_failed(name):
     vit, calls = build(name), []

@@ -9,11 +9,13 @@ from torch import Tensor
 
 import tomesd
 from tests.support.recorders import count_hooks
+from tests.support.slow import VIT_KINDS
 from tests.support.tiny_vits import FAMILIES, SPEECH, Vit, build
 from tests.support.tiny_vits_base import tokens_of
 from tests.support.vit_reference import encode, unmerge
 
 families = pytest.mark.parametrize("name", FAMILIES)
+kinds = pytest.mark.parametrize("name", sorted(VIT_KINDS))
 
 # More than half of what is left in the last layer of the smaller models: clipped there.
 R = [3, 0, 9]
@@ -132,7 +134,7 @@ def assert_has_its_own_patch(twin: Vit, expected: Tensor, plain: Tensor) -> None
     assert torch.equal(twin.output(), plain)
 
 
-@families
+@kinds
 @torch.no_grad()
 def test_deep_copies_have_patches_of_their_own(name):
     vit = build(name)
@@ -146,7 +148,7 @@ def test_deep_copies_have_patches_of_their_own(name):
 # The hooks with which transformers' backbones collect feature maps do not pickle, nor do the
 # convolutions of speech encoders.
 @pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if "backbone" not in name and name not in SPEECH]
+    "name", [name for name in sorted(VIT_KINDS) if "backbone" not in name and name not in SPEECH]
 )
 @torch.no_grad()
 def test_pickles_have_patches_of_their_own(name):
@@ -158,7 +160,7 @@ def test_pickles_have_patches_of_their_own(name):
     assert_has_its_own_patch(Vit(loaded, vit.inputs, [], [], vit.prefix), expected, plain)
 
 
-@families
+@kinds
 @torch.no_grad()
 def test_what_blocks_give_is_saved_and_loaded_like_any_tensor(name, tmp_path):
     vit = build(name)
@@ -173,7 +175,7 @@ def test_what_blocks_give_is_saved_and_loaded_like_any_tensor(name, tmp_path):
         assert not vars(tensor)
 
 
-@families
+@kinds
 @torch.no_grad()
 def test_a_block_that_gets_other_tokens_than_its_model_gives_it_is_an_error(name):
     vit, given = build(name), {}
@@ -204,7 +206,7 @@ def test_what_a_run_leaves_is_not_saved():
     assert len(pickle.dumps(vit.model)) == len(before)
 
 
-@families
+@kinds
 def test_the_state_dict_keeps_its_keys(name):
     vit = build(name)
     keys = list(vit.model.state_dict())

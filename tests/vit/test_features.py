@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.support.tiny_vits import Vit, build
 from tests.support.tiny_vits_rotary import EVA
 from tests.support.vit_reference import features, merge_into
-from tests.vit.test_families import families
+from tests.vit.test_families import kinds
 from tests.vit.test_threads import assert_alike, batches, inside
 from tomesd import registry
 from tomesd.core.matching import bipartite_soft_matching
@@ -44,7 +44,7 @@ def _first_block(vit: Vit, matcher: Matcher | None) -> tuple[Tensor, Tensor]:
     return seen["first"], group
 
 
-@families
+@kinds
 @pytest.mark.parametrize(
     ("which", "heads"),
     [("k", ""), ("k", "all"), *((name, "mean") for name in ("x_pre", "x", "q", "v")), ("v", "all")],

@@ -10,11 +10,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tomesd
-from tests.support.slow import slow
+from tests.support.slow import VIT_KINDS, slow
 from tests.support.threads import meeting, replicate, side_by_side
-from tests.support.tiny_vits import FAMILIES, HEADS, WIDTH, Vit, build, enable_checkpointing
+from tests.support.tiny_vits import HEADS, WIDTH, Vit, build, enable_checkpointing
 
-families = pytest.mark.parametrize("name", FAMILIES)
+kinds = pytest.mark.parametrize("name", sorted(VIT_KINDS))
 few = pytest.mark.parametrize("name", ["timm", "ViT", "VideoMAE", "torchvision"])
 R = [3, 0, 9]
 
@@ -47,7 +47,7 @@ def assert_alike(vits: list[Vit], watched: list[nn.Module]) -> None:
     torch.testing.assert_close(got, alone)
 
 
-@families
+@kinds
 def test_threads_with_other_pictures_get_what_each_gets_alone(name):
     vit = build(name)
     tomesd.apply_patch(vit.model, r=R)
@@ -186,7 +186,7 @@ def test_checkpointed_blocks_run_again_in_a_thread_that_only_goes_backward(reent
 
 
 # transformers' backbones collect feature maps with hooks that know the one model they are of.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "backbone" not in name])
+@pytest.mark.parametrize("name", [name for name in sorted(VIT_KINDS) if "backbone" not in name])
 @torch.no_grad()
 def test_replicas_of_data_parallel_in_their_threads_do_not_mix(name):
     """What DataParallel does with several devices: copies that share all hooks, one per thread."""

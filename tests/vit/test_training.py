@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import tomesd
 from tests.support.tiny_vits import Vit, build, enable_checkpointing
 from tests.support.vit_reference import encode, unmerge
-from tests.vit.test_families import R, families, groups_of_last_run, run_patched
+from tests.vit.test_families import R, families, groups_of_last_run, kinds, run_patched
 
 
 @families
@@ -27,7 +27,7 @@ def test_gradients_are_those_of_the_reference(name):
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-3)
 
 
-@families
+@kinds
 def test_autocast_trains_with_merging(name):
     vit = build(name)
     tomesd.apply_patch(vit.model, r=3)
@@ -61,7 +61,7 @@ def test_a_callers_own_tensor_goes_through_the_blocks_of_several_forwards():
     assert not vars(tokens)
 
 
-@families
+@kinds
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     vit = build(name)
     vit.model.train()

@@ -8,11 +8,12 @@ import transformers as hf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tomesd
-from tests.support.slow import slow
+from tests.support.slow import VIT_KINDS, slow
 from tests.support.tiny_vits import TRANSFORMERS, build
 from tests.support.vit_reference import encode
 
 families = pytest.mark.parametrize("name", TRANSFORMERS)
+kinds = pytest.mark.parametrize("name", sorted(VIT_KINDS & set(TRANSFORMERS)))
 R = [3, 0, 9]
 
 
@@ -92,7 +93,7 @@ def test_an_attention_mask_beside_a_relative_position_bias_is_refused():
         vit.model(**vit.inputs, attention_mask=torch.ones(2, 37))
 
 
-@families
+@kinds
 @torch.no_grad()
 def test_saved_models_load_without_the_patch(name, tmp_path):
     vit = build(name)
@@ -105,7 +106,7 @@ def test_saved_models_load_without_the_patch(name, tmp_path):
     assert torch.equal(vit.output(), expected)
 
 
-@families
+@kinds
 def test_the_configuration_is_left_alone(name):
     vit = build(name)
     before = copy.deepcopy(vit.model.config)

@@ -150,7 +150,7 @@ RESULTS: dict[str, Result] = {
     ),
     "steps": Result("python scripts/steps.py --models unet transformer --seeds 0", _read_steps),
     "by-block": Result(
-        "python scripts/steps.py --by-block --models unet --steps 25 --seeds 0 --num-images 6",
+        "python scripts/steps.py --by-block --steps 4 25 --seeds 0 --num-images 6",
         _read_steps,
     ),
     "classifier": Result(

@@ -9,6 +9,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +83,18 @@ def test_a_picture_that_starts_halfway_starts_halfway_in_the_schedule():
     pipe.scheduler.set_timesteps(20)
     pipe.scheduler.set_begin_index(10)
     assert SchedulerSteps(pipe).progress(pipe.scheduler.timesteps[10]) == 0.5
+
+
+def test_steps_that_a_copy_of_the_scheduler_takes_are_known_by_their_timesteps():
+    pipe = Pipe(scheduler=UniPCMultistepScheduler())
+    pipe.scheduler.set_timesteps(10)
+    steps = SchedulerSteps(pipe)
+    # SkyReels gives each frame a timestep of its own, and the last frames are the noisiest.
+    seen = [steps.progress(torch.stack([each // 2, each])) for each in pipe.scheduler.timesteps]
+    assert seen == pytest.approx([i / 10 for i in range(10)])
+    assert steps.unknown == 0
+    assert [steps.progress(torch.tensor(0.5)) for _ in range(3)] == [0, 0, 0]
+    assert steps.unknown == 3
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,13 @@ class SchedulerSteps:
 
     pipe: a diffusers pipeline with a scheduler, which may be replaced later. It is kept by a weak
         reference: a model must not keep its pipeline alive. Most schedulers count their steps in a
-        Python number, so nothing syncs. DDIM, DDPM and PNDM do not: they read each timestep from
-        the device themselves, and so does this.
+        Python number, so nothing syncs after the first one. DDIM, DDPM and PNDM do not: they read
+        each timestep from the device themselves, and so does this.
+    unknown: how many calls in a row were at a timestep that the scheduler does not have, without
+        that it took a step.
     """
+
+    unknown = 0
 
     def __init__(self, pipe: Any):
         self._pipe: Callable[[], Any] = weakref.ref(pipe)
@@ -53,22 +57,23 @@ class SchedulerSteps:
         begin = getattr(self.scheduler, "_begin_index", None) or 0
         return begin / self.count, (self.count - 1) / self.count
 
-    @property
-    def stepped(self) -> bool:
-        """Whether the current image is past its first step, for schedulers that count steps."""
-        return getattr(self.scheduler, "_step_index", 0) is not None
-
     def progress(self, timestep: Any) -> float:
         """The share of the steps that are done when the model is called with this timestep."""
         scheduler = self.scheduler
-        steps = self.count
-        if hasattr(scheduler, "_step_index"):
-            done = scheduler._step_index
-            if done is None:  # Before the first step: begin_index is where to start.
-                done = scheduler._begin_index or 0
+        steps, counts = self.count, hasattr(scheduler, "_step_index")
+        done = scheduler._step_index if counts else None
+        if counts and done is None:  # Before the first step: begin_index is where to start.
+            done = scheduler._begin_index
+        if done is not None:
+            self.unknown = 0
             return float(done / steps)
         now = float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
-        return int((scheduler.timesteps.cpu() > now).sum()) / steps
+        timesteps = scheduler.timesteps.cpu().double()
+        # A pipeline may step copies of its scheduler, begin in the middle without a begin_index, or
+        # give its model the timesteps in another unit: then this is the first one.
+        known = not counts or bool((timesteps - now).abs().min() <= 1e-6 * abs(now))
+        self.unknown = 0 if known else self.unknown + 1
+        return int((timesteps > now).sum()) / steps if known else 0.0
 
 
 def _without_pipeline(scheduler: Any) -> SchedulerSteps:

@@ -15,15 +15,14 @@ from tomesd.diffusion.ratio_plan import RatioPlan
 from tomesd.hooks import PerThread, by_name, unless_removed
 
 # Guidance calls a model a few times in one step.
-_MOST_UNSTEPPED = 8
+_MOST_UNKNOWN = 8
 
 
 @dataclass(eq=False)
 class StageHook:
     """Records the stage for the thread that calls the model, before the model runs.
 
-    names: the model's arguments in order. timestep: the one that holds the timestep. unstepped: the
-    calls since the scheduler's last step.
+    names: the model's arguments in order. timestep: the one that holds the timestep.
     """
 
     threads: PerThread[ThreadState]
@@ -31,7 +30,6 @@ class StageHook:
     names: tuple[str, ...]
     timestep: str
     warned: bool = False
-    unstepped: int = 0
 
     # A model's own hooks are not part of its graph, so this may read the scheduler.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -47,11 +45,10 @@ class StageHook:
     def _why_stuck(self) -> str:
         """What is wrong if somebody calls the model in steps that its pipeline's scheduler does not
         take: for each of them it would be the first."""
-        steps = self.plan.steps
-        self.unstepped = 0 if steps is None or steps.stepped else self.unstepped + 1
-        if self.unstepped < _MOST_UNSTEPPED:
+        unknown = self.plan.steps.unknown if self.plan.steps else 0
+        if unknown < _MOST_UNKNOWN:
             return ""
         return (
-            f"its pipeline's scheduler took no step in {self.unstepped} calls, so that all have "
-            'the ratio of the first step; preset="steady" merges in every call'
+            f"its pipeline's scheduler took no step in {unknown} calls at timesteps that it does "
+            'not have, so that all have the ratio of the first; preset="steady" merges in every one'
         )

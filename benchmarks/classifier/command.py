@@ -155,11 +155,11 @@ def check(args: Namespace) -> torch.device:
 
 
 def check_features(args: Namespace) -> torch.device:
-    """The same for a model without logits, of which only a sweep can be measured."""
-    if args.synthetic or args.parts not in (None, ["sweep"]):
+    """The same for a model without logits, of which a sweep or both orders can be measured."""
+    if args.synthetic or args.parts not in (None, ["sweep"], ["orders"]):
         raise ValueError(
-            f"parts must be sweep alone with model={args.model!r}, which has no logits, got "
-            f"{args.parts} and synthetic={args.synthetic}"
+            f"parts must be sweep or orders alone with model={args.model!r}, which has no logits, "
+            f"got {args.parts} and synthetic={args.synthetic}"
         )
     device = choose_device(args.device)
     args.device = str(device)

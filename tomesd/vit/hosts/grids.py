@@ -20,7 +20,7 @@ from tomesd.registry import register
 from tomesd.vit.carriers import Carrier
 from tomesd.vit.hosts.biased_keys import OneProjection
 from tomesd.vit.hosts.placed import Placed, PlacedInput
-from tomesd.vit.layer import Args, HookPoints
+from tomesd.vit.layer import HookPoints
 from tomesd.vit.settings import ViTSettings
 from tomesd.vit.spec import Places, ViT
 
@@ -160,16 +160,6 @@ class _Hiera(OneProjection):
         return int(attention.proj.in_features)
 
 
-class _HieraOfWindows(_Hiera):
-    """Its attention has a dimension for windows, of which there is one where it is global."""
-
-    def carry_bias(self, key: nn.Module, args: Args, output: Tensor) -> Tensor | Carrier:
-        carrier = super().carry_bias(key, args, output)
-        if isinstance(carrier, Carrier) and carrier.bias is not None:
-            carrier.bias = carrier.bias[:, None]
-        return carrier
-
-
 def _all_blocks(model: Any) -> list[Any]:
     """Of Hiera, in timm or transformers."""
     if hasattr(model, "blocks"):
@@ -216,5 +206,4 @@ _HIERA = ViT(
     layer=_Hiera,
     check=_check,
 )
-register(_HIERA, "timm.Hiera")
-register(replace(_HIERA, layer=_HieraOfWindows), "transformers.HieraModel")
+register(_HIERA, "timm.Hiera", "transformers.HieraModel")

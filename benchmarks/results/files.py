@@ -148,7 +148,7 @@ RESULTS: dict[str, Result] = {
         f"python scripts/quality.py --num-images 32 --ratios 0.5 --cases {_SCHEDULES}",
         _read_quality,
     ),
-    "steps": Result("python scripts/steps.py --models unet transformer --seeds 0", _read_steps),
+    "steps": Result("python scripts/steps.py --seeds 0", _read_steps),
     "by-block": Result(
         "python scripts/steps.py --by-block --steps 4 25 --seeds 0 --num-images 6",
         _read_steps,

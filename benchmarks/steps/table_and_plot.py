@@ -85,6 +85,7 @@ def plot(rows: Rows, path: Path) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     shares = (0.4, 0.6, 0.8)
+    ticks = sorted({row["steps"] for row in rows})
     figure = Figure(figsize=(11, 3.4 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), len(shares), sharex=True, sharey=True, squeeze=False)
     for model, line in zip(models, panels, strict=True):
@@ -99,7 +100,7 @@ def plot(rows: Rows, path: Path) -> None:
                 if points:
                     axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
             axes.set_xscale("log")
-            axes.set_xticks(counts, map(str, counts))
+            axes.set_xticks(ticks, map(str, ticks))
             axes.minorticks_off()
             axes.set_title(f"{model}, {share:.0%} of the blocks' work")
             axes.grid(alpha=0.3)

@@ -59,7 +59,6 @@ def calibrate(
 
     >>> ratios = tomesd.calibrate(pipe, ["a red heart", "a blue star"], speedup=1.3)
     >>> pipe = tomesd.apply_patch(pipe, ratio=ratios, preset="late")
-    >>> json.dump(ratios, open("ratios.json", "w"))
 
     Blocks differ by orders of magnitude in what merging changes. The pipeline makes one image of
     each prompt; then, in a few of its steps, the denoiser runs with one block merging at a time.
@@ -123,7 +122,7 @@ def record(
 ) -> Recorded:
     """The calls of the denoiser in evenly spread steps of an unpatched run.
 
-    >>> recorded = record(pipe, pipe.unet, ["a red heart"], samples=4, num_inference_steps=25)
+    >>> recorded = record(pipe, pipe.unet, ["a red heart"], samples=1, num_inference_steps=2)
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     batch = 0
@@ -157,8 +156,9 @@ def counting() -> FlopCounterMode:
     """Counts floating-point operations, of attention on a CPU too, which torch leaves out.
 
     >>> with counting() as counter:
-    ...     output = unet(latents, timestep, states)
+    ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
     >>> counter.get_total_flops()
+    48
     """
     cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={cpu: _attention_flops})
@@ -195,6 +195,7 @@ def changes(
 ) -> tuple[Curves, int]:
     """What merging in each block alone changes and saves in these calls.
 
+    >>> recorded = record(pipe, pipe.unet, ["a red heart"], samples=1, num_inference_steps=2)
     >>> curves, work = changes(pipe, pipe.unet, recorded)
 
     Returns (ratio, change, saved) of each block with rising ratios, the first all 0: the mean

@@ -158,7 +158,8 @@ class RatioForWork:
 class BlocksForWork:
     """The ratios by block, from `tomesd.calibrate`'s parts, that leave a share of their work.
 
-    >>> blocks_for = BlocksForWork(curves, work_of_blocks)
+    >>> BlocksForWork({"a": [(0, 0, 0), (0.5, 1, 10)]}, 20)(0.75)
+    {'a': 0.25}
 
     curves: as of `tomesd.calibration.changes`. work: of all blocks unpatched, in the same calls.
     """

@@ -48,7 +48,7 @@ def steps_picture(
 ) -> Image.Image:
     """What merges in a denoiser: a row for each step, a column for each block.
 
-    >>> steps_picture(picture, traced, steps=[0, 12, 24])
+    >>> steps_picture(picture, traced, steps=[5, 12, 24])
 
     image: the picture that was made; every cell shows the groups of its latents over it.
     traced: from `tomesd.trace`, of one denoiser. steps: counted from 0. sample: of the batch; the
@@ -58,7 +58,8 @@ def steps_picture(
     there = {record.step for record in traced}
     for step in steps:
         if step not in there:
-            raise ValueError(f"steps must be from 0 to {max(there, default=-1)}, got {step}")
+            merged = f"{min(there)} to {max(there)}" if there else "none"
+            raise ValueError(f"steps must be among those that merged, {merged}, got {step}")
     rows = [[record for record in traced if record.step == step] for step in steps]
     return grid(
         [[draw_groups(image, record.patches[sample]) for record in row] for row in rows],

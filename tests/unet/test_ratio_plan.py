@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -95,6 +96,14 @@ def test_steps_that_a_copy_of_the_scheduler_takes_are_known_by_their_timesteps()
     assert steps.unknown == 0
     assert [steps.progress(torch.tensor(0.5)) for _ in range(3)] == [0, 0, 0]
     assert steps.unknown == 3
+
+
+def test_a_first_timestep_in_another_unit_is_not_taken_for_a_later_one():
+    pipe = Pipe(scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.scheduler.set_timesteps(4)
+    timesteps = pipe.scheduler.timesteps
+    assert (timesteps[0], timesteps[-1]) == (1000, 1)
+    assert SchedulerSteps(pipe).progress(timesteps[0] / 1000) == 0
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ class SchedulerSteps:
         timesteps = scheduler.timesteps.cpu().double()
         # A pipeline may step copies of its scheduler, begin in the middle without a begin_index, or
         # give its model the timesteps in another unit: then this is the first one.
-        known = not counts or bool((timesteps - now).abs().min() <= 1e-6 * abs(now))
+        same_unit = now > 1 or bool(timesteps.max() <= 1)  # Flow models often get t / 1000.
+        found = same_unit and bool((timesteps - now).abs().min() <= 1e-6 * abs(now))
+        known = not counts or found
         self.unknown = 0 if known else self.unknown + 1
         return int((timesteps > now).sum()) / steps if known else 0.0
 
